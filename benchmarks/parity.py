@@ -1,0 +1,126 @@
+"""Does an artifact compute what its checkpoint says? Greedy tokens and perplexity beside transformers.
+
+    python benchmarks/parity.py smollm2/ smollm2.gqsa --text wiki.test.raw --window 2048 --device cpu
+
+The reference is transformers in fp32 on the dequantised weights (on a GPU where there is one).
+Greedy tokens must be identical, or first differ where the reference's two best logits lie within
+1e-3; perplexities must agree within 0.5 %. Exits with 1 otherwise.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from gqsa_runtime import Model
+from gqsa_runtime.perplexity import perplexity as artifact_perplexity
+from gqsa_runtime.perplexity import windows
+from transformers import AutoModelForCausalLM
+
+import gqsac  # noqa: F401  registers the "gqsa" quantisation method
+
+PROMPTS = (
+    "The capital of France is",
+    "It was a dark and stormy night, and the old man",
+    "The most important thing about mathematics is",
+    "She opened the letter slowly, and when she had read it",
+    "In the year 1850 the railway between the two towns",
+)
+N_TOKENS = 64
+MAX_GAP = 1e-3
+MAX_PERPLEXITY_RATIO = 1.005
+
+
+def compare_greedy(model: Model, reference, prompt: str) -> dict:
+    """Feeds both with the reference's greedy tokens; reports the first difference and logit errors."""
+    ids = model.tokenize(prompt)
+    model.engine.reset()
+    ours = model.engine.prefill(ids)
+    device = reference.device
+    with torch.inference_mode():
+        out = reference(torch.tensor([ids], device=device), use_cache=True)
+        errors = []
+        for step in range(N_TOKENS):
+            theirs = out.logits[0, -1].float().cpu().numpy()
+            errors.append(float(np.abs(ours - theirs).max()))
+            token = int(theirs.argmax())
+            if int(ours.argmax()) != token:
+                second, best = np.sort(theirs)[-2:]
+                return {"prompt": prompt, "same": step, "gap": float(best - second), "error": max(errors)}
+            if step < N_TOKENS - 1:
+                ours = model.engine.decode(token)
+                out = reference(
+                    torch.tensor([[token]], device=device), past_key_values=out.past_key_values, use_cache=True
+                )
+    return {"prompt": prompt, "same": N_TOKENS, "gap": None, "error": max(errors)}
+
+
+def reference_perplexity(reference, ids: np.ndarray, window: int, max_windows: int | None) -> tuple[float, int]:
+    """exp(mean negative log-likelihood) over non-overlapping windows, and the tokens scored."""
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for index, (start, stop, first) in enumerate(windows(len(ids), window, window)):
+            if index == max_windows:
+                break
+            tokens = torch.from_numpy(ids[start:stop].astype(np.int64))[None].to(reference.device)
+            logits = reference(tokens, use_cache=False).logits[0, first - start - 1 : -1].float()
+            target = tokens[0, first - start :]
+            total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
+            count += len(target)
+    return float(np.exp(total / count)), count
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--max-windows", type=int)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    reference = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).to(where).eval()
+    report = {"artifact": args.artifact.name, "device": args.device, "prompts": []}
+    failed = False
+    with Model.open(args.artifact, device=args.device) as model:
+        for prompt in PROMPTS:
+            result = compare_greedy(model, reference, prompt)
+            failed |= result["gap"] is not None and result["gap"] >= MAX_GAP
+            report["prompts"].append(result)
+            gap = "" if result["gap"] is None else f", gap of the two best {result['gap']:.1e}"
+            print(
+                f"{result['same']:3d}/{N_TOKENS} tokens the same{gap}, largest logit error {result['error']:.1e}",
+                file=sys.stderr,
+            )
+        if args.text:
+            text = args.text.read_text(encoding="utf-8")
+            ours = artifact_perplexity(
+                model, text, window=args.window, stride=args.window, max_windows=args.max_windows
+            )
+            ids = np.asarray(model.tokenize(text))
+            theirs, count = reference_perplexity(reference, ids, args.window, args.max_windows)
+            ratio = ours.perplexity / theirs
+            failed |= not 1 / MAX_PERPLEXITY_RATIO <= ratio <= MAX_PERPLEXITY_RATIO
+            report |= {
+                "perplexity": ours.perplexity, "reference": theirs, "tokens": count,
+                "tokens_per_s": ours.n_tokens / ours.seconds,
+            }  # fmt: skip
+            print(
+                f"perplexity {ours.perplexity:.4f}, reference {theirs:.4f} over {count} tokens "
+                f"({ours.n_tokens / ours.seconds:.0f} tokens/s)",
+                file=sys.stderr,
+            )
+    report["passed"] = not failed
+    if args.json:
+        print(json.dumps(report, indent=1))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+from gqsac.cli import main
+
+main()

@@ -1,0 +1,125 @@
+"""The `gqsac` command: compress and build, and every verb of the runtime."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+from gqsa_runtime.cli import commands
+from gqsa_runtime.cli import main as run_group
+
+from gqsac import __version__
+from gqsac.bsr import GROUP_SIZES
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="gqsac")
+def cli():
+    """Compiles language models compressed with GQSA (INT4 groups, 1xG group sparsity) into one file.
+
+    \b
+    gqsac compress Qwen/Qwen2.5-0.5B -o model/     make a compressed checkpoint
+    gqsac build model/ -o qwen.gqsa                compile it for GPUs and this CPU
+    gqsac run qwen.gqsa --prompt "Once upon"       run it, without PyTorch
+    """
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("--bits", type=click.IntRange(2, 8), default=4, show_default=True, help="Bits of a weight: 2, 3, 4 or 8.")
+@click.option("--group-size", type=int, default=None, help=f"Weights in a group: {', '.join(map(str, GROUP_SIZES))}.")
+@click.option("--sparsity", type=float, default=None, help="Share of groups to remove, 0 to below 1.")
+@click.option(
+    "--calibration", multiple=True, type=click.Path(path_type=Path), metavar="TEXT",
+    help="UTF-8 text file to calibrate with; repeatable. Without one, a small built-in text serves.",
+)  # fmt: skip
+@click.option("--samples", type=click.IntRange(min=1), default=None, help="Calibration sequences.")
+@click.option("--seq-len", type=click.IntRange(min=8), default=None, help="Tokens in a calibration sequence.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the calibration sequences.")
+@click.option("--skip", multiple=True, metavar="PATTERN", help="Linears to leave dense, e.g. '*.down_proj'; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
+def compress(source, output, as_json, **options):
+    """Makes a compressed checkpoint of a model: calibrate, choose groups, quantise.
+
+    SRC is a Hugging Face folder, a hub id, or a .gguf file. Block after block is calibrated,
+    its least salient 1xG groups removed and the rest rounded to INT with a scale and a zero each.
+    An interrupted run goes on where it stopped when the same command is given again.
+
+    \b
+    gqsac compress SmolLM2.gguf -o smollm2/ --sparsity 0.05
+    gqsac compress models/llama-7b -o llama/ --sparsity 0.5 --calibration train.txt
+    """
+    from gqsac.compress.run import compress as run
+
+    chosen = {key: value for key, value in options.items() if value is not None and value != ()}
+    report = run(source, output, progress=sys.stderr.isatty(), **chosen)
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+
+
+@cli.command()
+@click.argument("model", metavar="MODEL")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to make.")
+@click.option(
+    "--target", "targets", multiple=True, metavar="TARGET",
+    help="sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, compute_80 (PTX), x86_64_v3, x86_64_v4, aarch64, "
+    "cuda or cpu; repeatable. Default: all CUDA targets and this machine's CPU.",
+)  # fmt: skip
+@click.option("-j", "--jobs", type=click.IntRange(min=0), default=0, help="Compile threads; 0: one a core.")
+@click.option("--kv-dtype", type=click.Choice(["f16", "f32"]), default="f16", show_default=True, help="KV cache.")
+@click.option("--max-context", type=click.IntRange(min=1), help="Longest context to allow; default: the model's own.")
+@click.option("--bits", type=int, help="Round an uncompressed MODEL without data: 2, 4, 8, or 16 for dense fp16.")
+@click.option("--group-size", type=int, default=16, show_default=True, help="With --bits: weights in a group.")
+@click.option("--sparsity", type=float, default=0.0, show_default=True, help="With --bits: share of groups to drop.")
+@click.option("--dump-dir", type=click.Path(path_type=Path), help="Write graph, plan, sources, logs and code here.")
+@click.option("--dry-run", is_flag=True, help="Trace and plan, but compile and write nothing.")
+@click.option("--no-cache", is_flag=True, help="Compile every kernel anew.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
+def build(model, output, targets, jobs, kv_dtype, max_context, bits, group_size, sparsity, dump_dir, dry_run,
+          no_cache, as_json):  # fmt: skip
+    """Compiles a checkpoint folder into one .gqsa file.
+
+    MODEL is a folder made by `gqsac compress`. An uncompressed Hugging Face folder is taken too if
+    --bits is given: it is rounded without calibration data, for trying out.
+
+    \b
+    gqsac build smollm2/ -o smollm2.gqsa
+    gqsac build smollm2/ -o smollm2.gqsa --target sm_90 --target cpu --dump-dir dump/
+    """
+    if output is None and not dry_run:
+        raise click.UsageError("give the file to make with -o FILE, or --dry-run")
+    from gqsac.build_progress import BuildProgress
+    from gqsac.compiler.pipeline import BuildOptions
+    from gqsac.compiler.pipeline import build as run
+    from gqsac.rounding import Rounding
+
+    rounding = Rounding(bits, group_size, sparsity) if bits is not None else None
+    if rounding is not None:
+        click.echo("note: rounding without calibration data, for trying out; use `gqsac compress` for quality", err=True)
+    options = BuildOptions(
+        targets=tuple(targets), jobs=jobs, kv_dtype=kv_dtype, max_context=max_context, rounding=rounding,
+        dump_dir=dump_dir, dry_run=dry_run, cache=not no_cache,
+    )  # fmt: skip
+    with BuildProgress() as progress:
+        summary = run(model, output, options, progress)
+    if as_json:
+        click.echo(json.dumps(summary.as_dict(), indent=1))
+        return
+    kernel_table = summary.kernel_table()
+    if kernel_table:
+        click.echo(kernel_table + "\n", err=True)
+    click.echo(summary.table(), err=True)
+
+
+for command in commands():
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Entry point: errors become one sentence and exit code 1."""
+    run_group(cli, prog_name="gqsac")
+
+

@@ -1,0 +1,98 @@
+"""Bundle: writes the artifact. One pass over the weights; the file appears whole or not at all."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from gqsac.compiler.passes.pack import DTYPES, PackedTensor
+from gqsac.errors import DeviceError
+from gqsa_runtime import format as fmt
+
+
+def bundle(
+    path: Path,
+    *,
+    name: str,
+    program_json: str,
+    compiler_json: str,
+    tokenizer_json: str,
+    chat_template: str | None,
+    tensors: Iterable[PackedTensor],
+    progress: Callable[[int], None] = lambda n_bytes: None,
+) -> int:
+    """Writes a .gqsa file and returns its size in bytes.
+
+    The file is written beside `path` under a temporary name, synced and renamed. The digests stand
+    last, so that weights stream through memory one tensor at a time. progress: called with the
+    bytes of each tensor written. Raises DeviceError where the disk is full or not writable.
+    """
+    tensors = list(tensors)
+    path = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise DeviceError(f"cannot write in {path.parent.resolve()}: {error.strerror}; choose another -o") from error
+    try:
+        writer = gguf.GGUFWriter(temporary, fmt.ARCHITECTURE)
+        writer.add_custom_alignment(fmt.ALIGNMENT)
+        writer.add_string(fmt.KEY_NAME, name)
+        writer.add_uint32(fmt.KEY_FORMAT_VERSION, fmt.FORMAT_VERSION)
+        writer.add_string(fmt.KEY_COMPILER, compiler_json)
+        writer.add_string(fmt.KEY_PROGRAM, program_json)
+        writer.add_string(fmt.KEY_TOKENIZER, tokenizer_json)
+        if chat_template is not None:
+            writer.add_string(fmt.KEY_CHAT_TEMPLATE, chat_template)
+        for tensor in tensors:
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(DTYPES[tensor.dtype]), tensor.size)
+        digests = np.zeros((len(tensors) + 1, 32), np.int8)
+        writer.add_tensor_info(fmt.DIGESTS_TENSOR, digests.shape, digests.dtype, digests.nbytes)
+
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        (file,) = writer.fout
+        writer.write_padding(file, file.tell())
+        file.flush()
+        digests[0] = _digest(Path(temporary).read_bytes())
+        for row, tensor in enumerate(tensors, start=1):
+            array = np.ascontiguousarray(tensor.make())
+            if array.shape != tensor.shape or array.dtype != DTYPES[tensor.dtype]:
+                raise AssertionError(
+                    f"{tensor.name}: made {array.dtype} {array.shape}, planned {tensor.dtype} {tensor.shape}"
+                )
+            digests[row] = _digest(array)
+            writer.write_tensor_data(array)
+            progress(array.nbytes)
+        writer.write_tensor_data(digests)
+        file.flush()
+        os.fsync(file.fileno())
+        writer.close()
+        size = os.path.getsize(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        return size
+    except OSError as error:
+        free = os.statvfs(path.parent)
+        reason = error.strerror or "the disk is full"  # numpy's tofile gives no errno
+        raise DeviceError(
+            f"writing {path} failed: {reason} ({free.f_bavail * free.f_frsize / 1e6:.0f} MB free in "
+            f"{path.parent.resolve()}); nothing was left behind, free some space or choose another -o"
+        ) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _digest(data) -> np.ndarray:
+    return np.frombuffer(hashlib.sha256(data).digest(), np.int8)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

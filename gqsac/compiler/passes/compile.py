@@ -1,0 +1,172 @@
+"""Compile: machine code of every kernel for every target, in parallel, cached across builds.
+
+The cache is content-addressed: its key covers the source, the headers, the target and the
+compiler's version, so nothing in it can be stale. An entry carries its own digest.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from gqsac.compiler.passes import compile_cpu, compile_cuda
+from gqsac.compiler.passes.render import headers
+from gqsac.errors import InputError
+
+CUDA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_80")
+CPU_TARGETS = ("x86_64_v3", "x86_64_v4", "aarch64")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Machine code of one kernel (CUDA) or of all kernels (CPU) for one target.
+
+    report: what the compiler said of it, e.g. registers and spill_bytes; empty for CPU targets.
+    """
+
+    target: str
+    kernel: str
+    data: bytes
+    report: dict
+    log: str
+    cached: bool
+
+
+def default_targets() -> tuple[str, ...]:
+    """All CUDA targets and the CPU targets of this machine."""
+    return CUDA_TARGETS + tuple(compile_cpu.host_targets())
+
+
+def check_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Targets without repeats, in canonical order. "cpu" and "cuda" stand for their defaults."""
+    known = CUDA_TARGETS + CPU_TARGETS
+    chosen: set[str] = set()
+    for target in targets:
+        if target == "cpu":
+            chosen.update(compile_cpu.host_targets())
+        elif target == "cuda":
+            chosen.update(CUDA_TARGETS)
+        elif target in known:
+            chosen.add(target)
+        else:
+            raise InputError(f"unknown target {target!r}; choose from cpu, cuda, {', '.join(known)}")
+    return tuple(target for target in known if target in chosen)
+
+
+def compile_all(
+    sources: dict[str, dict[str, str]],
+    targets: tuple[str, ...],
+    jobs: int,
+    cache_dir: Path | None,
+    progress: Callable[[Compiled], None] = lambda compiled: None,
+) -> list[Compiled]:
+    """Compiles sources["cuda"] and sources["cpu"] (kernel name -> text) for the targets.
+
+    cache_dir: None compiles everything anew. Results come in the order of targets, then kernels.
+    """
+    work: list[Callable[[], Compiled]] = []
+    for target in targets:
+        if target in CPU_TARGETS:
+            work.append(lambda target=target: _compile_cpu(sources["cpu"], target, cache_dir))
+        else:
+            for kernel, source in sources["cuda"].items():
+                work.append(lambda t=target, k=kernel, s=source: _compile_cuda(s, t, k, cache_dir))
+
+    def run(make: Callable[[], Compiled]) -> Compiled:
+        compiled = make()
+        progress(compiled)
+        return compiled
+
+    pool = ThreadPoolExecutor(max_workers=max(1, jobs))
+    try:
+        # CPU objects take longest: start them first so that they do not trail behind the kernels.
+        order = sorted(range(len(work)), key=lambda i: i < len(work) - _count_cpu(targets))
+        futures = {i: pool.submit(run, work[i]) for i in order}
+        return [futures[i].result() for i in range(len(work))]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def default_cache_dir() -> Path:
+    """$GQSAC_CACHE, or gqsac/kernels in the user's cache folder."""
+    if os.environ.get("GQSAC_CACHE"):
+        return Path(os.environ["GQSAC_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqsac" / "kernels"
+
+
+def _count_cpu(targets: tuple[str, ...]) -> int:
+    return sum(target in CPU_TARGETS for target in targets)
+
+
+def _compile_cuda(source: str, target: str, kernel: str, cache_dir: Path | None) -> Compiled:
+    def make() -> tuple[bytes, dict, str]:
+        binary = compile_cuda.compile_cuda(source, target, kernel, headers("cuda"))
+        report = {
+            "registers": binary.registers,
+            "spill_bytes": binary.spill_bytes,
+            "stack_bytes": binary.stack_bytes,
+            "shared_bytes": binary.shared_bytes,
+        }
+        return binary.data, report, binary.log
+
+    key = _key("cuda", target, compile_cuda.nvrtc_version(), kernel, source, *headers("cuda").values())
+    return _cached(target, kernel, key, cache_dir, make)
+
+
+def _compile_cpu(sources: dict[str, str], target: str, cache_dir: Path | None) -> Compiled:
+    def make() -> tuple[bytes, dict, str]:
+        return compile_cpu.compile_cpu(sources, target), {}, ""
+
+    texts = [text for name in sorted(sources) for text in (name, sources[name])]
+    key = _key("cpu", target, compile_cpu.compiler_version(), *texts, *headers("cpu").values())
+    return _cached(target, "", key, cache_dir, make)
+
+
+def _key(*parts: str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def _cached(target: str, kernel: str, key: str, cache_dir: Path | None, make) -> Compiled:
+    entry = cache_dir / key[:2] / key if cache_dir else None
+    if entry:
+        found = _read_entry(entry)
+        if found:
+            data, report, log = found
+            return Compiled(target, kernel, data, report, log, cached=True)
+    data, report, log = make()
+    if entry:
+        _write_entry(entry, data, report, log)
+    return Compiled(target, kernel, data, report, log, cached=False)
+
+
+def _read_entry(entry: Path) -> tuple[bytes, dict, str] | None:
+    """An entry is its sha256 in hex, a newline, a JSON line, then the machine code."""
+    try:
+        digest, _, rest = entry.read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    if hashlib.sha256(rest).hexdigest().encode() != digest:
+        return None  # cut short or damaged: compiled again, then replaced
+    head, _, data = rest.partition(b"\n")
+    meta = json.loads(head)
+    return data, meta["report"], meta["log"]
+
+
+def _write_entry(entry: Path, data: bytes, report: dict, log: str) -> None:
+    rest = json.dumps({"report": report, "log": log}).encode() + b"\n" + data
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=entry.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest)
+        os.replace(temporary, entry)
+    except OSError:
+        return  # a cache that cannot be written (read-only home, full disk) must not fail the build

@@ -1,0 +1,50 @@
+"""Render: stamps a KernelSpec's constants into its template. Knows text, nothing of compilers.
+
+A template `templates/cuda/<op>.cu.j2` (`templates/cpu/<op>.c.j2`) gets `name`, the kernel's C
+identifier, and the spec's params by name. Jinja only stamps constants; algorithms live in the
+headers under `include/`.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import jinja2
+
+from gqsac.compiler.kernel_spec import KernelSpec
+
+
+@cache
+def templates_folder() -> Path:
+    """The templates: inside an installed package, or beside it in a source checkout."""
+    package = Path(__file__).resolve().parents[2]
+    for folder in (package / "templates", package.parent / "templates"):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"the kernel templates are missing: neither {package}/templates nor its sibling exists")
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates_folder()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["f32"] = lambda value: f"{float(value)!r}f"  # 1e-05 -> 1e-05f
+    environment.filters["flag"] = lambda value: "1" if value else "0"
+    return environment
+
+
+def render(target: str, spec: KernelSpec, name: str) -> str:
+    """Source text of one kernel. target: "cuda" or "cpu"."""
+    suffix = {"cuda": "cu", "cpu": "c"}[target]
+    return _environment().get_template(f"{target}/{spec.op}.{suffix}.j2").render(name=name, **dict(spec.params))
+
+
+@cache
+def headers(target: str) -> dict[str, str]:
+    """Include name -> text of the headers that a target's templates include."""
+    folder = templates_folder() / target / "include"
+    return {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.is_file()}

@@ -1,0 +1,221 @@
+"""The compiler's table of contents: every pass from a checkpoint to a .gqsa file, in order."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gqsac import __version__
+from gqsac.checkpoint import Checkpoint
+from gqsac.compiler import dump, ir
+from gqsac.compiler.passes import compile_cpu, compile_cuda
+from gqsac.compiler.passes.bundle import bundle
+from gqsac.compiler.passes.compile import Compiled, check_targets, compile_all, default_cache_dir, default_targets
+from gqsac.compiler.passes.fuse import fuse
+from gqsac.compiler.passes.group_patterns import group_patterns, module_of
+from gqsac.compiler.passes.legalize import legalize
+from gqsac.compiler.passes.link import kv_layers, link, ropes
+from gqsac.compiler.passes.pack import pack
+from gqsac.compiler.passes.plan_memory import plan_memory
+from gqsac.compiler.passes.render import render
+from gqsac.compiler.passes.schedule import schedule
+from gqsac.compiler.passes.specialize import specialize
+from gqsac.compiler.passes.trace import trace
+from gqsac.compiler.passes.verify import verify
+from gqsac.compiler.summary import Summary, statistics
+from gqsac.errors import InputError
+from gqsac.model_info import bos_token_id, eos_token_ids, model_name
+from gqsac.rounding import RoundedCheckpoint, Rounding
+from gqsa_runtime.format import canonical_json
+from gqsa_runtime.program import Program
+
+# Tokens of one prefill launch: enough to keep a GPU busy, few enough that [chunk, vocab] logits for
+# scoring stay under 70 MB for a vocabulary of 128k.
+PREFILL_CHUNK = 128
+KV_DTYPES = ("f16", "f32")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """targets: () for all defaults. jobs: compile threads, 0 for all cores. rounding: compress an
+    uncompressed checkpoint without data, to try things out. dry_run: stop before compiling."""
+
+    targets: tuple[str, ...] = ()
+    jobs: int = 0
+    kv_dtype: str = "f16"
+    max_context: int | None = None
+    rounding: Rounding | None = None
+    dump_dir: Path | None = None
+    dry_run: bool = False
+    cache: bool = True
+
+
+def build(
+    model: str | Path,
+    output: str | Path | None,
+    options: BuildOptions = BuildOptions(),
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Summary:
+    """Compiles a checkpoint folder into one .gqsa file.
+
+    progress: called as (stage, done, total) while kernels compile and weights are written.
+    Raises GqsaError for a model, an option or a machine that will not do; writes nothing then.
+    """
+    started = time.perf_counter()
+    dumper = dump.Dumper(options.dump_dir)
+    targets = check_targets(options.targets) if options.targets else default_targets()
+    if options.kv_dtype not in KV_DTYPES:
+        raise InputError(f"unknown KV cache type {options.kv_dtype!r}; choose from {', '.join(KV_DTYPES)}")
+    jobs = options.jobs or len(os.sched_getaffinity(0))
+
+    # The checkpoint names its weights; none is read before the bundle is written.
+    checkpoint = open_checkpoint(model, options.rounding)
+    name = model_name(checkpoint)
+
+    # From the config alone: the model as torch sees it, then as the compiler's own operators.
+    progress("trace", 0, 1)
+    traced = trace(checkpoint.config)
+    graph = legalize(traced)
+    dumper.graph("1-legalized", graph)
+
+    # Before patterns are looked at: siblings that share an input become one linear.
+    graph = fuse(graph, lambda weights: can_stack(checkpoint, graph, weights))
+    ir.verify(graph)
+    graph = limit_context(graph, options.max_context)
+    dumper.graph("2-fused", graph)
+    progress("trace", 1, 1)
+
+    # What the weights look like decides layout, kernels and the cut of the work.
+    patterns = group_patterns(graph, checkpoint)
+    packing = pack(graph, checkpoint, patterns)
+
+    # Operators become kernel launches; only then is it known what must be alive when.
+    launches = specialize(graph, packing, patterns, options.kv_dtype)
+    memory = plan_memory(launches, PREFILL_CHUNK)
+    specs, kernels, phases, buffers = schedule(launches, memory, PREFILL_CHUNK)
+    program = Program(
+        name=name,
+        model_class=graph.model_class,
+        vocab_size=graph.vocab_size,
+        max_context=graph.max_context,
+        prefill_chunk=PREFILL_CHUNK,
+        bos_token_id=bos_token_id(checkpoint),
+        eos_token_ids=eos_token_ids(checkpoint),
+        kv_dtype=options.kv_dtype,
+        kv_layers=kv_layers(graph),
+        ropes=ropes(graph, packing),
+        buffers=buffers,
+        arena_bytes=memory.arena_bytes,
+        kernels=kernels,
+        phases=phases,
+        statistics=statistics(graph, packing, patterns),
+    )
+    dumper.text("3-plan.json", json.dumps(json.loads(program.to_json()), indent=1))
+
+    # Text, then machine code: one source per kernel, one binary per kernel and target.
+    sources = {
+        family: {name: render(family, spec, name) for name, spec in specs.items()} for family in families(targets)
+    }
+    dumper.sources(sources)
+    if options.dry_run:
+        return Summary.of_dry_run(program, packing, targets, time.perf_counter() - started)
+    total = sum(len(specs) if family_of(target) == "cuda" else 1 for target in targets)
+    done = 0
+
+    def compiled_one(compiled: Compiled) -> None:
+        nonlocal done
+        done += 1
+        progress("compile", done, total)
+
+    cache_dir = default_cache_dir() if options.cache else None
+    compiled = compile_all(sources, targets, jobs, cache_dir, compiled_one)
+    dumper.binaries(compiled)
+
+    # One file: binaries first, so that a reader meets the code before gigabytes of weights.
+    binaries, binary_tensors = link(compiled, targets)
+    program = replace(program, binaries=binaries)
+    tensors = (*binary_tensors, *packing.tensors)
+    n_bytes = sum(tensor.size for tensor in tensors)
+    written = 0
+
+    def wrote(count: int) -> None:
+        nonlocal written
+        written += count
+        progress("write", written, n_bytes)
+
+    size = bundle(
+        Path(output),
+        name=name,
+        program_json=program.to_json(),
+        compiler_json=canonical_json(compiler_identity(targets, options)),
+        tokenizer_json=checkpoint.tokenizer_json(),
+        chat_template=checkpoint.chat_template(),
+        tensors=tensors,
+        progress=wrote,
+    )
+
+    # The file as a stranger would meet it: read back and checked by the runtime's own rules.
+    verify(Path(output))
+    return Summary.of_build(program, packing, compiled, targets, size, time.perf_counter() - started)
+
+
+def open_checkpoint(model: str | Path, rounding: Rounding | None) -> Checkpoint:
+    """A compressed checkpoint, or an uncompressed one that is rounded without data on the way."""
+    checkpoint = Checkpoint.open(model)
+    if checkpoint.quantization is not None:
+        if rounding is not None:
+            raise InputError(f"{model} is compressed already; build it without --bits, --group-size and --sparsity")
+        return checkpoint
+    if rounding is None:
+        raise InputError(
+            f"{model} is not compressed; run `gqsac compress {model} -o OUT` first, or give --bits "
+            f"(and --group-size, --sparsity) to round it without calibration data, for trying out"
+        )
+    return RoundedCheckpoint(checkpoint, rounding)
+
+
+def can_stack(checkpoint: Checkpoint, graph: ir.Graph, weights: tuple[str, ...]) -> bool:
+    """Whether linears can share one kernel: all dense, or all with the same streams."""
+
+    def layout(weight: str):
+        module = module_of(graph.aliases.get(weight, weight))
+        if not checkpoint.is_compressed(module):
+            return None
+        return [(stream.bits, stream.group_size) for stream in checkpoint.stream_headers(module)]
+
+    return all(layout(weight) == layout(weights[0]) for weight in weights[1:])
+
+
+def limit_context(graph: ir.Graph, max_context: int | None) -> ir.Graph:
+    """The graph with a smaller context. Raises InputError for one beyond the model's."""
+    if max_context is None:
+        return graph
+    if not 1 <= max_context <= graph.max_context:
+        raise InputError(f"--max-context is {max_context}; this model's positions allow 1 to {graph.max_context}")
+    return replace(graph, max_context=max_context)
+
+
+def family_of(target: str) -> str:
+    """The template family of a target: "cuda" or "cpu"."""
+    return "cuda" if target.startswith(("sm_", "compute_")) else "cpu"
+
+
+def families(targets: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(family_of(target) for target in targets))
+
+
+def compiler_identity(targets: tuple[str, ...], options: BuildOptions) -> dict:
+    """What made the file: enough to make it again, byte for byte."""
+    used = families(targets)
+    return {
+        "gqsac": __version__,
+        "nvrtc": compile_cuda.nvrtc_version() if "cuda" in used else None,
+        "zig": compile_cpu.compiler_version() if "cpu" in used else None,
+        "targets": list(targets),
+        "kv_dtype": options.kv_dtype,
+        "rounding": options.rounding.as_dict() if options.rounding else None,
+    }

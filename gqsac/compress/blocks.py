@@ -1,0 +1,141 @@
+"""Finds a model's decoder blocks and runs them one at a time on the calibration samples."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import torch
+from gqsa_runtime.errors import ModelError, UnsupportedError
+from torch import nn
+
+
+def find_blocks(model) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder blocks: the one ModuleList of config.num_hidden_layers modules."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and count > 0
+    ]
+    if not found:
+        raise UnsupportedError(f"{type(model).__name__} has no list of {count} decoder blocks; its layout is unknown")
+    return found[0]  # the outermost: named_modules walks from the root
+
+
+def linears_of(block: nn.Module, block_name: str, skip: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """Linears of a block to compress: path within the block -> module, in module order.
+
+    skip: patterns (fnmatch) against the full path `block_name.path` or its last parts.
+    """
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and not is_skipped(f"{block_name}.{name}", skip)
+    }
+
+
+def is_skipped(path: str, skip: tuple[str, ...]) -> bool:
+    """Whether a pattern names the module: by full path, by its last parts, or with * and ?."""
+    return any(fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}") for pattern in skip)
+
+
+class _Captured(Exception):
+    pass
+
+
+class BlockRunner:
+    """The calibration samples on their way through the blocks.
+
+    hidden: f32 [samples, seq_len, width], the input of the next block, as the compressed blocks before
+    it made it. Each block is called with the keyword arguments that the model itself would give it.
+    """
+
+    def __init__(self, model, blocks: nn.ModuleList, tokens: torch.Tensor, device: torch.device):
+        self._device = device
+        _float_outside(model, blocks, device)
+        with torch.no_grad():
+            blocks[0].float().to(device)
+            first, arguments, keywords = self._enter(model, blocks, tokens[:1])
+            output = blocks[0](first, *arguments, **keywords)
+            self._calls = self._record_calls(model, blocks, tokens[:1], isinstance(output, tuple))
+            hidden = [self._enter(model, blocks, row[None])[0] for row in tokens]
+        self.hidden = torch.cat(hidden)
+
+    def run(self, index: int, block: nn.Module, keep: bool) -> None:
+        """One pass of all samples through block `index`. keep: make the outputs the new `hidden`."""
+        arguments, keywords = self._calls[index]
+        with torch.no_grad():
+            for i in range(len(self.hidden)):
+                output = block(self.hidden[i : i + 1], *arguments, **keywords)
+                if keep:
+                    self.hidden[i : i + 1] = output[0] if isinstance(output, tuple) else output
+
+    def check(self, block_name: str) -> None:
+        """Raises ModelError if the activations are no longer finite."""
+        if not torch.isfinite(self.hidden).all():
+            raise ModelError(f"the activations after {block_name} hold a NaN or an infinity; compression cannot go on")
+
+    def _enter(self, model, blocks, tokens):
+        """The first block's hidden states, other arguments and keywords, for one row of tokens."""
+        caught = []
+
+        def stop(*args, **kwargs):
+            caught.append(_split(kwargs, args))
+            raise _Captured
+
+        blocks[0].forward = stop
+        try:
+            model(tokens.to(self._device), use_cache=False)
+        except _Captured:
+            pass
+        finally:
+            del blocks[0].forward
+        return caught[0]
+
+    def _record_calls(self, model, blocks, tokens, as_tuple: bool):
+        """(arguments, keywords) of every block but for the hidden states: they may differ (sliding windows).
+
+        The blocks hand their input on meanwhile, so this costs next to nothing.
+        """
+        calls = []
+
+        def recorder(*args, **kwargs):
+            hidden, arguments, keywords = _split(kwargs, args)
+            calls.append((arguments, keywords))
+            return (hidden,) if as_tuple else hidden
+
+        for block in blocks:
+            block.forward = recorder
+        head = model.get_output_embeddings()
+        if head is not None:
+            head.forward = lambda x: x  # logits are not wanted, and its weights need not move or be f32
+        try:
+            model(tokens.to(self._device), use_cache=False)
+        finally:
+            for block in blocks:
+                del block.forward
+            if head is not None:
+                del head.forward
+        if len(calls) != len(blocks):
+            raise UnsupportedError(
+                f"{type(model).__name__} ran {len(calls)} of its {len(blocks)} blocks in turn; its layout is unknown"
+            )
+        return calls
+
+
+def _split(kwargs: dict, args: tuple):
+    kwargs = dict(kwargs)
+    hidden = args[0] if args else kwargs.pop("hidden_states")
+    return hidden, args[1:], kwargs
+
+
+def _float_outside(model, blocks: nn.ModuleList, device: torch.device) -> None:
+    """Casts everything but the blocks and the output head to f32 and moves it to the device."""
+    inside = {id(tensor) for tensor in blocks.parameters()} | {id(tensor) for tensor in blocks.buffers()}
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        inside |= {id(tensor) for tensor in head.parameters()}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) not in inside:
+            floating = tensor.is_floating_point()
+            tensor.data = tensor.data.to(device=device, dtype=torch.float32 if floating else tensor.dtype)

@@ -1,0 +1,89 @@
+"""The folder OUT.partial: what a compression has finished, so that it can go on after a kill.
+
+It holds state.json (which model, which options) and one file of stored tensors per finished block.
+Every file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from gqsa_runtime.errors import InputError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from gqsac.compress.write import sync
+
+
+class PartialFolder:
+    """Opens or makes OUT.partial for one compression.
+
+    identity: flat dict of the source's fingerprint and all options that change the result. Raises
+    InputError that names the first difference if the folder was begun with another identity.
+    """
+
+    def __init__(self, out: Path, identity: dict):
+        self.path = out.parent / f"{out.name}.partial"
+        self._out = out
+        identity = json.loads(json.dumps(identity))  # as it will be read back
+        state = self.path / "state.json"
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is in the way; move it, or choose another output folder")
+        if state.is_file():
+            self._compare(state, identity)
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / "state.json.tmp"
+        temporary.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, state)
+
+    def _compare(self, state: Path, identity: dict) -> None:
+        try:
+            found = json.loads(state.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            raise InputError(f"{state} is damaged ({error}); delete {self.path} and start again") from error
+        for key in [*identity, *found]:
+            if found.get(key) != identity.get(key):
+                raise InputError(
+                    f"{self.path} holds a compression with another {key}: {found.get(key)!r} there, "
+                    f"{identity.get(key)!r} now; use the same model and options to resume, or delete that folder"
+                )
+
+    def _block(self, index: int) -> Path:
+        return self.path / f"block-{index:05d}.safetensors"
+
+    def load_block(self, index: int) -> dict[str, np.ndarray] | None:
+        """Stored tensors of a finished block; None if it is not finished or its file is damaged."""
+        try:
+            return load_file(str(self._block(index)))
+        except (OSError, SafetensorError):
+            return None
+
+    def save_block(self, index: int, tensors: dict[str, np.ndarray]) -> None:
+        """Keeps a finished block."""
+        temporary = self._block(index).with_suffix(".tmp")
+        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, str(temporary))
+        sync(temporary)
+        os.replace(temporary, self._block(index))
+
+    def new_model_folder(self) -> Path:
+        """An empty folder for the finished checkpoint; what an earlier run left in it is removed."""
+        folder = self.path / "model"
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+        return folder
+
+    def publish(self, folder: Path) -> None:
+        """Moves the finished checkpoint to OUT in one step and removes the partial folder."""
+        for file in folder.iterdir():
+            sync(file)
+        sync(folder)
+        os.rename(folder, self._out)
+        sync(self._out.parent)
+        shutil.rmtree(self.path)

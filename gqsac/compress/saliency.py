@@ -1,0 +1,29 @@
+"""Saliency, step 3: what removing a 1xG group of weights would cost.
+
+    s = w_g ([H^-1]_gg)^-1 w_g^T
+
+for the G weights w_g of a row and the G x G diagonal block of the inverse Hessian: the rise of the
+layer's output error E[|w x|^2] when the group is set to zero and the row's other weights are adjusted as
+well as possible. It is the Optimal Brain Surgeon's saliency for a block of weights (oBERT, arXiv
+2203.07259, eq. 6); GQSA (arXiv 2412.17560, section 3.2) averages its diagonal form w^2 / [H^-1]_jj over
+a group, which ignores that the inputs of one group are correlated.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def group_saliency(weight: torch.Tensor, hessian_inverse: torch.Tensor, group_size: int) -> torch.Tensor:
+    """f32 [rows, columns / G]. weight: f32 [rows, columns]. hessian_inverse: f32 [columns, columns]."""
+    n_groups = weight.shape[1] // group_size
+    metrics = torch.linalg.inv(diagonal_blocks(hessian_inverse, group_size))  # [n_groups, G, G]
+    groups = weight.view(-1, n_groups, group_size).transpose(0, 1)  # [n_groups, rows, G]
+    return ((groups @ metrics) * groups).sum(2).T.contiguous()
+
+
+def diagonal_blocks(matrix: torch.Tensor, group_size: int) -> torch.Tensor:
+    """[columns / G, G, G]: the blocks on the diagonal of a [columns, columns] matrix."""
+    n_groups = len(matrix) // group_size
+    index = torch.arange(n_groups, device=matrix.device)
+    return matrix.view(n_groups, group_size, n_groups, group_size)[index, :, index]

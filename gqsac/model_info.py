@@ -1,0 +1,33 @@
+"""What a checkpoint's configs say of the model beside its graph: its name and special tokens."""
+
+from gqsac.checkpoint import Checkpoint
+from gqsac.errors import ModelError
+
+
+def model_name(checkpoint: Checkpoint) -> str:
+    """The name given at compression, else the folder's."""
+    details = checkpoint.quantization.details if checkpoint.quantization else {}
+    return str(details.get("name") or checkpoint.path.resolve().name)
+
+
+def bos_token_id(checkpoint: Checkpoint) -> int | None:
+    """Beginning-of-sequence token from generation_config.json, else config.json."""
+    ids = _token_ids(checkpoint, "bos_token_id")
+    return ids[0] if ids else None
+
+
+def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """All tokens that end a text; chat models often have two."""
+    return _token_ids(checkpoint, "eos_token_id")
+
+
+def _token_ids(checkpoint: Checkpoint, key: str) -> tuple[int, ...]:
+    for source in (checkpoint.generation_config, checkpoint.config):
+        value = source.get(key)
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(type(token) is int and token >= 0 for token in ids):
+            raise ModelError(f"{checkpoint.path}: {key} is {value!r}, expected a token id or a list of them")
+        return tuple(ids)
+    return ()

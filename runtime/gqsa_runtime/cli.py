@@ -1,0 +1,379 @@
+"""The command `gqsa`: everything that a compiled model is used for.
+
+Generated text alone goes to stdout, all else to stderr, so that output can be piped. Exit codes:
+0 done, 1 an error (one sentence on stderr), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+import click
+
+from gqsa_runtime import __version__
+from gqsa_runtime.errors import GqsaError, InputError
+
+_FILE = click.argument("file", type=click.Path(path_type=str))
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+
+
+def main(group: click.Command | None = None, args: Sequence[str] | None = None, prog_name: str | None = None) -> None:
+    """Runs a command group to its end and exits the process with the codes above. gqsac uses it too."""
+    try:
+        code = (group or gqsa).main(args=args, prog_name=prog_name, standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except GqsaError as error:
+        click.echo(f"error: {error}", err=True)
+        code = 1
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        code = 130
+    except BrokenPipeError:
+        # The reader has gone (`gqsa run … | head`). Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def commands() -> list[click.Command]:
+    """The commands of `gqsa`, for another group to mount."""
+    return [run, chat, inspect, verify, bench, evaluate, doctor]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gqsa")
+def gqsa() -> None:
+    """Runs, inspects and measures compiled models (.gqsa files).
+
+    A .gqsa file holds native code: open only files that you trust.
+
+    \b
+    Example:
+      gqsa run model.gqsa --prompt "Name three rivers." --max-new-tokens 64
+    """
+
+
+def _options(*options: Callable) -> Callable:
+    return functools.partial(functools.reduce, lambda function, option: option(function), options[::-1])
+
+
+_model_options = _options(
+    click.option("--device", default="auto", show_default=True, help="auto, cuda, cuda:N or cpu."),
+    click.option("--context", type=int, help="Tokens that fit at once. Default: 4096, or less to fit."),
+    click.option("--threads", type=int, help="CPU threads. Default: all."),
+)
+
+
+def _sampling_options(temperature: float) -> Callable:
+    return _options(
+        click.option("--max-new-tokens", type=int, default=256, show_default=True),
+        click.option("--temperature", type=float, default=temperature, show_default=True, help="0: the likeliest."),
+        click.option("--top-k", type=int, default=0, help="Only the K likeliest tokens. 0: off."),
+        click.option("--top-p", type=float, default=1.0, help="Only the likeliest tokens of this mass. 1: off."),
+        click.option("--min-p", type=float, default=0.0, help="Only tokens of this share of the likeliest. 0: off."),
+        click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 avoids repetition."),
+        click.option("--seed", type=int, help="Makes sampling repeatable."),
+        click.option("--stop", multiple=True, help="End before this text. May be given several times."),
+    )
+
+
+def _tell(message: str) -> None:
+    click.echo(message, err=True)
+
+
+def _open_model(file: str, device: str, context: int | None, threads: int | None):
+    from gqsa_runtime.model import Model
+
+    with _LoadingBar() as bar:
+        model = Model.open(file, device, context, threads, bar.update)
+    _tell(f"device {model.device_reason}")
+    if model.context_reason:
+        _tell(model.context_reason)
+    return model
+
+
+class _LoadingBar:
+    """A progress bar over bytes, on a terminal only."""
+
+    def __enter__(self):
+        self._bar = None
+        return self
+
+    def update(self, done: int, total: int) -> None:
+        if not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", leave=False, file=sys.stderr)
+        self._bar.update(done - self._bar.n)
+
+    def __exit__(self, *exc_info) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _progress(items: Iterable, unit: str):
+    from tqdm import tqdm
+
+    return tqdm(items, unit=unit, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
+
+
+def _write(pieces: Iterable[str]) -> str:
+    text = []
+    for piece in pieces:
+        text.append(piece)
+        click.echo(piece, nl=False)
+    click.echo()
+    return "".join(text)
+
+
+def _tell_stats(model) -> None:
+    stats = model.stats
+    _tell(
+        f"prompt {stats.prompt_tokens} tokens ({stats.cached_tokens} kept) in {stats.prefill_seconds:.3f} s, "
+        f"{stats.prefill_tokens_per_second:.1f} tokens/s; generated {stats.new_tokens} in "
+        f"{stats.decode_seconds:.3f} s, {stats.decode_tokens_per_second:.1f} tokens/s; finished: {stats.finish_reason}"
+    )
+
+
+def _read_text(path: str, what: str) -> str:
+    try:
+        with click.open_file(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise InputError(f"{path}: the {what} cannot be read: {error.strerror or error}; check the path") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: the {what} is not UTF-8 text; convert it first") from None
+
+
+@click.command()
+@_FILE
+@click.option("--prompt", "-p", help="The prompt. Default: read from standard input.")
+@click.option("--raw", is_flag=True, help="Continue the prompt itself, without the file's chat template.")
+@_sampling_options(temperature=0.0)
+@_model_options
+@click.option("--stats", is_flag=True, help="Tell counts and speeds on standard error.")
+def run(file, prompt, raw, device, context, threads, stats, **sampling) -> None:
+    """Answers one prompt, as a chat message if the file has a chat template, and exits.
+
+    \b
+    Examples:
+      gqsa run model.gqsa --prompt "Name three rivers."
+      echo "Once upon a time" | gqsa run model.gqsa --raw --temperature 0.8 --seed 1
+    """
+    if prompt is None:
+        if sys.stdin.isatty():
+            _tell("reading the prompt from standard input; end it with Ctrl-D")
+        prompt = _read_text("-", "prompt")
+    with _open_model(file, device, context, threads) as model:
+        if model.has_chat_template and not raw:
+            pieces = model.chat([{"role": "user", "content": prompt}], **sampling)
+        else:
+            pieces = model.generate(prompt, **sampling)
+        _write(pieces)
+        if stats:
+            _tell_stats(model)
+
+
+@click.command()
+@_FILE
+@click.option("--system", help="A system message to begin with.")
+@_sampling_options(temperature=0.7)
+@_model_options
+@click.option("--stats", is_flag=True, help="Tell counts and speeds after each answer.")
+def chat(file, system, device, context, threads, stats, **sampling) -> None:
+    """Talks with the model, line by line; /reset begins anew, /exit or Ctrl-D ends.
+
+    \b
+    Example:
+      gqsa chat model.gqsa --system "Answer in one sentence."
+    """
+    opening = [{"role": "system", "content": system}] if system else []
+    with _open_model(file, device, context, threads) as model:
+        if not model.has_chat_template:
+            raise InputError(f"{file}: the file carries no chat template; use `gqsa run` instead")
+        messages = list(opening)
+        while True:
+            line = _read_line()
+            if line is None or line == "/exit":
+                return
+            if line == "/reset":
+                messages = list(opening)
+                continue
+            if not line:
+                continue
+            messages.append({"role": "user", "content": line})
+            answer = _write(model.chat(messages, **sampling))
+            messages.append({"role": "assistant", "content": answer})
+            if stats:
+                _tell_stats(model)
+
+
+def _read_line() -> str | None:
+    if sys.stdin.isatty():
+        click.echo("> ", err=True, nl=False)
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+@click.command()
+@_FILE
+@click.option("--context", type=int, help="Tokens to state the memory for. Default: 4096, or what the model has.")
+@click.option("--kernels", is_flag=True, help="List the kernels and their constants.")
+@click.option("--tensors", is_flag=True, help="List the tensors.")
+@_JSON
+def inspect(file, context, kernels, tensors, as_json) -> None:
+    """Shows what a file holds: size, bits per weight, targets, kernels, memory.
+
+    \b
+    Example:
+      gqsa inspect model.gqsa --context 8192
+    """
+    from gqsa_runtime import inspect_
+    from gqsa_runtime.reader import ArtifactFile
+    from gqsa_runtime.validate import validate
+
+    with ArtifactFile.open(file) as artifact:
+        validate(artifact.program, artifact.tensors, context)
+        facts = inspect_.describe(artifact, context)
+        lists = {"kernel_list": inspect_.kernel_rows(artifact)} if kernels else {}
+        lists |= {"tensor_list": inspect_.tensor_rows(artifact)} if tensors else {}
+    if as_json:
+        click.echo(json.dumps(facts | lists, indent=2, ensure_ascii=False))
+        return
+    click.echo(inspect_.render(facts))
+    for rows in lists.values():
+        click.echo("\n" + inspect_.table(rows))
+
+
+@click.command()
+@_FILE
+@_JSON
+def verify(file, as_json) -> None:
+    """Checks every digest, the launch plan and all index tensors of a file.
+
+    \b
+    Example:
+      gqsa verify model.gqsa
+    """
+    from gqsa_runtime import format as gqsa_format
+    from gqsa_runtime.chat import ChatTemplate
+    from gqsa_runtime.reader import ArtifactFile
+    from gqsa_runtime.tokenizer import Tokenizer
+    from gqsa_runtime.validate import ContentChecks, validate
+
+    with ArtifactFile.open(file) as artifact:
+        validate(artifact.program, artifact.tensors)
+        checks = ContentChecks(artifact.program, artifact.tensors)
+        n_bytes = 0
+        for name in _progress(list(artifact.tensors), "tensor"):
+            array = artifact.read(name)
+            checks.check(name, array)
+            n_bytes += array.nbytes
+        Tokenizer(artifact.text(gqsa_format.KEY_TOKENIZER))
+        if gqsa_format.KEY_CHAT_TEMPLATE in artifact.metadata:
+            ChatTemplate(artifact.text(gqsa_format.KEY_CHAT_TEMPLATE))
+        n_tensors = len(artifact.tensors)
+    if as_json:
+        click.echo(json.dumps({"path": file, "ok": True, "tensors": n_tensors, "bytes": n_bytes}))
+    else:
+        click.echo(f"{file} is sound: {n_tensors} tensors, {n_bytes:,} bytes, launch plan, tokenizer and chat template")
+
+
+@click.command()
+@_FILE
+@click.option("--at", "lengths", default="128,1024", show_default=True, help="Context lengths, in tokens.")
+@click.option("--decode", "n_decode", type=int, default=64, show_default=True, help="Decode steps per round.")
+@click.option("--repeats", type=int, default=3, show_default=True, help="Timed rounds.")
+@_model_options
+@_JSON
+def bench(file, lengths, n_decode, repeats, device, context, threads, as_json) -> None:
+    """Measures prompt and decode speed at given context lengths: warm-up, then medians.
+
+    \b
+    Example:
+      gqsa bench model.gqsa --at 128,1024,4096 --context 8192
+    """
+    from gqsa_runtime import inspect_
+    from gqsa_runtime.bench import bench as measure
+
+    try:
+        contexts = [int(length) for length in lengths.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{lengths!r} is no list of numbers such as 128,1024", param_hint="--at") from None
+    with _open_model(file, device, context, threads) as model:
+        rows = measure(model, contexts, n_decode, repeats, functools.partial(_progress, unit="length"))
+        result = {"path": file, "name": model.program.name, "device": model.device.name, "rows": rows}
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        click.echo(f"{result['name']} on {result['device']}\n{inspect_.table(rows)}")
+
+
+@click.group("eval")
+def evaluate() -> None:
+    """Measures quality.
+
+    \b
+    Example:
+      gqsa eval ppl model.gqsa --text wiki.test.raw
+    """
+
+
+@evaluate.command()
+@_FILE
+@click.option("--text", required=True, type=click.Path(path_type=str), help="A UTF-8 text file, - for stdin.")
+@click.option("--window", type=int, default=2048, show_default=True, help="Tokens scored in one go.")
+@click.option("--stride", type=int, help="Tokens from one window to the next. Default: the window.")
+@click.option("--max-windows", type=int, help="Stop after so many windows.")
+@_model_options
+@_JSON
+def ppl(file, text, window, stride, max_windows, device, context, threads, as_json) -> None:
+    """Perplexity of a text. The last tokens that fill no window are left out.
+
+    \b
+    Example:
+      gqsa eval ppl model.gqsa --text wiki.test.raw --window 2048 --max-windows 20
+    """
+    from gqsa_runtime.perplexity import perplexity
+
+    content = _read_text(text, "text")
+    with _open_model(file, device, context or None, threads) as model:
+        result = perplexity(model, content, window, stride, max_windows, functools.partial(_progress, unit="window"))
+    if as_json:
+        click.echo(json.dumps({"path": file, "window": window, "stride": stride or window, **vars(result)}))
+    else:
+        click.echo(
+            f"perplexity {result.perplexity:.4f} over {result.n_tokens:,} tokens in {result.n_windows} windows, "
+            f"{result.n_tokens / max(result.seconds, 1e-9):,.0f} tokens/s"
+        )
+
+
+@click.command()
+@_JSON
+def doctor(as_json) -> None:
+    """Says what this machine can run, and what to install where something is missing.
+
+    \b
+    Example:
+      gqsa doctor
+    """
+    from gqsa_runtime import doctor as examination
+
+    findings = examination.examine()
+    if as_json:
+        click.echo(json.dumps([vars(finding) for finding in findings], indent=2))
+    else:
+        click.echo(examination.render(findings))
+
+
+for _command in commands():
+    gqsa.add_command(_command)

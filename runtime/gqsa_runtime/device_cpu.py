@@ -1,0 +1,297 @@
+"""The CPU device: one arena, one pool of threads, and one native call per phase. numpy and ctypes only."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from gqsa_runtime.errors import DeviceError
+from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Program, Step
+from gqsa_runtime.rope import rope_table
+
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+HEADROOM_BYTES = 64 << 20  # of memory left free beside the arena
+# Chooses a binary by its target's name, e.g. x86_64_v3 on a machine with AVX-512. For tests and comparisons.
+TARGET_VARIABLE = "GQSA_CPU_TARGET"
+
+NUMPY_DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i16": np.int16, "i8": np.int8}
+
+# The flags of /proc/cpuinfo that a target's code relies on; the best target comes first.
+_V3 = frozenset("avx avx2 bmi1 bmi2 f16c fma abm movbe xsave".split())
+_TARGETS = {
+    "x86_64_v4": _V3 | frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split()),
+    "x86_64_v3": _V3,
+    "aarch64": frozenset(),
+}
+
+# Loaded shared objects by digest. They stay loaded for the life of the process: glibc knows a library
+# by its path, and the path of an in-memory file comes back for another file once that is closed.
+_libraries: dict[bytes, tuple[ctypes.CDLL, int | None]] = {}
+
+
+def supported_targets() -> tuple[str, ...]:
+    """CPU targets whose code this machine can run, the best first; empty where there is none."""
+    if not sys.platform.startswith("linux"):
+        return ()
+    machine = platform.machine().lower()
+    if machine in ("aarch64", "arm64"):
+        return ("aarch64",)
+    if machine not in ("x86_64", "amd64"):
+        return ()
+    flags = _cpu_flags()
+    return tuple(name for name, needed in _TARGETS.items() if name.startswith("x86_64") and needed <= flags)
+
+
+def _cpu_flags() -> frozenset[str]:
+    with open("/proc/cpuinfo") as lines:
+        for line in lines:
+            key, _, value = line.partition(":")
+            if key.strip() == "flags":
+                return frozenset(value.split())
+    return frozenset()
+
+
+def probe(program: Program) -> tuple[bool, str]:
+    """Whether this machine's CPU can run the program, and the reason in a few words."""
+    try:
+        binary = choose_binary(program.binaries)
+    except DeviceError as error:
+        return False, str(error)
+    return True, f"the CPU runs the file's {binary.target} kernels"
+
+
+def choose_binary(binaries: tuple[Binary, ...]) -> Binary:
+    """The best of a file's binaries for this machine's CPU.
+
+    Raises DeviceError that names the CPU's and the file's targets and the command that rebuilds.
+    """
+    held = {binary.target: binary for binary in binaries if binary.kind == "shared_object"}
+    supported = supported_targets()
+    wanted = os.environ.get(TARGET_VARIABLE)
+    for target in supported:
+        if target in held and wanted in (None, "", target):
+            return held[target]
+    if wanted:
+        raise DeviceError(
+            f"{TARGET_VARIABLE}={wanted} cannot be used: the file's CPU targets are {', '.join(held) or 'none'} and "
+            f"this CPU runs {', '.join(supported) or 'none of gqsac'}; unset the variable, or rebuild the file with "
+            f"`gqsac build MODEL -o FILE --target {wanted}`"
+        )
+    if not supported:
+        raise DeviceError(
+            f"this CPU ({platform.system()} {platform.machine()}) cannot run any gqsac kernels; they need Linux on "
+            "x86-64 with AVX2, FMA and F16C, or on 64-bit Arm"
+        )
+    raise DeviceError(
+        f"the file has no kernels for this CPU ({supported[0]}): its CPU targets are {', '.join(held) or 'none'}; "
+        f"rebuild it with `gqsac build MODEL -o FILE --target {supported[0]}`"
+    )
+
+
+def default_threads() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+class CpuDevice:
+    """Runs a program on the CPU. All memory is reserved when it is made; nothing is allocated after.
+
+    tensors: name -> read-only C-contiguous array, flat or shaped; they are used in place, not copied.
+    binaries: gives a binary's bytes, whose digest the reader has checked: they are native code.
+    context: positions in the KV cache. threads: of the pool with the caller, by default all CPUs that
+    this process may use; results do not depend on it. One thread at a time may call the methods.
+    Raises DeviceError for a CPU that the file has no kernels for, and where memory does not suffice.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        tensors: Mapping[str, np.ndarray],
+        binaries: Callable[[Binary], bytes],
+        context: int,
+        threads: int | None = None,
+    ):
+        self.threads = default_threads() if threads is None else threads
+        if self.threads < 1:
+            raise DeviceError(f"{threads} threads cannot run anything; choose 1 or more")
+        self._pool = None
+        binary = choose_binary(program.binaries)
+        self.target = binary.target
+        self.name = f"CPU ({self.target}, {self.threads} thread{'s' if self.threads > 1 else ''})"
+        self._library = _load_library(binaries(binary))
+        self._context = context
+        self._keep: list[np.ndarray] = []  # arrays that native code points into
+        self._addresses: dict[tuple, int] = {}
+        self._allocate(program, tensors)
+        self._use_tensors(program, tensors)
+        self._phases = {phase: self._resolve(program, steps) for phase, steps in program.phases.items()}
+        self._pool = self._library.gqsa_pool_create(self.threads)
+        if not self._pool:
+            raise DeviceError(f"{self.threads} threads cannot be started; choose fewer with --threads")
+
+    def upload(self, buffer: str, values: np.ndarray) -> None:
+        """Copies values to the start of a buffer, as the buffer's dtype. Raises ValueError if they do not fit."""
+        array = self._buffers[buffer]
+        values = np.asarray(values).reshape(-1)
+        if values.size > array.size:
+            raise ValueError(f"{values.size} values do not fit buffer {buffer!r} of {array.size}")
+        array[: values.size] = values
+
+    def launch(self, phase: str) -> None:
+        """Runs a phase and returns when it is done. Other Python threads run meanwhile."""
+        launches, count = self._phases[phase]
+        self._library.gqsa_run(self._pool, launches, count)
+
+    def download(self, buffer: str, count: int) -> np.ndarray:
+        """A copy of the first `count` elements of a buffer. Raises ValueError if it holds fewer."""
+        array = self._buffers[buffer]
+        if count > array.size:
+            raise ValueError(f"buffer {buffer!r} holds {array.size} elements, not {count}")
+        return array[:count].copy()
+
+    def close(self) -> None:
+        """Ends the threads and frees the memory. Safe to call twice."""
+        if self._pool:
+            self._library.gqsa_pool_destroy(self._pool)
+        self._pool, self._phases, self._buffers, self._addresses = None, {}, {}, {}
+        self._keep.clear()
+
+    def __del__(self):
+        if getattr(self, "_pool", None):
+            self.close()
+
+    def _allocate(self, program: Program, tensors: Mapping[str, np.ndarray]) -> None:
+        """One arena: activations, KV caches, rope tables."""
+        context = self._context
+        sizes: dict[tuple, int] = {("arena", None): program.arena_bytes}
+        for layer, kv in enumerate(program.kv_layers):
+            size = context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
+            sizes["k_cache", layer] = sizes["v_cache", layer] = size
+        for name, rope in program.ropes.items():
+            sizes["rope", name] = context * rope.rotary_dim * DTYPE_BYTES["f32"]
+        total = ALIGNMENT + sum(_align(size) for size in sizes.values())
+        self._check_memory(program, total)
+        try:
+            raw = np.zeros(total, np.uint8)
+        except MemoryError as error:
+            raise DeviceError(
+                f"context {context} needs {total / 1e9:.2f} GB that the system does not give; choose a smaller --context"
+            ) from error
+        self._keep.append(raw)
+        offset = -raw.ctypes.data % ALIGNMENT
+        places: dict[tuple, np.ndarray] = {}
+        for key, size in sizes.items():
+            places[key] = raw[offset : offset + size]
+            self._addresses[key] = raw.ctypes.data + offset
+            offset += _align(size)
+        for name, rope in program.ropes.items():
+            table = rope_table(tensors[rope.inv_freq].reshape(-1), rope.scaling, context)
+            places["rope", name].view(np.float32)[:] = table.reshape(-1)
+        arena = places["arena", None]
+        self._buffers = {
+            b.name: arena[b.offset : b.offset + b.elements * DTYPE_BYTES[b.dtype]].view(NUMPY_DTYPES[b.dtype])
+            for b in program.buffers
+        }
+
+    def _check_memory(self, program: Program, total: int) -> None:
+        free = _available_bytes()
+        if total + HEADROOM_BYTES <= free:
+            return
+        rope_bytes = sum(rope.rotary_dim * DTYPE_BYTES["f32"] for rope in program.ropes.values())
+        per_token = program.kv_bytes_per_token() + rope_bytes
+        rest = free - HEADROOM_BYTES - (total - self._context * per_token)
+        fits = f"a context of {rest // per_token} fits" if 0 < per_token <= rest else "not even one position fits"
+        raise DeviceError(
+            f"context {self._context} needs {total / 1e9:.2f} GB of memory and {free / 1e9:.2f} GB is free; {fits}: "
+            "choose --context accordingly"
+        )
+
+    def _use_tensors(self, program: Program, tensors: Mapping[str, np.ndarray]) -> None:
+        """Takes the addresses of the tensors that the steps name."""
+        used = {arg.name for steps in program.phases.values() for step in steps for arg in step.args if arg.kind == "tensor"}
+        for name in sorted(used):
+            array = tensors[name]
+            if not array.flags.c_contiguous:
+                raise ValueError(f"tensor {name!r} is not contiguous")
+            self._keep.append(array)
+            self._addresses["tensor", name] = array.ctypes.data
+
+    def _resolve(self, program: Program, steps: tuple[Step, ...]) -> tuple[int, int]:
+        """Native launch list of a phase: (address, count). A launch is {function, args}, two pointers."""
+        launches = np.zeros((len(steps), 2), np.uint64)
+        dtypes = {buffer.name: buffer for buffer in program.buffers}
+
+        def address(arg: Argument) -> int:
+            if arg.kind == "null":
+                return 0
+            if arg.kind == "buffer":
+                buffer = dtypes[arg.name]
+                return self._addresses["arena", None] + buffer.offset + arg.offset * DTYPE_BYTES[buffer.dtype]
+            return self._addresses[arg.kind, arg.name]
+
+        for launch, step in zip(launches, steps):
+            args = np.array([address(arg) for arg in step.args], np.uint64)
+            self._keep.append(args)
+            function = ctypes.cast(getattr(self._library, step.kernel), ctypes.c_void_p).value
+            launch[:] = function, args.ctypes.data
+        self._keep.append(launches)
+        return launches.ctypes.data, len(steps)
+
+
+def _align(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping: of the machine, and of this process's control group."""
+    with open("/proc/meminfo") as lines:
+        fields = dict(line.split(":") for line in lines)
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
+            free = min(free, int(limit.read()) - int(current.read()))
+    except (OSError, ValueError):  # no control group, or one without a limit ("max")
+        pass
+    return free
+
+
+def _load_library(data: bytes) -> ctypes.CDLL:
+    digest = hashlib.sha256(data).digest()
+    if digest not in _libraries:
+        try:
+            _libraries[digest] = _open_library(data)
+        except OSError as error:
+            raise DeviceError(
+                f"the file's CPU kernels cannot be loaded ({error}); check the file with `gqsa verify`"
+            ) from error
+        library = _libraries[digest][0]
+        library.gqsa_pool_create.argtypes = [ctypes.c_int]
+        library.gqsa_pool_create.restype = ctypes.c_void_p
+        library.gqsa_pool_destroy.argtypes = [ctypes.c_void_p]
+        library.gqsa_pool_destroy.restype = None
+        library.gqsa_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+        library.gqsa_run.restype = None
+    return _libraries[digest][0]
+
+
+def _open_library(data: bytes) -> tuple[ctypes.CDLL, int | None]:
+    """(library, descriptor to keep open). From memory, or where that may not run code from a private file."""
+    descriptor = os.memfd_create("gqsa_kernels")
+    with os.fdopen(os.dup(descriptor), "wb") as file:
+        file.write(data)
+    try:
+        return ctypes.CDLL(f"/proc/self/fd/{descriptor}"), descriptor
+    except OSError:
+        os.close(descriptor)
+    with tempfile.TemporaryDirectory(prefix="gqsa-") as folder:  # mode 0700
+        path = os.path.join(folder, "kernels.so")
+        with open(path, "wb") as file:
+            file.write(data)
+        return ctypes.CDLL(path), None

@@ -1,0 +1,296 @@
+"""The CUDA device: one arena, one stream, one captured graph per phase. Driver API only."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from gqsa_runtime.errors import DeviceError
+from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Kernel, Program, Step
+from gqsa_runtime.rope import rope_table
+
+# Left free beside the arena: graphs, modules and the driver's own allocations.
+HEADROOM_BYTES = 256 << 20
+STATIC_SHARED_LIMIT = 48 << 10  # above this a kernel must opt in to dynamic shared memory
+ALIGNMENT = 256  # of everything in the arena, as cuMemAlloc aligns
+# Chooses a binary by its target's name, e.g. compute_80 to run the PTX. For tests and comparisons.
+TARGET_VARIABLE = "GQSA_CUDA_TARGET"
+
+NUMPY_DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i8": np.int8}
+
+
+def probe(program: Program, ordinal: int = 0) -> tuple[bool, str]:
+    """Whether this machine's GPU can run the program, and the reason in a few words."""
+    try:
+        gpu = Gpu(ordinal)
+        binary = choose_binary(program.binaries, gpu)
+    except DeviceError as error:
+        return False, str(error)
+    return True, f"{gpu.name} runs the file's {binary.target} kernels"
+
+
+def _driver():
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise DeviceError(
+            f"cuda-bindings cannot be imported ({error}); install it with `pip install cuda-bindings`"
+        ) from error
+    return driver
+
+
+def call(function: str, *args):
+    """Calls a driver function by name. Returns its value(s); raises DeviceError on any failure."""
+    driver = _driver()
+    try:
+        status, *values = getattr(driver, function)(*args)
+    except RuntimeError as error:  # the library itself is missing
+        raise DeviceError(
+            "no NVIDIA driver found (libcuda.so.1 cannot be loaded); install one, or use --device cpu"
+        ) from error
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise DeviceError(_explain(function, status.name))
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _explain(function: str, status: str) -> str:
+    reasons = {
+        "CUDA_ERROR_NO_DEVICE": "the driver finds no GPU; use --device cpu",
+        "CUDA_ERROR_OUT_OF_MEMORY": "the GPU is out of memory; use a smaller --context or close other programs",
+        "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": "the driver is older than the PTX in the file; update the NVIDIA "
+        "driver, or rebuild the file with `gqsac build` for this GPU's architecture",
+        "CUDA_ERROR_INVALID_IMAGE": "the kernels in the file are damaged or not for this driver; check the file "
+        "with `gqsa verify`, and update the NVIDIA driver",
+    }
+    return f"{function} failed with {status}: " + reasons.get(status, "check the GPU with `gqsa doctor`")
+
+
+class Gpu:
+    """A GPU and its primary context."""
+
+    def __init__(self, ordinal: int = 0):
+        call("cuInit", 0)
+        count = call("cuDeviceGetCount")
+        if not 0 <= ordinal < count:
+            raise DeviceError(f"GPU {ordinal} does not exist: the driver finds {count}; use --device cuda:N or cpu")
+        attributes = _driver().CUdevice_attribute
+        self.device = call("cuDeviceGet", ordinal)
+        self.name = call("cuDeviceGetName", 128, self.device).rstrip(b"\0").decode()
+        self.major = call(
+            "cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, self.device
+        )
+        self.minor = call(
+            "cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, self.device
+        )
+        self.driver_version = call("cuDriverGetVersion")
+
+    @property
+    def arch(self) -> str:
+        """For example "sm_90"."""
+        return f"sm_{self.major}{self.minor}"
+
+
+def choose_binary(binaries: tuple[Binary, ...], gpu: Gpu) -> Binary:
+    """The best binary for a GPU: a cubin of its major version and at most its minor one, else PTX.
+
+    Raises DeviceError that names the GPU's and the file's targets and the command that rebuilds.
+    """
+    cuda = [binary for binary in binaries if binary.kind in ("cubin", "ptx")]
+    wanted = os.environ.get(TARGET_VARIABLE)
+    if wanted:
+        cuda = [binary for binary in cuda if binary.target == wanted]
+    best: tuple[int, Binary] | None = None
+    for binary in cuda:
+        version = int(binary.target.rpartition("_")[2])
+        major, minor = divmod(version, 10)
+        if binary.kind == "cubin" and (major != gpu.major or minor > gpu.minor):
+            continue
+        if binary.kind == "ptx" and (major, minor) > (gpu.major, gpu.minor):
+            continue
+        rank = version + (10_000 if binary.kind == "cubin" else 0)
+        if best is None or rank > best[0]:
+            best = (rank, binary)
+    if best is None:
+        held = ", ".join(binary.target for binary in cuda) or "none"
+        asked = f" of {TARGET_VARIABLE}={wanted}" if wanted else ""
+        raise DeviceError(
+            f"the file has no kernels{asked} for {gpu.name} ({gpu.arch}): its CUDA targets are {held}; "
+            f"rebuild it with `gqsac build MODEL -o FILE --target {gpu.arch}`, or use --device cpu"
+        )
+    return best[1]
+
+
+class CudaDevice:
+    """Runs a program on one GPU. All memory is allocated when it is made; nothing after.
+
+    tensors: name -> array, read once each. context: positions in the KV cache.
+    Raises DeviceError for a missing driver, GPU or binary, and where memory does not suffice.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        tensors: Mapping[str, np.ndarray],
+        binaries: Callable[[Binary], bytes],
+        context: int,
+        ordinal: int = 0,
+    ):
+        self._program = program
+        self._gpu = Gpu(ordinal)
+        self.name = self._gpu.name
+        self._binary = choose_binary(program.binaries, self._gpu)
+        self.target = self._binary.target
+        self._memory = self._stream = None
+        self._modules: list = []
+        self._graphs: dict[str, object] = {}
+        self._context = call("cuDevicePrimaryCtxRetain", self._gpu.device)
+        try:
+            call("cuCtxSetCurrent", self._context)
+            self._stream = call("cuStreamCreate", _driver().CUstream_flags.CU_STREAM_NON_BLOCKING)
+            self._allocate(tensors, context)
+            self._functions = self._load(binaries(self._binary))
+            for phase, steps in program.phases.items():
+                self._graphs[phase] = self._capture(steps)
+        except BaseException:
+            self.close()
+            raise
+
+    def upload(self, buffer: str, values: np.ndarray) -> None:
+        """Copies values to the start of a buffer."""
+        address, dtype, elements = self._buffers[buffer]
+        values = np.ascontiguousarray(values, NUMPY_DTYPES[dtype])
+        if values.size > elements:
+            raise ValueError(f"{values.size} values do not fit buffer {buffer!r} of {elements}")
+        self._set_current()
+        call("cuMemcpyHtoDAsync", address, values.ctypes.data, values.nbytes, self._stream)
+
+    def launch(self, phase: str) -> None:
+        """Starts a phase; the next download waits for it."""
+        self._set_current()
+        call("cuGraphLaunch", self._graphs[phase], self._stream)
+
+    def download(self, buffer: str, count: int) -> np.ndarray:
+        """The first `count` elements of a buffer, after all work before has finished."""
+        address, dtype, elements = self._buffers[buffer]
+        if count > elements:
+            raise ValueError(f"buffer {buffer!r} holds {elements} elements, not {count}")
+        values = np.empty(count, NUMPY_DTYPES[dtype])
+        self._set_current()
+        call("cuMemcpyDtoHAsync", values.ctypes.data, address, values.nbytes, self._stream)
+        call("cuStreamSynchronize", self._stream)
+        return values
+
+    def close(self) -> None:
+        """Frees everything. Safe to call twice."""
+        if self._context is None:
+            return
+        self._set_current()
+        for graph in self._graphs.values():
+            call("cuGraphExecDestroy", graph)
+        for module in self._modules:
+            call("cuModuleUnload", module)
+        if self._memory is not None:
+            call("cuMemFree", self._memory)
+        if self._stream is not None:
+            call("cuStreamDestroy", self._stream)
+        call("cuDevicePrimaryCtxRelease", self._gpu.device)
+        self._graphs, self._modules, self._memory, self._stream, self._context = {}, [], None, None, None
+
+    def _set_current(self) -> None:
+        # A server's threads each have their own current context; setting it costs a microsecond.
+        call("cuCtxSetCurrent", self._context)
+
+    def _allocate(self, tensors: Mapping[str, np.ndarray], context: int) -> None:
+        program = self._program
+        used = {arg.name for steps in program.phases.values() for step in steps for arg in step.args}
+        names = [name for name in tensors if name in used]
+        sizes = {name: tensors.nbytes(name) if hasattr(tensors, "nbytes") else tensors[name].nbytes for name in names}
+        weight_bytes = sum(_align(size) for size in sizes.values())
+        rope_bytes = sum(context * rope.rotary_dim * 4 for rope in program.ropes.values())
+        total = weight_bytes + program.arena_bytes + context * program.kv_bytes_per_token() + rope_bytes
+        total += ALIGNMENT * (2 * len(program.kv_layers) + len(program.ropes) + 1)
+        free, installed = call("cuMemGetInfo")
+        if total + HEADROOM_BYTES > free:
+            per_token = program.kv_bytes_per_token() + sum(rope.rotary_dim * 4 for rope in program.ropes.values())
+            rest = free - HEADROOM_BYTES - (total - context * per_token)
+            fits = f"a context of {rest // per_token} fits" if rest >= per_token else "not even one position fits"
+            raise DeviceError(
+                f"context {context} needs {total / 1e9:.2f} GB and {self.name} has {free / 1e9:.2f} of "
+                f"{installed / 1e9:.2f} GB free; {fits}: choose --context accordingly"
+            )
+        self._memory = call("cuMemAlloc", total)
+        # Nothing may depend on what the memory held before; zeros make that so.
+        call("cuMemsetD8Async", self._memory, 0, total, self._stream)
+        cursor = int(self._memory)
+
+        def take(size: int) -> int:
+            nonlocal cursor
+            address = cursor
+            cursor += _align(size)
+            return address
+
+        arena = take(program.arena_bytes)
+        self._buffers = {b.name: (arena + b.offset, b.dtype, b.elements) for b in program.buffers}
+        self._addresses: dict[tuple, int] = {}
+        for layer, kv in enumerate(program.kv_layers):
+            size = context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
+            self._addresses["k_cache", layer] = take(size)
+            self._addresses["v_cache", layer] = take(size)
+        for name, rope in program.ropes.items():
+            table = rope_table(tensors[rope.inv_freq], rope.scaling, context)
+            self._addresses["rope", name] = take(table.nbytes)
+            self._copy(self._addresses["rope", name], table)
+        for name in names:
+            array = np.ascontiguousarray(tensors[name])
+            self._addresses["tensor", name] = take(array.nbytes)
+            self._copy(self._addresses["tensor", name], array)
+
+    def _copy(self, address: int, array: np.ndarray) -> None:
+        call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, self._stream)
+        call("cuStreamSynchronize", self._stream)
+
+    def _load(self, data: bytes) -> dict[str, object]:
+        """Loads the modules; the reader has checked their digest: a damaged cubin can kill the process."""
+        limit = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        functions = {}
+        for kernel in self._program.kernels:
+            offset, size = self._binary.kernels[kernel.name]
+            module = call("cuModuleLoadData", data[offset : offset + size] + b"\0")
+            self._modules.append(module)
+            function = call("cuModuleGetFunction", module, kernel.name.encode())
+            if kernel.shared_bytes > STATIC_SHARED_LIMIT:
+                call("cuFuncSetAttribute", function, limit, kernel.shared_bytes)
+            functions[kernel.name] = function
+        return functions
+
+    def _capture(self, steps: tuple[Step, ...]) -> object:
+        """A graph of the steps, one after another."""
+        kernels: dict[str, Kernel] = {kernel.name: kernel for kernel in self._program.kernels}
+        call("cuStreamBeginCapture", self._stream, _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+        for step in steps:
+            kernel = kernels[step.kernel]
+            values = tuple(self._address(arg) for arg in step.args)
+            types = (ctypes.c_void_p,) * len(values)
+            call(
+                "cuLaunchKernel", self._functions[kernel.name], *kernel.grid, kernel.block, 1, 1,
+                kernel.shared_bytes, self._stream, (values, types), 0,
+            )  # fmt: skip
+        graph = call("cuStreamEndCapture", self._stream)
+        executable = call("cuGraphInstantiate", graph, 0)
+        call("cuGraphDestroy", graph)
+        return executable
+
+    def _address(self, arg: Argument) -> int:
+        if arg.kind == "null":
+            return 0
+        if arg.kind == "buffer":
+            address, dtype, _ = self._buffers[arg.name]
+            return address + arg.offset * DTYPE_BYTES[dtype]
+        return self._addresses[arg.kind, arg.name]
+
+
+def _align(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,50 @@
+"""The .gqsa file format: every name and number that the writer and the reader share.
+
+A .gqsa file is a strict subset of GGUF v3 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+`docs/format.md` explains it in prose; this module is its only definition in code.
+"""
+
+import json
+from typing import Final
+
+GGUF_MAGIC: Final = b"GGUF"
+GGUF_VERSION: Final = 3
+ARCHITECTURE: Final = "gqsa"
+FORMAT_VERSION: Final = 1
+ALIGNMENT: Final = 64  # bytes; every tensor starts on a cache line and on a 16-byte load boundary
+MAX_NAME_BYTES: Final = 63  # llama.cpp refuses longer tensor names
+MAX_HEADER_BYTES: Final = 256 << 20  # a header larger than this is refused before it is read
+
+KEY_ARCHITECTURE: Final = "general.architecture"
+KEY_ALIGNMENT: Final = "general.alignment"
+KEY_NAME: Final = "general.name"
+KEY_FORMAT_VERSION: Final = "gqsa.format_version"
+KEY_PROGRAM: Final = "gqsa.program"  # JSON, see program.Program
+KEY_TOKENIZER: Final = "tokenizer.huggingface.json"
+KEY_CHAT_TEMPLATE: Final = "tokenizer.chat_template"
+KEY_COMPILER: Final = "gqsa.compiler"  # JSON: gqsac version, NVRTC version, build options
+
+# The last tensor of a file: sha256 of the header bytes, then of every other tensor in table order.
+DIGESTS_TENSOR: Final = "gqsa.digests"  # I8 [n_tensors, 32]
+
+# GGML type id -> (name, bytes per element). No other type may occur.
+TENSOR_TYPES: Final = {
+    0: ("f32", 4),
+    1: ("f16", 2),
+    24: ("i8", 1),
+    25: ("i16", 2),
+    26: ("i32", 4),
+}
+
+# One 32-bit word per kept group: fp16 scale in the low half, then the column, then the zero.
+GROUP_SCALE_BITS: Final = 16
+GROUP_COLUMN_BITS: Final = 12
+GROUP_ZERO_BITS: Final = 4
+MAX_GROUP_COLUMNS: Final = 1 << GROUP_COLUMN_BITS
+# 8-bit groups are symmetric: their zero does not fit the word and is always 128.
+ZERO_OF_8_BIT: Final = 128
+
+
+def canonical_json(value) -> str:
+    """JSON text that is the same for the same value: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

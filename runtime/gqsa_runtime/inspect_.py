@@ -1,0 +1,159 @@
+"""What a .gqsa file holds, as data and as a table for people."""
+
+from __future__ import annotations
+
+from gqsa_runtime import format as gqsa
+from gqsa_runtime import memory
+from gqsa_runtime.program import OPERATORS
+from gqsa_runtime.reader import ArtifactFile
+
+_WEIGHTS = ("values", "groups", "crow_indices", "tasks", "weight")
+
+
+def describe(file: ArtifactFile, context: int | None = None) -> dict:
+    """Facts of a validated file, ready for JSON. Sizes in bytes; context: to state memory for.
+
+    "linears" counts each weight matrix of the decode phase once: weights (parameters), bytes as stored
+    (values, scales, indices, tasks) and bits_per_weight from the two; kept: share of weights in kept groups.
+    """
+    program = file.program
+    if context is None:
+        context = min(program.max_context, 4096)
+    return {
+        "path": file.path,
+        "name": program.name,
+        "model_class": program.model_class,
+        "format_version": file.metadata[gqsa.KEY_FORMAT_VERSION],
+        "file_bytes": file.size,
+        "vocab_size": program.vocab_size,
+        "max_context": program.max_context,
+        "prefill_chunk": program.prefill_chunk,
+        "kv_dtype": program.kv_dtype,
+        "layers": len(program.kv_layers),
+        "chat_template": gqsa.KEY_CHAT_TEMPLATE in file.metadata,
+        "linears": _linears(file),
+        "targets": [
+            {"target": binary.target, "kind": binary.kind, "bytes": file.tensors[binary.tensor].size}
+            for binary in program.binaries
+        ],
+        "kernels": len(program.kernels),
+        "launches": {phase: len(steps) for phase, steps in program.phases.items()},
+        "tensors": len(file.tensors),
+        "memory": {
+            "context": context,
+            "weights": memory.weight_bytes(program, file.tensors),
+            "activations": program.arena_bytes,
+            "context_bytes": context * memory.context_bytes_per_token(program),
+            "total": memory.needed_bytes(program, file.tensors, context),
+        },
+        "statistics": program.statistics,
+    }
+
+
+def kernel_rows(file: ArtifactFile) -> list[dict]:
+    """One entry per kernel: its name, operator and constants, and how often each phase launches it."""
+    counts: dict[str, dict[str, int]] = {}
+    for phase, steps in file.program.phases.items():
+        for step in steps:
+            phases = counts.setdefault(step.kernel, {})
+            phases[phase] = phases.get(phase, 0) + 1
+    return [
+        {"name": kernel.name, "op": kernel.op, "params": kernel.params, "launches": counts.get(kernel.name, {})}
+        for kernel in file.program.kernels
+    ]
+
+
+def tensor_rows(file: ArtifactFile) -> list[dict]:
+    """One entry per tensor: its name, dtype, shape and bytes."""
+    return [
+        {"name": name, "dtype": info.dtype, "shape": list(info.shape), "bytes": info.size}
+        for name, info in file.tensors.items()
+    ]
+
+
+def _linears(file: ArtifactFile) -> dict:
+    kernels = {kernel.name: kernel for kernel in file.program.kernels}
+    weights = kept = n_bytes = 0
+    counted: set[str] = set()
+    for step in file.program.phases["decode"]:
+        kernel = kernels[step.kernel]
+        if kernel.op not in ("linear_sparse", "linear_dense"):
+            continue
+        named = {
+            parameter.name: arg.name
+            for parameter, arg in zip(OPERATORS[kernel.op], step.args, strict=True)
+            if parameter.name in _WEIGHTS
+        }
+        main = named.get("values") or named["weight"]
+        if main in counted:
+            continue
+        counted.add(main)
+        params = kernel.params
+        # The second stream of a linear adds to the first: its weights are counted there.
+        weights += 0 if params.get("accumulate") else params["rows"] * params["k"]
+        if kernel.op == "linear_sparse":
+            kept += file.tensors[named["groups"]].elements * params["group_size"]
+        else:
+            kept += params["rows"] * params["k"]
+        n_bytes += sum(file.tensors[name].size for name in named.values())
+    return {
+        "weights": weights,
+        "bytes": n_bytes,
+        "bits_per_weight": 8 * n_bytes / weights if weights else 0.0,
+        "kept": kept / weights if weights else 0.0,
+    }
+
+
+def render(facts: dict) -> str:
+    """The facts of `describe` as lines of text."""
+    linears, needs = facts["linears"], facts["memory"]
+    rows = [
+        ("model", f"{facts['name']} ({facts['model_class']})"),
+        ("file", f"{facts['path']}, {size(facts['file_bytes'])}, format version {facts['format_version']}"),
+        (
+            "linears",
+            f"{linears['weights'] / 1e6:,.1f} M weights in {size(linears['bytes'])}: "
+            f"{linears['bits_per_weight']:.2f} bits per weight, {linears['kept']:.1%} kept",
+        ),
+        ("vocabulary", f"{facts['vocab_size']:,} tokens"),
+        ("context", f"up to {facts['max_context']:,} tokens, {facts['layers']} layers of {facts['kv_dtype']} KV cache"),
+        ("chat template", "yes" if facts["chat_template"] else "no"),
+        ("targets", ", ".join(f"{t['target']} ({size(t['bytes'])})" for t in facts["targets"]) or "none"),
+        ("kernels", f"{facts['kernels']}; launches: " + ", ".join(f"{p} {n}" for p, n in facts["launches"].items())),
+        ("tensors", str(facts["tensors"])),
+        (
+            "memory",
+            f"{size(needs['total'])} at context {needs['context']:,}: weights {size(needs['weights'])}, "
+            f"activations {size(needs['activations'])}, context {size(needs['context_bytes'])}",
+        ),
+    ]
+    rows += [(f"  {key}", str(value)) for key, value in sorted(facts["statistics"].items())]
+    width = max(len(key) for key, _ in rows)
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
+
+
+def table(rows: list[dict]) -> str:
+    """Rows of equal keys as aligned columns under their names."""
+    if not rows:
+        return "(none)"
+    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
+
+
+def _cell(value) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={item}" for key, item in value.items())
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return str(value)
+
+
+def size(n_bytes: int) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= factor:
+            return f"{n_bytes / factor:.2f} {unit}"
+    return f"{n_bytes} B"

@@ -1,0 +1,158 @@
+"""Opens a device for a file: picks it, picks a context that fits, and hands over checked tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from gqsa_runtime import memory
+from gqsa_runtime.engine import Device
+from gqsa_runtime.errors import DeviceError, InputError
+from gqsa_runtime.program import Program
+from gqsa_runtime.reader import ArtifactFile
+from gqsa_runtime.validate import ContentChecks
+
+DEFAULT_CONTEXT = 4096
+
+
+class CheckedTensors(Mapping):
+    """A file's tensors, read when asked for: digest verified, index tensors checked.
+
+    An array that is still in use is handed out again rather than read twice.
+    progress: called with (bytes read so far, bytes of all tensors).
+    """
+
+    def __init__(self, file: ArtifactFile, progress: Callable[[int, int], None] | None = None):
+        self._file = file
+        self._checks = ContentChecks(file.program, file.tensors)
+        self._alive: weakref.WeakValueDictionary[str, np.ndarray] = weakref.WeakValueDictionary()
+        self._progress = progress
+        self._read_bytes, self._all_bytes = 0, memory.weight_bytes(file.program, file.tensors)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._file.tensors:
+            raise KeyError(name)
+        array = self._alive.get(name)
+        if array is None:
+            array = self._file.read(name)
+            self._checks.check(name, array)
+            array.flags.writeable = False
+            self._alive[name] = array
+            self._read_bytes += array.nbytes
+            if self._progress:
+                self._progress(self._read_bytes, self._all_bytes)
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.tensors)
+
+    def __len__(self) -> int:
+        return len(self._file.tensors)
+
+    def nbytes(self, name: str) -> int:
+        """Size of a tensor without reading it."""
+        return self._file.tensors[name].size
+
+
+@dataclass(frozen=True)
+class OpenedDevice:
+    """device_reason: which device and why. context_reason: why a context other than asked, or None."""
+
+    device: Device
+    context: int
+    device_reason: str
+    context_reason: str | None
+
+
+def open_device(
+    file: ArtifactFile,
+    device: str = "auto",
+    context: int | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> OpenedDevice:
+    """Opens "auto", "cuda", "cuda:N" or "cpu" for a validated file; parameters as in `Model.open`."""
+    program = file.program
+    if context is not None and not 1 <= context <= program.max_context:
+        raise InputError(
+            f"the context is {context}, but this model is made for 1 to {program.max_context}; "
+            f"choose --context {min(max(context, 1), program.max_context)}"
+        )
+    if threads is not None and threads < 1:
+        raise InputError(f"the number of threads is {threads}, expected at least 1")
+    kind, ordinal, reason = choose_device(program, device)
+    tensors = CheckedTensors(file, progress)
+
+    def binaries(binary) -> bytes:
+        return file.read(binary.tensor).tobytes()
+
+    with contextlib.ExitStack() as stack:
+        if kind == "cuda":
+            free = stack.enter_context(memory.free_cuda_bytes(ordinal)) - memory.CUDA_HEADROOM_BYTES
+        else:
+            free = memory.free_cpu_bytes()
+            free = None if free is None else free - memory.CPU_HEADROOM_BYTES
+        chosen, context_reason = _choose_context(file, context, free)
+        opened = _open(kind, ordinal, program, tensors, binaries, chosen, threads)
+    return OpenedDevice(opened, chosen, reason, context_reason)
+
+
+def choose_device(program: Program, device: str) -> tuple[str, int, str]:
+    """("cuda" or "cpu", GPU ordinal, why). Raises InputError for another name, DeviceError for none usable."""
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdecimal())):
+        raise InputError(f"the device is {device!r}, expected auto, cpu, cuda or cuda:N")
+    ordinal = int(number) if number else 0
+    if kind == "cpu":
+        return "cpu", 0, "cpu, as asked"
+    if kind == "cuda":
+        usable, why = _probe("cuda", program, ordinal)
+        if not usable:
+            raise DeviceError(why)
+        return "cuda", ordinal, f"{device}, as asked: {why}"
+    usable, why_gpu = _probe("cuda", program, 0)
+    if usable:
+        return "cuda", 0, f"cuda: {why_gpu}"
+    usable, why_cpu = _probe("cpu", program, 0)
+    if usable:
+        return "cpu", 0, f"cpu: {why_cpu}; no GPU: {why_gpu}"
+    raise DeviceError(f"nothing here runs this file. GPU: {why_gpu}. CPU: {why_cpu}")
+
+
+def _probe(kind: str, program: Program, ordinal: int) -> tuple[bool, str]:
+    if kind == "cuda":
+        from gqsa_runtime import device_cuda
+
+        return device_cuda.probe(program, ordinal)
+    from gqsa_runtime import device_cpu
+
+    return device_cpu.probe(program)
+
+
+def _choose_context(file: ArtifactFile, context: int | None, free: int | None) -> tuple[int, str | None]:
+    program = file.program
+    wanted = min(program.max_context, DEFAULT_CONTEXT) if context is None else context
+    fits = wanted if free is None else memory.largest_context(program, file.tensors, free)
+    if fits >= wanted:
+        return wanted, None
+    needed_gb = memory.needed_bytes(program, file.tensors, wanted) / 1e9
+    short = f"context {wanted} needs {needed_gb:.2f} GB and {max(free, 0) / 1e9:.2f} GB can be used"
+    if fits < 1:
+        raise DeviceError(f"{short}; not even one position fits: free memory, or use a smaller model")
+    if context is not None:
+        raise DeviceError(f"{short}; a context of {fits} fits: choose --context accordingly")
+    return fits, f"context {fits}: {short}"
+
+
+def _open(kind, ordinal, program, tensors, binaries, context, threads) -> Device:
+    if kind == "cuda":
+        from gqsa_runtime.device_cuda import CudaDevice
+
+        return CudaDevice(program, tensors, binaries, context, ordinal)
+    from gqsa_runtime.device_cpu import CpuDevice
+
+    return CpuDevice(program, tensors, binaries, context, threads)

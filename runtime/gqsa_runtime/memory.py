@@ -1,0 +1,74 @@
+"""How much memory a program needs at a context, and how much of it there is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+from gqsa_runtime.program import Program
+from gqsa_runtime.reader import TensorInfo
+
+# Left free beside what is counted: graphs, modules, threads, Python itself.
+CPU_HEADROOM_BYTES = 128 << 20
+CUDA_HEADROOM_BYTES = 384 << 20
+
+
+def weight_bytes(program: Program, tensors: Mapping[str, TensorInfo]) -> int:
+    """Bytes of the tensors that kernels read, binaries not counted."""
+    binaries = {binary.tensor for binary in program.binaries}
+    return sum(info.size for name, info in tensors.items() if name not in binaries)
+
+
+def context_bytes_per_token(program: Program) -> int:
+    """Bytes that one more position of context takes: its KV cache rows and its rows of rotary tables."""
+    return program.kv_bytes_per_token() + sum(4 * rope.rotary_dim for rope in program.ropes.values())
+
+
+def needed_bytes(program: Program, tensors: Mapping[str, TensorInfo], context: int) -> int:
+    """Bytes of device memory for weights, activations and a KV cache of `context` positions."""
+    return weight_bytes(program, tensors) + program.arena_bytes + context * context_bytes_per_token(program)
+
+
+def largest_context(program: Program, tensors: Mapping[str, TensorInfo], available_bytes: int) -> int:
+    """Most positions that fit in available_bytes, at most the program's max_context; 0 where none fits."""
+    rest = available_bytes - needed_bytes(program, tensors, 0)
+    per_token = context_bytes_per_token(program)
+    if rest <= 0:
+        return 0
+    return min(program.max_context, rest // per_token) if per_token else program.max_context
+
+
+def free_cpu_bytes() -> int | None:
+    """Memory that this process can have without swapping, or None where the system does not say."""
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    # A container's own limit. Its count includes cached files, which the kernel gives up when asked.
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no limit is spelled "max"
+        with open("/sys/fs/cgroup/memory.max") as file:
+            limit = int(file.read())
+        with open("/sys/fs/cgroup/memory.current") as file:
+            used = int(file.read())
+        with open("/sys/fs/cgroup/memory.stat") as lines:
+            used -= int(dict(line.split() for line in lines)["inactive_file"])
+        free = min(free, limit - used)
+    return max(free, 0)
+
+
+@contextlib.contextmanager
+def free_cuda_bytes(ordinal: int) -> Iterator[int]:
+    """Free memory of a GPU. The GPU's context lives until the end of the block, so that opening the
+    device inside it does not make the context a second time. Raises DeviceError without a GPU.
+    """
+    from gqsa_runtime.device_cuda import Gpu, call
+
+    gpu = Gpu(ordinal)
+    context = call("cuDevicePrimaryCtxRetain", gpu.device)
+    try:
+        call("cuCtxSetCurrent", context)
+        yield int(call("cuMemGetInfo")[0])
+    finally:
+        call("cuDevicePrimaryCtxRelease", gpu.device)

@@ -1,0 +1,236 @@
+"""A model that is ready to use: text in, text out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gqsa_runtime import format as gqsa
+from gqsa_runtime.chat import ChatTemplate
+from gqsa_runtime.engine import Device, Engine, ScoreResult
+from gqsa_runtime.errors import FormatError, InputError
+from gqsa_runtime.load import open_device
+from gqsa_runtime.program import Program
+from gqsa_runtime.reader import ArtifactFile
+from gqsa_runtime.sampling import SamplingOptions, sample
+from gqsa_runtime.tokenizer import StopFilter, TextStream, Tokenizer
+from gqsa_runtime.validate import validate
+
+
+@dataclass
+class GenerationStats:
+    """What the last generation did; filled while it runs. cached_tokens: of the prompt, kept from before.
+
+    finish_reason: "stop" (end of text or a stop string), "length" (max_new_tokens), "context" (it is
+    full), or None while it runs or where the caller left early.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    finish_reason: str | None = None
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Speed over the prompt's tokens that were not kept from before."""
+        return (self.prompt_tokens - self.cached_tokens) / max(self.prefill_seconds, 1e-9)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Speed of every new token but the first, whose logits the prefill made."""
+        return max(self.new_tokens - 1, 0) / max(self.decode_seconds, 1e-9)
+
+
+class Model:
+    """One model on one device with one KV cache. Use it from one thread at a time.
+
+    device_reason: which device runs it and why. context_reason: why the context is smaller than the
+    default, or None. stats: GenerationStats of the last generation. engine: for token-level work.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        tokenizer: Tokenizer,
+        device: Device,
+        context: int,
+        chat_template: str | None = None,
+        device_reason: str = "",
+        context_reason: str | None = None,
+    ):
+        self.program, self.tokenizer, self.device, self.context = program, tokenizer, device, context
+        self.engine = Engine(program, device, context)
+        self.device_reason, self.context_reason = device_reason, context_reason
+        self.stats = GenerationStats()
+        self._chat_source, self._chat_template = chat_template, None
+        self._running: object | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike,
+        device: str = "auto",
+        context: int | None = None,
+        threads: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Model:
+        """Opens a .gqsa file.
+
+        device: "auto" takes a GPU if the file has kernels for it, else the CPU; or "cuda", "cuda:N", "cpu".
+        context: positions of the KV cache; default 4096, less where the model or the memory has less.
+        threads: of the CPU. progress: called with (bytes read, bytes in all) while weights load.
+        Raises FormatError (not a sound .gqsa file), DeviceError (nothing to run it on, no memory) or
+        InputError (no such file, a context that the model is not made for).
+        """
+        with ArtifactFile.open(path) as file:
+            try:
+                validate(file.program, file.tensors)
+                tokenizer = Tokenizer(file.text(gqsa.KEY_TOKENIZER))
+                template = file.metadata.get(gqsa.KEY_CHAT_TEMPLATE)
+                opened = open_device(file, device, context, threads, progress)
+            except FormatError as error:
+                if os.fspath(path) in str(error):
+                    raise
+                raise FormatError(f"{os.fspath(path)}: {error}") from error
+        return cls(
+            file.program,
+            tokenizer,
+            opened.device,
+            opened.context,
+            template if isinstance(template, str) else None,
+            opened.device_reason,
+            opened.context_reason,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the device's memory; the model cannot be used afterwards."""
+        self._running = None
+        self.device.close()
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the file carries a chat template, so that `chat` works."""
+        return self._chat_source is not None
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with begin-of-text and the like where the model has them."""
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Continues a text or token ids; yields pieces of text as they come, whole characters each.
+
+        Ends at an end-of-text token, before a stop string, after max_new_tokens, or where the context
+        is full; `stats.finish_reason` says which. temperature 0 is deterministic; so is a seed.
+        Arguments are checked, and InputError is raised, before the first piece.
+        """
+        options = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty)
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        if seed is not None and seed < 0:
+            raise InputError(f"the seed is {seed}, expected 0 or more")
+        ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        if not ids and self.program.bos_token_id is not None:
+            ids = [self.program.bos_token_id]
+        if not ids:
+            raise InputError("the prompt is empty, and this model has no begin-of-text token; write a prompt")
+        if len(ids) > self.context:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, but the context is {self.context}; "
+                f"shorten it or open the model with a larger context (up to {self.program.max_context})"
+            )
+        return self._generate(ids, max_new_tokens, options, np.random.default_rng(seed), StopFilter(stop))
+
+    def chat(self, messages: Sequence[Mapping], template_variables: Mapping | None = None, **options) -> Iterator[str]:
+        """The assistant's answer to messages such as {"role": "user", "content": "Hello"}, in pieces.
+
+        template_variables: what the template knows beyond messages, such as tools or enable_thinking.
+        options: as for `generate`. What the new prompt shares with the last one is not computed again.
+        """
+        return self.generate(self.chat_tokens(messages, **(template_variables or {})), **options)
+
+    def chat_tokens(self, messages: Sequence[Mapping], **template_variables) -> list[int]:
+        """Token ids of chat messages, up to where the assistant's answer begins."""
+        if self._chat_template is None:
+            if self._chat_source is None:
+                raise InputError("the file carries no chat template; use generate (`gqsa run --raw`) instead")
+            ends = self.program.eos_token_ids
+            self._chat_template = ChatTemplate(
+                self._chat_source,
+                self.tokenizer.token(self.program.bos_token_id),
+                self.tokenizer.token(ends[0]) if ends else None,
+            )
+        # The template writes the special tokens itself.
+        return self.tokenize(self._chat_template.render(messages, **template_variables), add_special_tokens=False)
+
+    def score(self, text: str | Sequence[int]) -> ScoreResult:
+        """Log-probability of every token of a text, or of token ids, but the first. See ScoreResult."""
+        self._running = None
+        return self.engine.score(self.tokenize(text) if isinstance(text, str) else text)
+
+    def _generate(
+        self,
+        ids: list[int],
+        max_new_tokens: int,
+        options: SamplingOptions,
+        random: np.random.Generator,
+        stop: StopFilter,
+    ) -> Iterator[str]:
+        running = self._running = object()
+        stats = self.stats = GenerationStats(prompt_tokens=len(ids))
+        began_s = time.perf_counter()
+        logits, stats.cached_tokens = self.engine.prefill_sequence(ids)
+        stats.prefill_seconds = time.perf_counter() - began_s
+
+        stream, seen = TextStream(self.tokenizer, ids), list(ids)
+        # The last token is read out only, so it needs no place in the cache.
+        room = self.context - len(ids) + 1
+        limit = min(max_new_tokens, room)
+        finish = "context" if room < max_new_tokens else "length"
+        for count in range(1, limit + 1):
+            began_s = time.perf_counter()
+            token = sample(logits, options, random, seen)
+            stats.new_tokens = count
+            if token in self.program.eos_token_ids:
+                finish = "stop"
+                break
+            seen.append(token)
+            text = stop.push(stream.push(token))
+            stats.decode_seconds += time.perf_counter() - began_s
+            if text:
+                yield text
+            if stop.stopped:
+                finish = "stop"
+                break
+            if count < limit:
+                if self._running is not running:
+                    raise InputError("another generation was started on this model; finish one before the next")
+                began_s = time.perf_counter()
+                logits = self.engine.decode(token)
+                stats.decode_seconds += time.perf_counter() - began_s
+        tail = stop.push(stream.flush()) + stop.flush()
+        stats.finish_reason = finish
+        if tail:
+            yield tail

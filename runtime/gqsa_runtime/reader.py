@@ -1,0 +1,317 @@
+"""Reads .gqsa files, hostile ones included: every rule of the format is checked before it is relied on.
+
+Nothing is allocated before its size is checked against the file, and tensors are read into memory
+rather than mapped: a mapped file that shrinks kills the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import stat
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from gqsa_runtime import format as gqsa
+from gqsa_runtime.errors import FormatError, InputError
+from gqsa_runtime.program import Program
+
+MAX_TENSORS = 1 << 16
+MAX_METADATA = 1 << 10
+MAX_DIMENSIONS = 4
+
+_VALUE_UINT32, _VALUE_BOOL, _VALUE_STRING = 4, 7, 8
+_NUMPY_TYPES = {"f32": np.float32, "f16": np.float16, "i8": np.int8, "i16": np.int16, "i32": np.int32}
+_DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies. shape: as numpy orders it. offset: from the start of the file. Both sizes in bytes."""
+
+    shape: tuple[int, ...]
+    dtype: str  # key of program.DTYPE_BYTES
+    offset: int
+    size: int
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class ArtifactFile:
+    """An open .gqsa file whose header has passed every check.
+
+    program: the launch plan, not yet validated (see `validate.validate`).
+    metadata: key -> int, bool or str. tensors: name -> TensorInfo in file order, without the digests.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        self._file = _open_regular(self.path)
+        try:
+            self.size = os.fstat(self._file.fileno()).st_size
+            header = _Header(self._file, self.path, self.size)
+            self.metadata: dict[str, int | bool | str] = header.metadata
+            tensors = header.tensors
+            _check_padding(self._file, self.path, tensors)
+            self._digests = self._read_digests(tensors, header.digest)
+            self.program = Program.from_json(self.text(gqsa.KEY_PROGRAM))
+        except BaseException:
+            self._file.close()
+            raise
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: info for name, info in tensors.items() if name != gqsa.DIGESTS_TENSOR
+        }
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> ArtifactFile:
+        """Opens a file and reads its header. Raises InputError (no such file) or FormatError."""
+        return cls(path)
+
+    def close(self) -> None:
+        """Closes the file; `read` fails afterwards."""
+        self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def text(self, key: str) -> str:
+        """A metadata string that must be there. Raises FormatError where it is not."""
+        value = self.metadata.get(key)
+        if not isinstance(value, str):
+            raise FormatError(f"{self.path}: the metadata string {key!r} is missing; rebuild it with `gqsac build`")
+        return value
+
+    def read(self, name: str, verify: bool = True) -> np.ndarray:
+        """A tensor as a fresh array, its first byte aligned to 64. verify: check its sha256 digest.
+
+        Raises FormatError where the tensor is missing, the file has shrunk, or the digest differs.
+        """
+        if name not in self.tensors:
+            raise FormatError(f"{self.path}: tensor {name!r} is missing; rebuild the file with `gqsac build`")
+        info = self.tensors[name]
+        data = _read_exactly(self._file, self.path, info.offset, info.size)
+        if verify and hashlib.sha256(data).digest() != self._digests[name]:
+            raise FormatError(
+                f"{self.path}: tensor {name!r} is damaged: its sha256 differs from the file's digest table; "
+                "copy or download the file again"
+            )
+        return data.view(_NUMPY_TYPES[info.dtype]).reshape(info.shape)
+
+    def _read_digests(self, tensors: dict[str, TensorInfo], header_digest: bytes) -> dict[str, bytes]:
+        names = list(tensors)
+        info = tensors.get(gqsa.DIGESTS_TENSOR)
+        if info is None or names[-1] != gqsa.DIGESTS_TENSOR:
+            raise FormatError(f"{self.path}: the last tensor is not {gqsa.DIGESTS_TENSOR!r}; rebuild the file")
+        if info.dtype != "i8" or info.shape != (len(names), _DIGEST_BYTES):
+            raise FormatError(
+                f"{self.path}: the digest table is {info.dtype} {list(info.shape)}, "
+                f"expected i8 [{len(names)}, {_DIGEST_BYTES}]; rebuild the file"
+            )
+        table = _read_exactly(self._file, self.path, info.offset, info.size).tobytes()
+        rows = [table[start : start + _DIGEST_BYTES] for start in range(0, len(table), _DIGEST_BYTES)]
+        if rows[0] != header_digest:
+            raise FormatError(
+                f"{self.path}: the header is damaged: its sha256 differs from the file's digest table; "
+                "copy or download the file again"
+            )
+        return dict(zip(names[:-1], rows[1:], strict=True))
+
+
+class _Header:
+    """Parses the header; metadata, tensors and digest (sha256 of the bytes before the tensor data)."""
+
+    def __init__(self, file, path: str, file_size: int):
+        self._file, self._path, self._file_size = file, path, file_size
+        self._position = 0
+        self._sha256 = hashlib.sha256()
+        magic = self._take(4, "the magic number") if file_size >= 4 else b""
+        if magic != gqsa.GGUF_MAGIC:
+            raise FormatError(
+                f"{path}: this is not a .gqsa file: it starts with {magic!r}, expected {gqsa.GGUF_MAGIC!r}; "
+                "make one with `gqsac build`"
+            )
+        version = self._number("<I", "the GGUF version")
+        if version != gqsa.GGUF_VERSION:
+            raise FormatError(
+                f"{path}: this is GGUF version {version}, expected {gqsa.GGUF_VERSION}; rebuild it with `gqsac build`"
+            )
+        n_tensors = self._count(MAX_TENSORS, "tensors")
+        n_metadata = self._count(MAX_METADATA, "metadata keys")
+        self.metadata: dict[str, int | bool | str] = {}
+        for _ in range(n_metadata):
+            self._read_metadata()
+        self._check_required()
+        infos = [self._read_tensor_info() for _ in range(n_tensors)]
+        padding = self._take(-self._position % gqsa.ALIGNMENT, "the padding after the header")
+        if any(padding):
+            self._fail("the padding after the header is not zero")
+        self.tensors = self._place(infos)
+        self.digest = self._sha256.digest()
+
+    def _fail(self, what: str):
+        raise FormatError(f"{self._path}: {what}; the file is damaged or foreign: build or download it again")
+
+    def _take(self, n_bytes: int, what: str) -> bytes:
+        if n_bytes > self._file_size - self._position:
+            raise FormatError(
+                f"{self._path}: the file is truncated: {what} needs {n_bytes} bytes at byte {self._position}, "
+                f"the file has {self._file_size}; copy or download it again"
+            )
+        if n_bytes > gqsa.MAX_HEADER_BYTES - self._position:
+            self._fail(f"the header is larger than the {gqsa.MAX_HEADER_BYTES >> 20} MiB allowed")
+        data = self._file.read(n_bytes)
+        if len(data) != n_bytes:
+            self._fail("the file shrank while it was read")
+        self._position += n_bytes
+        self._sha256.update(data)
+        return data
+
+    def _number(self, layout: str, what: str) -> int:
+        return struct.unpack(layout, self._take(struct.calcsize(layout), what))[0]
+
+    def _count(self, most: int, what: str) -> int:
+        count = self._number("<Q", f"the number of {what}")
+        if count > most:
+            self._fail(f"the header announces {count} {what}, allowed are {most}")
+        return count
+
+    def _string(self, what: str, most: int | None = None) -> str:
+        length = self._number("<Q", f"the length of {what}")
+        if most is not None and not 0 < length <= most:
+            self._fail(f"{what} is {length} bytes long, allowed are 1 to {most}")
+        try:
+            return self._take(length, what).decode()
+        except UnicodeDecodeError:
+            self._fail(f"{what} is not UTF-8")
+
+    def _read_metadata(self) -> None:
+        key = self._string("a metadata key", 4096)
+        if key in self.metadata:
+            self._fail(f"the metadata key {key!r} occurs twice")
+        kind = self._number("<I", f"the type of {key!r}")
+        if kind == _VALUE_UINT32:
+            value = self._number("<I", f"the value of {key!r}")
+        elif kind == _VALUE_STRING:
+            value = self._string(f"the value of {key!r}")
+        elif kind == _VALUE_BOOL:
+            value = self._number("<B", f"the value of {key!r}")
+            if value > 1:
+                self._fail(f"the boolean {key!r} is {value}, expected 0 or 1")
+            value = bool(value)
+        else:
+            # A newer or foreign file is the likelier cause: those are told apart as soon as their keys are read.
+            self._fail(f"the metadata key {key!r} has value type {kind}, expected uint32 (4), bool (7) or string (8)")
+        self.metadata[key] = value
+        if key == gqsa.KEY_ARCHITECTURE and value != gqsa.ARCHITECTURE:
+            raise FormatError(
+                f"{self._path}: this is a GGUF file for {value!r}, not {gqsa.ARCHITECTURE!r}; "
+                "compile it with `gqsac build` first"
+            )
+        if key == gqsa.KEY_FORMAT_VERSION and type(value) is int and value > gqsa.FORMAT_VERSION:
+            raise FormatError(
+                f"{self._path}: the file has format version {value}, this runtime reads up to {gqsa.FORMAT_VERSION}; "
+                "upgrade with `pip install --upgrade gqsa-runtime`"
+            )
+
+    def _check_required(self) -> None:
+        if gqsa.KEY_ARCHITECTURE not in self.metadata:
+            self._fail(f"the metadata key {gqsa.KEY_ARCHITECTURE!r} is missing")
+        for key, expected in ((gqsa.KEY_FORMAT_VERSION, gqsa.FORMAT_VERSION), (gqsa.KEY_ALIGNMENT, gqsa.ALIGNMENT)):
+            value = self.metadata.get(key)
+            if type(value) is not int or value != expected:
+                self._fail(f"the metadata key {key!r} is {value!r}, expected {expected}")
+
+    def _read_tensor_info(self) -> tuple[str, tuple[int, ...], str, int, int]:
+        name = self._string("a tensor name", gqsa.MAX_NAME_BYTES)
+        n_dimensions = self._number("<I", f"the rank of {name!r}")
+        if not 1 <= n_dimensions <= MAX_DIMENSIONS:
+            self._fail(f"tensor {name!r} has {n_dimensions} dimensions, expected 1 to {MAX_DIMENSIONS}")
+        reversed_shape = [self._number("<Q", f"the shape of {name!r}") for _ in range(n_dimensions)]
+        type_id = self._number("<I", f"the type of {name!r}")
+        offset = self._number("<Q", f"the offset of {name!r}")
+        if type_id not in gqsa.TENSOR_TYPES:
+            self._fail(f"tensor {name!r} has type {type_id}, expected one of {sorted(gqsa.TENSOR_TYPES)}")
+        dtype, element_bytes = gqsa.TENSOR_TYPES[type_id]
+        # Each dimension alone is bounded too: a zero elsewhere must not hide one that overflows 64 bits.
+        if max(reversed_shape) > self._file_size or math.prod(reversed_shape) * element_bytes > self._file_size:
+            raise FormatError(
+                f"{self._path}: the file is truncated: tensor {name!r} of shape {reversed_shape[::-1]} {dtype} "
+                f"does not fit the file's {self._file_size} bytes; copy or download it again"
+            )
+        return name, tuple(reversed_shape[::-1]), dtype, math.prod(reversed_shape) * element_bytes, offset
+
+    def _place(self, infos) -> dict[str, TensorInfo]:
+        """Tensors must cover the rest of the file exactly, in order, each padded to the alignment."""
+        tensors: dict[str, TensorInfo] = {}
+        start = end = self._position
+        for name, shape, dtype, size, offset in infos:
+            if name in tensors:
+                self._fail(f"the tensor name {name!r} occurs twice")
+            if start + offset != end:
+                self._fail(f"tensor {name!r} starts at byte {offset} of the data, expected {end - start}")
+            tensors[name] = TensorInfo(shape, dtype, end, size)
+            end += size + -size % gqsa.ALIGNMENT
+        if end > self._file_size:
+            raise FormatError(
+                f"{self._path}: the file is truncated: it has {self._file_size} bytes, its tensors need {end}; "
+                "copy or download it again"
+            )
+        if end < self._file_size:
+            self._fail(f"{self._file_size - end} bytes follow the last tensor, expected none")
+        return tensors
+
+
+def _open_regular(path: str):
+    try:
+        # O_NONBLOCK: a named pipe must be refused, not waited for. O_BINARY exists on Windows alone.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        file = io.FileIO(os.open(path, flags))
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file; check the path") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: this is a folder, expected a .gqsa file; make one with `gqsac build`") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path}: the file cannot be opened: {reason}; check it and its permissions") from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InputError(f"{path}: this is not a regular file, expected a .gqsa file on disk")
+    return file
+
+
+def _check_padding(file, path: str, tensors: Mapping[str, TensorInfo]) -> None:
+    for name, info in tensors.items():
+        n_bytes = -info.size % gqsa.ALIGNMENT
+        if n_bytes and _read_exactly(file, path, info.offset + info.size, n_bytes).any():
+            raise FormatError(
+                f"{path}: the padding after tensor {name!r} is not zero; the file is damaged: download it again"
+            )
+
+
+def _read_exactly(file, path: str, offset: int, n_bytes: int) -> np.ndarray:
+    """uint8 [n_bytes] from the file, the first byte aligned in memory as tensors are in the file."""
+    try:
+        room = np.empty(n_bytes + gqsa.ALIGNMENT, np.uint8)
+    except MemoryError:
+        raise FormatError(f"{path}: there is no memory for the {n_bytes} bytes of a tensor; free some") from None
+    shift = -room.ctypes.data % gqsa.ALIGNMENT
+    data = room[shift : shift + n_bytes]
+    view, done = memoryview(data), 0
+    file.seek(offset)
+    while done < n_bytes:  # a raw file may return less than asked, 2 GiB at most on Linux
+        count = file.readinto(view[done:])
+        if not count:
+            raise FormatError(f"{path}: the file is truncated: it ended at byte {offset + done} while it was read")
+        done += count
+    return data

@@ -1,0 +1,323 @@
+"""Checks a launch plan before anything of it runs: no kernel may be pointed outside its memory.
+
+`validate` needs the header alone. `ContentChecks` holds what must be true of the numbers inside
+index tensors (crow_indices, groups, tasks), and is applied to each as it is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from gqsa_runtime.errors import FormatError
+from gqsa_runtime.format import ALIGNMENT, GROUP_SCALE_BITS, MAX_GROUP_COLUMNS
+from gqsa_runtime.params import check_params
+from gqsa_runtime.program import DTYPE_BYTES, OPERATORS, PHASES, Argument, Buffer, Kernel, Parameter, Program
+from gqsa_runtime.reader import TensorInfo
+from gqsa_runtime.typecheck import conforms
+
+# Kind of binary -> how its targets are named.
+_TARGETS = {
+    "cubin": re.compile(r"sm_[0-9]{2,3}"),
+    "ptx": re.compile(r"compute_[0-9]{2,3}"),
+    "shared_object": re.compile(r"[a-z][a-z0-9_]{0,62}"),
+}
+
+# Kernels index memory by what the host writes here, so no kernel may write to these three.
+_HOST_BUFFERS = ("tokens", "targets", "state")
+_MAX_GRID = (2**31 - 1, 65535, 65535)
+_MAX_BLOCK = 1024
+_MAX_SHARED_BYTES = 256 << 10
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
+
+
+def validate(program: Program, tensors: Mapping[str, TensorInfo], context: int | None = None) -> None:
+    """Checks every step of every phase against `program.OPERATORS`, and all that the steps name.
+
+    tensors: name -> TensorInfo of the file. context: length of the KV cache, default max_context.
+    Raises FormatError at the first rule that is broken.
+    """
+    wrong = conforms(program, Program)
+    if wrong:
+        raise _error(f"{wrong}")
+    _check_numbers(program)
+    if context is not None and not 1 <= context <= program.max_context:
+        raise _error(f"the context is {context}, expected 1 to {program.max_context}")
+    checker = _Checker(program, tensors, context or program.max_context)
+    checker.check_buffers()
+    checker.check_ropes()
+    kernels = checker.check_kernels()
+    checker.check_binaries(kernels)
+    if set(program.phases) != set(PHASES):
+        raise _error(f"the phases are {sorted(program.phases)}, expected {sorted(PHASES)}")
+    for phase, steps in program.phases.items():
+        for index, step in enumerate(steps):
+            where = f"step {index} of {phase} ({step.kernel})"
+            if step.kernel not in kernels:
+                raise _error(f"{where}: there is no such kernel")
+            checker.check_step(where, kernels[step.kernel], step.args)
+
+
+def _error(what: str) -> FormatError:
+    return FormatError(f"the file's launch plan is wrong: {what}; rebuild the file with `gqsac build`")
+
+
+def _check_numbers(program: Program) -> None:
+    for name in ("vocab_size", "max_context", "prefill_chunk"):
+        value = getattr(program, name)
+        if not 1 <= value < 2**31:
+            raise _error(f"{name} is {value}, expected 1 to {2**31 - 1}")
+    if program.kv_dtype not in ("f16", "f32"):
+        raise _error(f"kv_dtype is {program.kv_dtype!r}, expected 'f16' or 'f32'")
+    if not 0 <= program.arena_bytes < 2**48:
+        raise _error(f"the arena is {program.arena_bytes} bytes")
+    for layer in program.kv_layers:
+        if not (1 <= layer.kv_heads < 2**16 and 1 <= layer.head_dim < 2**16):
+            raise _error(f"a KV cache has {layer.kv_heads} heads of {layer.head_dim}")
+    special = program.eos_token_ids + (() if program.bos_token_id is None else (program.bos_token_id,))
+    for token in special:
+        if not 0 <= token < program.vocab_size:
+            raise _error(f"special token {token} is outside the vocabulary of {program.vocab_size}")
+
+
+class _Checker:
+    def __init__(self, program: Program, tensors: Mapping[str, TensorInfo], context: int):
+        self.program, self.tensors, self.context = program, tensors, context
+        self.buffers: dict[str, Buffer] = {buffer.name: buffer for buffer in program.buffers}
+
+    def check_buffers(self) -> None:
+        program = self.program
+        if len(self.buffers) != len(program.buffers):
+            raise _error("two buffers have the same name")
+        for buffer in program.buffers:
+            if buffer.dtype not in DTYPE_BYTES:
+                raise _error(f"buffer {buffer.name!r} has dtype {buffer.dtype!r}")
+            if buffer.elements < 0 or buffer.offset < 0 or buffer.offset % ALIGNMENT:
+                raise _error(f"buffer {buffer.name!r} has {buffer.elements} elements at byte {buffer.offset}")
+            if _end(buffer) > program.arena_bytes:
+                raise _error(f"buffer {buffer.name!r} ends at byte {_end(buffer)}, the arena has {program.arena_bytes}")
+        chunk = program.prefill_chunk
+        for name, dtype, elements in (
+            ("tokens", "i32", chunk),
+            ("targets", "i32", chunk),
+            ("state", "i32", 2),
+            ("logits", "f32", program.vocab_size),
+            ("log_probs", "f32", chunk),
+            ("argmax", "i32", chunk),
+        ):
+            buffer = self.buffers.get(name)
+            if buffer is None or buffer.dtype != dtype or buffer.elements < elements:
+                raise _error(f"buffer {name!r} is {buffer}, expected at least {elements} elements of {dtype}")
+        for name in _HOST_BUFFERS:
+            for other in program.buffers:
+                if other.name != name and _overlap(self.buffers[name], other):
+                    raise _error(f"buffers {name!r} and {other.name!r} overlap")
+
+    def check_ropes(self) -> None:
+        for name, rope in self.program.ropes.items():
+            info = self._tensor(f"rope table {name!r}", rope.inv_freq, "f32")
+            if rope.rotary_dim < 2 or rope.rotary_dim % 2 or info.elements != rope.rotary_dim // 2:
+                raise _error(f"rope table {name!r} has {info.elements} frequencies for {rope.rotary_dim} dimensions")
+            if not np.isfinite(rope.scaling):
+                raise _error(f"rope table {name!r} is scaled by {rope.scaling}")
+
+    def check_kernels(self) -> dict[str, Kernel]:
+        kernels = {kernel.name: kernel for kernel in self.program.kernels}
+        if len(kernels) != len(self.program.kernels):
+            raise _error("two kernels have the same name")
+        for kernel in self.program.kernels:
+            # The name is looked up in native code.
+            if not _IDENTIFIER.fullmatch(kernel.name):
+                raise _error(f"kernel name {kernel.name[:80]!r} is not a C identifier")
+            if kernel.op not in OPERATORS:
+                raise _error(f"kernel {kernel.name} is of the unknown operator {kernel.op!r}")
+            if any(not 1 <= n <= most for n, most in zip(kernel.grid, _MAX_GRID, strict=True)):
+                raise _error(f"kernel {kernel.name} has the grid {kernel.grid}")
+            if not 1 <= kernel.block <= _MAX_BLOCK or not 0 <= kernel.shared_bytes <= _MAX_SHARED_BYTES:
+                raise _error(f"kernel {kernel.name}: {kernel.block} threads, {kernel.shared_bytes} bytes shared")
+            wrong = check_params(kernel.op, kernel.params)
+            if wrong:
+                raise _error(f"kernel {kernel.name}: {wrong}")
+        return kernels
+
+    def check_binaries(self, kernels: Mapping[str, Kernel]) -> None:
+        targets = [binary.target for binary in self.program.binaries]
+        if len(set(targets)) != len(targets):
+            raise _error("two binaries have the same target")
+        for binary in self.program.binaries:
+            where = f"the binary for {binary.target!r}"
+            if binary.kind not in _TARGETS:
+                raise _error(f"{where} is of kind {binary.kind!r}, expected one of {', '.join(_TARGETS)}")
+            if not _TARGETS[binary.kind].fullmatch(binary.target):
+                raise _error(f"{where} is no {binary.kind} target, expected the form {_TARGETS[binary.kind].pattern}")
+            size = self._tensor(where, binary.tensor, "i8").elements
+            expected = {""} if binary.kind == "shared_object" else set(kernels)
+            if set(binary.kernels) != expected:
+                raise _error(f"{where} does not hold the program's kernels exactly")
+            for name, (offset, length) in binary.kernels.items():
+                if offset < 0 or length < 1 or offset + length > size:
+                    raise _error(f"{where}: kernel {name!r} lies at {offset} + {length} of {size} bytes")
+
+    def check_step(self, where: str, kernel: Kernel, args: tuple[Argument, ...]) -> None:
+        parameters = OPERATORS[kernel.op]
+        if len(args) != len(parameters):
+            raise _error(f"{where}: {len(args)} arguments, expected {len(parameters)}")
+        for parameter, arg in zip(parameters, args, strict=True):
+            self._check_arg(f"{where}, argument {parameter.name!r}", kernel, parameter, arg)
+        named = {parameter.name: arg for parameter, arg in zip(parameters, args, strict=True)}
+        if kernel.op == "linear_sparse":
+            self._check_stream_sizes(where, kernel.params, named)
+        elif kernel.op == "embedding" and kernel.params["source"] == "positions":
+            rows = self.context + kernel.params["position_offset"]
+            if rows > kernel.params["vocab"]:
+                raise _error(f"{where}: the position table has {kernel.params['vocab']} rows, the context needs {rows}")
+        elif kernel.op == "embedding" and kernel.params["vocab"] < self.program.vocab_size:
+            raise _error(f"{where}: the table has {kernel.params['vocab']} rows for {self.program.vocab_size} tokens")
+        elif kernel.op == "log_probs" and kernel.params["vocab"] < self.program.vocab_size:
+            raise _error(f"{where}: {kernel.params['vocab']} logits for {self.program.vocab_size} tokens")
+
+    def _check_arg(self, where: str, kernel: Kernel, parameter: Parameter, arg: Argument) -> None:
+        params = kernel.params
+        if not parameter.present(params):
+            expected = "null"
+        elif parameter.access == "weight":
+            expected = "tensor"
+        elif parameter.name in ("k_cache", "v_cache", "rope"):
+            expected = parameter.name
+        else:
+            expected = "buffer"
+        if arg.kind != expected:
+            raise _error(f"{where} is a {arg.kind!r}, expected a {expected!r}")
+        if arg.offset < 0 or (arg.offset and arg.kind != "buffer"):
+            raise _error(f"{where} has the offset {arg.offset}")
+        if arg.kind == "null":
+            return
+        dtype = params[parameter.dtype[6:]] if parameter.dtype.startswith("param:") else parameter.dtype
+        needed = parameter.elements(params, self.program.prefill_chunk, self.context)
+        if arg.kind == "tensor":
+            held = self._tensor(where, arg.name, dtype).elements
+        elif arg.kind == "buffer":
+            held = self._buffer_elements(where, parameter, arg, dtype)
+        else:
+            held = needed if self._fits(params, arg) else -1
+        if held < needed:
+            raise _error(f"{where} points to {max(held, 0)} elements of {arg.name!r}, expected at least {needed}")
+
+    def _buffer_elements(self, where: str, parameter: Parameter, arg: Argument, dtype: str) -> int:
+        buffer = self.buffers.get(arg.name)
+        if buffer is None or buffer.dtype != dtype:
+            raise _error(f"{where} is buffer {arg.name!r}, expected one of {dtype}")
+        host = {"ids": "tokens", "targets": "targets", "state": "state"}.get(parameter.name)
+        if host is not None and (arg.name != host or arg.offset):
+            raise _error(f"{where} is buffer {arg.name!r} at {arg.offset}, expected {host!r}")
+        if parameter.access != "in" and arg.name in _HOST_BUFFERS:
+            raise _error(f"{where} writes to {arg.name!r}, which the runtime alone may write")
+        return buffer.elements - arg.offset
+
+    def _fits(self, params: Mapping, arg: Argument) -> bool:
+        """Whether the KV cache or rotary table that is meant has the sizes stamped into the kernel."""
+        if arg.kind == "rope":
+            rope = self.program.ropes.get(arg.name)
+            return rope is not None and rope.rotary_dim == params["rotary_dim"]
+        if type(arg.name) is not int or not 0 <= arg.name < len(self.program.kv_layers):
+            return False
+        layer = self.program.kv_layers[arg.name]
+        sizes = (layer.kv_heads, layer.head_dim, self.program.kv_dtype)
+        return sizes == (params["kv_heads"], params["head_dim"], params["kv_dtype"])
+
+    def _check_stream_sizes(self, where: str, params: Mapping, args: Mapping[str, Argument]) -> None:
+        nnz = self.tensors[args["groups"].name].elements
+        for name, expected in (
+            ("values", nnz * params["group_size"] * params["bits"] // 8),
+            ("crow_indices", params["rows"] + 1),
+            ("tasks", params["n_tasks"] + 1),
+        ):
+            held = self.tensors[args[name].name].elements
+            if held != expected:
+                raise _error(f"{where}: {name} has {held} elements, expected {expected} for {nnz} groups")
+
+    def _tensor(self, where: str, name, dtype: str) -> TensorInfo:
+        info = self.tensors.get(name) if isinstance(name, str) else None
+        if info is None:
+            raise _error(f"{where}: there is no tensor {name!r}")
+        if info.dtype != dtype:
+            raise _error(f"{where}: tensor {name!r} is {info.dtype}, expected {dtype}")
+        return info
+
+
+def _end(buffer: Buffer) -> int:
+    return buffer.offset + buffer.elements * DTYPE_BYTES[buffer.dtype]
+
+
+def _overlap(a: Buffer, b: Buffer) -> bool:
+    return a.offset < _end(b) and b.offset < _end(a)
+
+
+class ContentChecks:
+    """What every index tensor of a program must hold, by tensor name. The program must be valid."""
+
+    def __init__(self, program: Program, tensors: Mapping[str, TensorInfo]):
+        self._rules: dict[str, set[tuple[str, int]]] = {}
+        kernels = {kernel.name: kernel for kernel in program.kernels}
+        for steps in program.phases.values():
+            for step in steps:
+                kernel = kernels[step.kernel]
+                if kernel.op != "linear_sparse":
+                    continue
+                params = kernel.params
+                parameters = OPERATORS[kernel.op]
+                named = {parameter.name: arg.name for parameter, arg in zip(parameters, step.args, strict=True)}
+                nnz = tensors[named["groups"]].elements
+                self._add(named["crow_indices"], ("rises to", nnz))
+                self._add(named["tasks"], ("rises to", params["rows"]))
+                self._add(named["groups"], ("columns below", params["k"] // params["group_size"]))
+
+    def _add(self, name: str, rule: tuple[str, int]) -> None:
+        self._rules.setdefault(name, set()).add(rule)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors that have a rule."""
+        return tuple(self._rules)
+
+    def check(self, name: str, array: np.ndarray) -> None:
+        """Raises FormatError where the array breaks a rule of the tensor `name`."""
+        for kind, limit in self._rules.get(name, ()):
+            if kind == "rises to":
+                _check_rising(name, array, limit)
+            else:
+                _check_columns(name, array, limit)
+
+
+def validate_stream(
+    params: Mapping, crow: np.ndarray, groups: np.ndarray, tasks: np.ndarray, nnz: int, name: str = "a stream"
+) -> None:
+    """Checks the indices of one BSR stream of a linear_sparse kernel with these params.
+
+    crow: int32 [rows + 1], rises from 0 to nnz. groups: int32 [nnz], columns below k / group_size.
+    tasks: int32 [n_tasks + 1], rises from 0 to rows. Raises FormatError.
+    """
+    for part, array, expected in (
+        ("crow_indices", crow, params["rows"] + 1),
+        ("groups", groups, nnz),
+        ("tasks", tasks, params["n_tasks"] + 1),
+    ):
+        if array.size != expected:
+            raise _error(f"{name}: {part} has {array.size} elements, expected {expected}")
+    _check_rising(f"{name}.crow_indices", crow, nnz)
+    _check_columns(f"{name}.groups", groups, params["k"] // params["group_size"])
+    _check_rising(f"{name}.tasks", tasks, params["rows"])
+
+
+def _check_rising(name: str, array: np.ndarray, last: int) -> None:
+    flat = array.reshape(-1)
+    if flat.size < 2 or flat[0] != 0 or flat[-1] != last or (flat[1:] < flat[:-1]).any():
+        raise _error(f"tensor {name!r} does not rise from 0 to {last}")
+
+
+def _check_columns(name: str, array: np.ndarray, n_columns: int) -> None:
+    columns = (array.reshape(-1).view(np.uint32) >> GROUP_SCALE_BITS) & (MAX_GROUP_COLUMNS - 1)
+    if columns.size and int(columns.max()) >= n_columns:
+        raise _error(f"tensor {name!r} holds column {int(columns.max())}, expected below {n_columns}")

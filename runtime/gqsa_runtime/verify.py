@@ -1,0 +1,41 @@
+"""Checks a whole file: every digest, the launch plan, all index tensors, tokenizer and chat template."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gqsa_runtime import format as gqsa
+from gqsa_runtime.chat import ChatTemplate
+from gqsa_runtime.reader import ArtifactFile
+from gqsa_runtime.tokenizer import Tokenizer
+from gqsa_runtime.validate import ContentChecks, validate
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was read and found sound. n_bytes: of tensor data."""
+
+    n_tensors: int
+    n_bytes: int
+
+
+def verify_file(path: str | os.PathLike, progress: Callable | None = None) -> Verified:
+    """Reads everything in a .gqsa file once. Raises FormatError at the first thing that is wrong.
+
+    progress: wraps the list of tensor names, as `tqdm.tqdm` does.
+    """
+    with ArtifactFile.open(path) as artifact:
+        validate(artifact.program, artifact.tensors)
+        checks = ContentChecks(artifact.program, artifact.tensors)
+        n_bytes = 0
+        names = list(artifact.tensors)
+        for name in progress(names) if progress else names:
+            array = artifact.read(name)
+            checks.check(name, array)
+            n_bytes += array.nbytes
+        Tokenizer(artifact.text(gqsa.KEY_TOKENIZER))
+        if gqsa.KEY_CHAT_TEMPLATE in artifact.metadata:
+            ChatTemplate(artifact.text(gqsa.KEY_CHAT_TEMPLATE))
+        return Verified(len(names), n_bytes)

@@ -1,0 +1,92 @@
+// Attention of one token. Threads share out the heads; heads of one KV head that fall to the same
+// thread walk the cache together, so that the second finds each block in the first-level cache.
+#ifndef GQSA_ATTENTION_DECODE_H
+#define GQSA_ATTENTION_DECODE_H
+
+#include "attention.h"
+
+#define POSITIONS 64  // cache rows in a block
+
+struct decode_head {
+    float max, sum;
+    vf out[HEAD_PARTS];
+};
+
+// Adds cache rows 0 .. n - 1 of a block to one head's running softmax.
+INLINE void attend_block(struct decode_head *head, const float *q, const kv_t *keys, const kv_t *vals, int n) {
+    float scores[POSITIONS];
+    vf largest = splat(LOWEST);
+    for (int base = 0; base < n; base += VW) {
+        vf dots[VW];
+        for (int i = 0; i < VW; i++) {
+            const kv_t *key = keys + (size_t)min_i(base + i, n - 1) * KV_STRIDE;
+            vf dot = load_kv(key, 0) * load_n(q, HEAD_DIM);
+            UNROLL for (int part = 1; part < HEAD_PARTS; part++)
+                dot = fma_v(load_kv(key, part), load_n(q + part * VW, HEAD_DIM - part * VW), dot);
+            dots[i] = dot;
+        }
+        vi position = base + (vi)VEC_IOTA;
+        vf score = position < n ? hsum_each(dots) * SCALE : splat(-INFINITY);
+        largest = max_v(largest, score);
+        store(scores + base, score);
+    }
+    float max = hmax(largest);
+    max = max > head->max ? max : head->max;
+    float shrink = exp_1(head->max - max);
+    vf sum = splat(0.0f);
+    for (int base = 0; base < n; base += VW) {
+        vf p = exp_v(load(scores + base) - max);
+        sum += p;
+        store(scores + base, p);
+    }
+    head->max = max;
+    head->sum = head->sum * shrink + hsum(sum);
+    // Two sums for even and odd rows, to hide the latency of fused multiply-add.
+    vf even[HEAD_PARTS], odd[HEAD_PARTS];
+    UNROLL for (int part = 0; part < HEAD_PARTS; part++) {
+        even[part] = head->out[part] * shrink;
+        odd[part] = splat(0.0f);
+    }
+    int i = 0;
+    for (; i + 2 <= n; i += 2) {
+        const kv_t *row = vals + (size_t)i * KV_STRIDE;
+        UNROLL for (int part = 0; part < HEAD_PARTS; part++) {
+            even[part] = fma_v(load_kv(row, part), splat(scores[i]), even[part]);
+            odd[part] = fma_v(load_kv(row + KV_STRIDE, part), splat(scores[i + 1]), odd[part]);
+        }
+    }
+    if (i < n) {
+        UNROLL for (int part = 0; part < HEAD_PARTS; part++)
+            even[part] = fma_v(load_kv(vals + (size_t)i * KV_STRIDE, part), splat(scores[i]), even[part]);
+    }
+    UNROLL for (int part = 0; part < HEAD_PARTS; part++) head->out[part] = even[part] + odd[part];
+}
+
+INLINE void attention(void *const *args, int thread, int n_threads) {
+    const float *q = args[0];
+    const kv_t *k_cache = args[1], *v_cache = args[2];
+    float *out = args[3];
+    int position = ((const int32_t *)args[4])[1];
+    int start = first_seen(position), head_begin, head_end;
+    split(HEADS, thread, n_threads, &head_begin, &head_end);
+    for (int head = head_begin; head < head_end;) {
+        int kv_head = head / PER_KV;
+        int n_heads = min_i(head_end, (kv_head + 1) * PER_KV) - head;
+        struct decode_head heads[PER_KV];
+        for (int i = 0; i < n_heads; i++) heads[i] = (struct decode_head){.max = LOWEST};
+        for (int base = start; base <= position; base += POSITIONS) {
+            size_t offset = (size_t)base * KV_STRIDE + kv_head * HEAD_DIM;
+            int n = min_i(POSITIONS, position + 1 - base);
+            for (int i = 0; i < n_heads; i++)
+                attend_block(&heads[i], q + (head + i) * HEAD_DIM, k_cache + offset, v_cache + offset, n);
+        }
+        for (int i = 0; i < n_heads; i++) {
+            for (int part = 0; part < HEAD_PARTS; part++)
+                store_n(out + (head + i) * HEAD_DIM + part * VW, heads[i].out[part] / heads[i].sum,
+                        HEAD_DIM - part * VW);
+        }
+        head += n_heads;
+    }
+}
+
+#endif

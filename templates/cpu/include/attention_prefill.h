@@ -1,0 +1,135 @@
+// Attention of many tokens. Lanes are queries: (token, head) pairs that read one KV head, QUERIES of
+// them to a tile, token by token. Keys and values enter as broadcasts, so that scores, maxima, masks
+// and sums need no reduction across lanes. Threads take tiles in turn, as later tiles see more rows.
+#ifndef GQSA_ATTENTION_PREFILL_H
+#define GQSA_ATTENTION_PREFILL_H
+
+#include "attention.h"
+
+#if VW == 16
+#define QUERY_PARTS 4  // 4 x 4 sums of 32 registers
+#else
+#define QUERY_PARTS 2  // 4 x 2 sums of 16 registers
+#endif
+#define QUERIES (QUERY_PARTS * VW)
+#define POSITIONS 64  // cache rows in a block
+#define FEATURES (HEAD_DIM % 4 == 0 ? 4 : 1)  // features of the output that are summed at once
+
+struct prefill_tile {
+    vf q[HEAD_DIM][QUERY_PARTS];  // scaled
+    vf out[HEAD_DIM][QUERY_PARTS];
+    vf scores[POSITIONS][QUERY_PARTS];
+    vf max[QUERY_PARTS], sum[QUERY_PARTS], shrink[QUERY_PARTS];
+    vi first[QUERY_PARTS], last[QUERY_PARTS];  // cache rows that each query sees
+    float keys[POSITIONS][HEAD_PARTS * VW];
+    float vals[POSITIONS][HEAD_PARTS * VW];
+};
+
+// scores[position][query] of one block. Rows past the block's end repeat its last row and are masked.
+INLINE void block_scores(struct prefill_tile *tile) {
+    for (int row = 0; row < POSITIONS; row += 4) {
+        vf sums[4][QUERY_PARTS] = {{0}};
+        for (int d = 0; d < HEAD_DIM; d++) {
+            UNROLL for (int i = 0; i < 4; i++) {
+                vf key = splat(tile->keys[row + i][d]);
+                UNROLL for (int part = 0; part < QUERY_PARTS; part++)
+                    sums[i][part] = fma_v(key, tile->q[d][part], sums[i][part]);
+            }
+        }
+        UNROLL for (int i = 0; i < 4; i++)
+            UNROLL for (int part = 0; part < QUERY_PARTS; part++) tile->scores[row + i][part] = sums[i][part];
+    }
+}
+
+// Scores become exp(score - max); the older sums' factor goes to shrink.
+INLINE void block_softmax(struct prefill_tile *tile, int base, int masked) {
+    for (int part = 0; part < QUERY_PARTS; part++) {
+        vf max = tile->max[part];
+        for (int row = 0; row < POSITIONS; row++) {
+            vf score = tile->scores[row][part];
+            if (masked) {
+                vi position = (vi)(base + row);
+                score = position <= tile->last[part] ? score : splat(-INFINITY);
+                score = position >= tile->first[part] ? score : splat(-INFINITY);
+                tile->scores[row][part] = score;
+            }
+            max = max_v(max, score);
+        }
+        tile->shrink[part] = exp_v(tile->max[part] - max);
+        vf sum = tile->sum[part] * tile->shrink[part];
+        for (int row = 0; row < POSITIONS; row++) {
+            vf p = exp_v(tile->scores[row][part] - max);
+            sum += p;
+            tile->scores[row][part] = p;
+        }
+        tile->max[part] = max;
+        tile->sum[part] = sum;
+    }
+}
+
+INLINE void block_values(struct prefill_tile *tile) {
+    for (int d = 0; d < HEAD_DIM; d += FEATURES) {
+        vf sums[FEATURES][QUERY_PARTS];
+        UNROLL for (int i = 0; i < FEATURES; i++)
+            UNROLL for (int part = 0; part < QUERY_PARTS; part++)
+                sums[i][part] = tile->out[d + i][part] * tile->shrink[part];
+        for (int row = 0; row < POSITIONS; row++) {
+            UNROLL for (int i = 0; i < FEATURES; i++) {
+                vf value = splat(tile->vals[row][d + i]);
+                UNROLL for (int part = 0; part < QUERY_PARTS; part++)
+                    sums[i][part] = fma_v(value, tile->scores[row][part], sums[i][part]);
+            }
+        }
+        UNROLL for (int i = 0; i < FEATURES; i++)
+            UNROLL for (int part = 0; part < QUERY_PARTS; part++) tile->out[d + i][part] = sums[i][part];
+    }
+}
+
+// Queries query .. query + QUERIES - 1 of one KV head; query = token * PER_KV + head within the KV head.
+// Not inlined: a tile has its own stack, up to 0.6 MiB at HEAD_DIM 256.
+static __attribute__((noinline)) void attend_tile(void *const *args, int kv_head, int query, int n_queries) {
+    const kv_t *k_cache = args[1], *v_cache = args[2];
+    int position = ((const int32_t *)args[4])[1];
+    struct prefill_tile tile;
+    for (int i = 0; i < QUERIES; i++) {  // a short tile repeats its last query
+        int at = min_i(query + i, n_queries - 1), token = at / PER_KV;
+        const float *q = (const float *)args[0] + (size_t)token * Q_STRIDE
+                         + (kv_head * PER_KV + at % PER_KV) * HEAD_DIM;
+        for (int d = 0; d < HEAD_DIM; d++) ((float *)tile.q[d])[i] = q[d] * SCALE;
+        ((int32_t *)tile.first)[i] = first_seen(position + token);
+        ((int32_t *)tile.last)[i] = position + token;
+    }
+    memset(tile.out, 0, sizeof tile.out);
+    for (int part = 0; part < QUERY_PARTS; part++) tile.max[part] = splat(LOWEST), tile.sum[part] = splat(0.0f);
+    int first_token = query / PER_KV, last_token = min_i(query + QUERIES - 1, n_queries - 1) / PER_KV;
+    int end = position + last_token + 1;
+    for (int base = first_seen(position + first_token); base < end; base += POSITIONS) {
+        for (int row = 0; row < POSITIONS; row++) {
+            size_t offset = (size_t)min_i(base + row, end - 1) * KV_STRIDE + kv_head * HEAD_DIM;
+            for (int part = 0; part < HEAD_PARTS; part++) {
+                store(tile.keys[row] + part * VW, load_kv(k_cache + offset, part));
+                store(tile.vals[row] + part * VW, load_kv(v_cache + offset, part));
+            }
+        }
+        int masked = base + POSITIONS - 1 > position + first_token || base < first_seen(position + last_token);
+        block_scores(&tile);
+        block_softmax(&tile, base, masked);
+        block_values(&tile);
+    }
+    for (int i = 0; i < min_i(QUERIES, n_queries - query); i++) {
+        int at = query + i;
+        float *out = (float *)args[3] + (size_t)(at / PER_KV) * OUT_STRIDE
+                     + (kv_head * PER_KV + at % PER_KV) * HEAD_DIM;
+        float scale = 1.0f / ((const float *)tile.sum)[i];
+        for (int d = 0; d < HEAD_DIM; d++) out[d] = ((const float *)tile.out[d])[i] * scale;
+    }
+}
+
+INLINE void attention(void *const *args, int thread, int n_threads) {
+    int n_queries = ((const int32_t *)args[4])[0] * PER_KV;
+    int tiles = (n_queries + QUERIES - 1) / QUERIES;
+    for (int unit = thread; unit < tiles * KV_HEADS; unit += n_threads)
+        attend_tile(args, unit % KV_HEADS, unit / KV_HEADS * QUERIES, n_queries);
+}
+
+#endif

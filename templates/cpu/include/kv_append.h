@@ -1,0 +1,61 @@
+// Rotary embedding and the KV cache's new rows. See OPERATORS["kv_append"] for the arguments.
+//
+// The kernel defines TOKENS, HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, KV_F16, Q_STRIDE, K_STRIDE and
+// V_STRIDE. Threads share out (token, head) pairs, query heads first, then KV heads.
+#ifndef GQSA_KV_APPEND_H
+#define GQSA_KV_APPEND_H
+
+#include "vec.h"
+
+#define HALF (ROTARY_DIM / 2)
+
+#if KV_F16
+typedef _Float16 kv_t;
+#define store_kv_n store_f16_n
+#else
+typedef float kv_t;
+#define store_kv_n store_n
+#endif
+
+// to[0 .. HEAD_DIM) = head rotated; `to` may be `head`. rope: cos[HALF], sin[HALF].
+INLINE void rotate(const float *head, const float *rope, float *to) {
+    for (int i = 0; i < HALF; i += VW) {
+        int n = HALF - i;
+        vf cos = load_n(rope + i, n), sin = load_n(rope + HALF + i, n);
+        vf low = load_n(head + i, n), high = load_n(head + HALF + i, n);
+        store_n(to + i, low * cos - high * sin, n);
+        store_n(to + HALF + i, high * cos + low * sin, n);
+    }
+    if (to != head) memcpy(to + ROTARY_DIM, head + ROTARY_DIM, (HEAD_DIM - ROTARY_DIM) * sizeof *to);
+}
+
+INLINE void store_row(kv_t *to, const float *from) {
+    for (int i = 0; i < HEAD_DIM; i += VW) store_kv_n(to + i, load_n(from + i, HEAD_DIM - i), HEAD_DIM - i);
+}
+
+INLINE void kv_append(void *const *args, int thread, int n_threads) {
+    float *q = args[0];
+    const float *k = args[1], *v = args[2], *rope = args[3];
+    kv_t *k_cache = args[4], *v_cache = args[5];
+    const int32_t *state = args[6];
+    int n_tokens = TOKENS == 1 ? 1 : state[0], begin, end;
+    split(n_tokens * (HEADS + KV_HEADS), thread, n_threads, &begin, &end);
+    for (int unit = begin; unit < end; unit++) {
+        int token = unit / (HEADS + KV_HEADS), head = unit % (HEADS + KV_HEADS);
+        size_t position = (size_t)state[1] + token;
+        const float *angles = rope + position * ROTARY_DIM;
+        if (head < HEADS) {
+            float *at = q + (size_t)token * Q_STRIDE + head * HEAD_DIM;
+            if (ROTARY_DIM) rotate(at, angles, at);
+            continue;
+        }
+        head -= HEADS;
+        size_t row = (position * KV_HEADS + head) * HEAD_DIM;
+        float rotated[HEAD_DIM];
+        rotate(k + (size_t)token * K_STRIDE + head * HEAD_DIM, angles, rotated);
+        store_row(k_cache + row, rotated);
+        store_row(v_cache + row, v + (size_t)token * V_STRIDE + head * HEAD_DIM);
+    }
+}
+
+#endif

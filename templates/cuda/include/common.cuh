@@ -1,0 +1,71 @@
+// What all kernels share: the launch's state, reductions in a fixed order, and activations.
+//
+// Sums run in f32 in an order that depends on constants alone, so results are the same bits at every run.
+#pragma once
+#include "ptx.cuh"
+
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr float LOWEST = -3.402823466e38f;  // finite: LOWEST - LOWEST is 0, not NaN
+
+enum Activation { NONE, RELU, SILU, GELU, GELU_TANH };
+
+// state: i32 [2] {n_tokens, position}. The decode variant holds one token and must not read state[0].
+template <int TOKENS>
+__device__ __forceinline__ int count_tokens(const int* state) {
+    return TOKENS == 1 ? 1 : state[0];
+}
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Largest power of two that is at most x, within [low, high] (powers of two).
+__host__ __device__ constexpr int power_of_two_below(int x, int low, int high) {
+    int power = low;
+    while (power * 2 <= x && power < high) power *= 2;
+    return power;
+}
+
+__host__ __device__ constexpr int power_of_two_above(int x) {
+    int power = 1;
+    while (power < x) power *= 2;
+    return power;
+}
+
+__device__ __forceinline__ bool is_aligned(const void* address, int bytes) {
+    return (reinterpret_cast<unsigned long long>(address) & (bytes - 1)) == 0;
+}
+
+// Sum over aligned segments of WIDTH lanes; every lane of the segment gets it. All 32 lanes call it.
+template <int WIDTH = WARP>
+__device__ __forceinline__ float segment_sum(float value) {
+#pragma unroll
+    for (int offset = WIDTH / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(ALL_LANES, value, offset);
+    return value;
+}
+
+template <int WIDTH = WARP>
+__device__ __forceinline__ float segment_max(float value) {
+#pragma unroll
+    for (int offset = WIDTH / 2; offset > 0; offset /= 2)
+        value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, offset));
+    return value;
+}
+
+// Sum over the block, the same bits in every thread. `partials` holds one float per warp.
+__device__ __forceinline__ float block_sum(float value, float* partials) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    value = segment_sum(value);
+    __syncthreads();  // the partials of an earlier call may still be read
+    if (lane == 0) partials[warp] = value;
+    __syncthreads();
+    return segment_sum(lane < warps ? partials[lane] : 0.0f);
+}
+
+template <int KIND>
+__device__ __forceinline__ float activate(float x) {
+    if (KIND == RELU) return fmaxf(x, 0.0f);
+    if (KIND == SILU) return x / (1.0f + expf(-x));
+    if (KIND == GELU) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
+    if (KIND == GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+    return x;
+}

@@ -1,0 +1,319 @@
+"""A launch plan that would point a kernel outside its memory is refused, rule by rule."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from gqsa_runtime.errors import FormatError
+from gqsa_runtime.params import PARAMS, check_params
+from gqsa_runtime.program import OPERATORS, Argument, Binary, KVLayer, Rope
+from gqsa_runtime.reader import TensorInfo
+from gqsa_runtime.validate import ContentChecks, validate, validate_stream
+from tests.format import tiny
+
+
+def infos(**changes) -> dict[str, TensorInfo]:
+    arrays = {**tiny.tensors(), **changes}
+    return {
+        name: TensorInfo(array.shape, f"{array.dtype.kind}{8 * array.dtype.itemsize}", 0, array.nbytes)
+        for name, array in arrays.items()
+    }
+
+
+def refuse(match: str, tensors=None, context=None, **changes) -> None:
+    with pytest.raises(FormatError, match=match):
+        validate(tiny.program(**changes), tensors or infos(), context)
+
+
+def with_buffer(name: str, **changes) -> tuple:
+    return tuple(dataclasses.replace(b, **changes) if b.name == name else b for b in tiny.program().buffers)
+
+
+def with_kernel(name: str, **changes) -> tuple:
+    return tuple(dataclasses.replace(k, **changes) if k.name == name else k for k in tiny.program().kernels)
+
+
+def with_param(name: str, **changes) -> tuple:
+    (kernel,) = [k for k in tiny.program().kernels if k.name == name]
+    return with_kernel(name, params={**kernel.params, **changes})
+
+
+def with_arg(phase: str, step: int, name: str, argument: Argument) -> dict:
+    """Phases with one argument replaced, found by its parameter's name."""
+    phases = dict(tiny.program().phases)
+    steps = list(phases[phase])
+    (op,) = [k.op for k in tiny.program().kernels if k.name == steps[step].kernel]
+    args = list(steps[step].args)
+    args[[p.name for p in OPERATORS[op]].index(name)] = argument
+    steps[step] = dataclasses.replace(steps[step], args=tuple(args))
+    return {**phases, phase: tuple(steps)}
+
+
+def test_the_tiny_program_is_sound():
+    validate(tiny.program(), infos())
+    validate(tiny.program(), infos(), context=8)
+
+
+def test_the_rules_cover_all_operators():
+    assert set(PARAMS) == set(OPERATORS)
+
+
+@pytest.mark.parametrize("context", [0, tiny.CONTEXT + 1])
+def test_context_out_of_range(context):
+    refuse("context is", context=context)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": "258"},
+        {"vocab_size": True},
+        {"eos_token_ids": ("x",)},
+        {"bos_token_id": 1.5},
+        {"kv_layers": (KVLayer("1", 16),)},
+        {"ropes": {"main": Rope(3, 4, 1.0)}},
+        {"buffers": (7,)},
+        {"phases": []},
+        {"name": None},
+        {"statistics": 3},
+        {"kernels": with_kernel("last_row", grid=(1, 1))},
+    ],
+)
+def test_wrong_types(changes):
+    refuse("expected", **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": 0},
+        {"max_context": -1},
+        {"prefill_chunk": 2**31},
+        {"kv_dtype": "i8"},
+        {"arena_bytes": -1},
+        {"kv_layers": (KVLayer(0, 16),)},
+        {"eos_token_ids": (258,)},
+        {"bos_token_id": -1},
+    ],
+)
+def test_numbers_out_of_range(changes):
+    refuse("launch plan is wrong", **changes)
+
+
+def test_buffers():
+    program = tiny.program()
+    refuse("same name", buffers=(*program.buffers, program.buffers[0]))
+    refuse("dtype", buffers=with_buffer("x", dtype="f64"))
+    refuse("elements at byte", buffers=with_buffer("x", elements=-1))
+    refuse("elements at byte", buffers=with_buffer("x", offset=-64))
+    refuse("elements at byte", buffers=with_buffer("x", offset=4))
+    refuse("the arena has", arena_bytes=program.arena_bytes - 64)
+    refuse("the arena has", buffers=with_buffer("x", offset=1 << 40))
+    (state,) = [b for b in program.buffers if b.name == "state"]
+    refuse("'state' and 'x' overlap", buffers=with_buffer("x", offset=state.offset))
+
+
+@pytest.mark.parametrize("name", ["tokens", "targets", "state", "logits", "log_probs", "argmax"])
+def test_reserved_buffers(name):
+    refuse(f"buffer '{name}'", buffers=tuple(b for b in tiny.program().buffers if b.name != name))
+    refuse(f"buffer '{name}'", buffers=with_buffer(name, elements=1))
+    refuse(f"buffer '{name}'", buffers=with_buffer(name, dtype="i8"))
+
+
+def test_ropes():
+    refuse("frequencies", ropes={"main": Rope("inv_freq", 6, 1.0)})
+    refuse("no tensor", ropes={"main": Rope("nothing", 4, 1.0)})
+    refuse("is f16, expected f32", ropes={"main": Rope("embed", 4, 1.0)})
+    refuse("scaled by", ropes={"main": Rope("inv_freq", 4, float("nan"))})
+
+
+def test_kernels():
+    refuse("same name", kernels=(*tiny.program().kernels, tiny.program().kernels[0]))
+    refuse("unknown operator", kernels=with_kernel("last_row", op="matmul"))
+    refuse("C identifier", kernels=with_kernel("last_row", name="last row"))
+    refuse("has the grid", kernels=with_kernel("last_row", grid=(0, 1, 1)))
+    refuse("has the grid", kernels=with_kernel("last_row", grid=(1, 1 << 17, 1)))
+    refuse("threads", kernels=with_kernel("last_row", block=2048))
+    refuse("bytes shared", kernels=with_kernel("last_row", shared_bytes=1 << 20))
+    refuse("no such kernel", kernels=tiny.program().kernels[1:])
+
+
+@pytest.mark.parametrize("op", sorted(PARAMS))
+def test_every_param_is_checked(op):
+    examples = {kernel.op: kernel.params for kernel in tiny.program().kernels}
+    examples["layer_norm"] = {"tokens": 1, "width": 8, "eps": 1e-5, "x_stride": 8, "out_stride": 8}
+    examples["gated_activation"] = {"tokens": 1, "width": 8, "activation": "silu", "gate_stride": 8, "up_stride": 8,
+                                    "out_stride": 8}  # fmt: skip
+    examples["elementwise"] = {"tokens": 1, "width": 8, "function": "add", "scalar": 1, "a_stride": 8, "b_stride": 8,
+                               "out_stride": 8}  # fmt: skip
+    good = examples[op]
+    assert check_params(op, good) is None
+    assert "expected" in check_params(op, {**good, "more": 1})
+    for name in good:
+        assert "expected" in check_params(op, {key: value for key, value in good.items() if key != name})
+        for bad in (-1, None, "x", [], float("inf"), 2**40):
+            fine = (
+                bad == -1
+                and PARAMS[op][name] == "a finite number"
+                or bad == 2**40
+                and name in ("scale", "scalar", "eps")
+            )
+            if not fine:
+                assert name in check_params(op, {**good, name: bad}), (name, bad)
+
+
+def test_params_that_do_not_fit_together():
+    refuse("whole groups", kernels=with_param("linear_sparse_t1", k=40))
+    refuse("whole groups", kernels=with_param("linear_sparse_t1", k=16 * 5000))
+    refuse("KV heads", kernels=with_param("attention_t1", heads=2, kv_heads=3))
+    refuse("rotary_dim", kernels=with_param("kv_append_t1", rotary_dim=3))
+    refuse("rotary_dim", kernels=with_param("kv_append_t1", rotary_dim=18))
+    refuse("bits is 4.0", kernels=with_param("linear_sparse_t1", bits=4.0))
+    refuse("bias is 0", kernels=with_param("linear_sparse_t1", bias=0))
+
+
+def test_binaries():
+    def refuse_binary(match, **changes):
+        binary = dataclasses.replace(tiny.program().binaries[0], **changes)
+        refuse(match, binaries=(binary,))
+
+    refuse_binary("kind", kind="wasm")
+    refuse_binary("target", kind="cubin")
+    refuse_binary("target", target="../x")
+    refuse_binary("no tensor", tensor="nothing")
+    refuse_binary("is f16, expected i8", tensor="embed")
+    refuse_binary("exactly", kernels={})
+    refuse_binary("exactly", kernels={"": (0, 1), "x": (0, 1)})
+    for place in ((0, 101), (-1, 5), (100, 1), (0, 0), (1 << 60, 1)):
+        refuse_binary("lies at", kernels={"": place})
+    twice = tiny.program().binaries * 2
+    refuse("same target", binaries=twice)
+    names = [kernel.name for kernel in tiny.program().kernels]
+    cubin = Binary("sm_90", "cubin", "binary.cpu", {name: (0, 10) for name in names})
+    validate(tiny.program(binaries=(cubin,)), infos())
+    refuse("exactly", binaries=(dataclasses.replace(cubin, kernels={name: (0, 10) for name in names[1:]}),))
+
+
+def test_phases():
+    phases = tiny.program().phases
+    refuse("phases are", phases={key: steps for key, steps in phases.items() if key != "decode"})
+    refuse("phases are", phases={**phases, "train": ()})
+    short = dataclasses.replace(phases["decode"][0], args=phases["decode"][0].args[1:])
+    refuse("3 arguments, expected 4", phases={**phases, "decode": (short, *phases["decode"][1:])})
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "name", "argument", "match"),
+    [
+        ("decode", 0, "ids", Argument("buffer", "targets"), "expected 'tokens'"),
+        ("decode", 0, "ids", Argument("buffer", "tokens", 1), "expected 'tokens'"),
+        ("decode", 0, "state", Argument("buffer", "tokens"), "expected 'state'"),
+        ("decode", 0, "state", Argument("null"), "'null', expected a 'buffer'"),
+        ("decode", 0, "table", Argument("buffer", "x"), "'buffer', expected a 'tensor'"),
+        ("decode", 0, "table", Argument("tensor", "nothing"), "no tensor 'nothing'"),
+        ("decode", 0, "table", Argument("tensor", 3), "no tensor 3"),
+        ("decode", 0, "table", Argument("tensor", "norm"), "is f32, expected f16"),
+        ("decode", 0, "table", Argument("tensor", "embed", 1), "has the offset 1"),
+        ("decode", 0, "out", Argument("tensor", "norm"), "'tensor', expected a 'buffer'"),
+        ("decode", 0, "out", Argument("buffer", "tokens"), "expected one of f32"),
+        ("decode", 0, "out", Argument("buffer", "nothing"), "expected one of f32"),
+        ("decode", 0, "out", Argument("buffer", "x", -1), "has the offset -1"),
+        ("decode", 0, "out", Argument("buffer", "x", 4 * 32 - 31), "31 elements of 'x', expected at least 32"),
+        ("prefill_body", 0, "out", Argument("buffer", "x", 1), "127 elements of 'x', expected at least 128"),
+        ("decode", 1, "weight", Argument("tensor", "inv_freq"), "2 elements of 'inv_freq', expected at least 32"),
+        ("decode", 2, "bias", Argument("tensor", "norm"), "'tensor', expected a 'null'"),
+        ("decode", 2, "residual", Argument("buffer", "x"), "'buffer', expected a 'null'"),
+        ("decode", 3, "rope", Argument("null"), "'null', expected a 'rope'"),
+        ("decode", 3, "rope", Argument("rope", "other"), "elements of 'other'"),
+        ("decode", 3, "k_cache", Argument("k_cache", 1), "elements of 1"),
+        ("decode", 3, "k_cache", Argument("k_cache", -1), "elements of -1"),
+        ("decode", 3, "k_cache", Argument("k_cache", "0"), "elements of '0'"),
+        ("decode", 3, "k_cache", Argument("v_cache", 0), "'v_cache', expected a 'k_cache'"),
+        ("last_logits", 0, "x", Argument("buffer", "y", 1), "127 elements of 'y', expected at least 128"),
+        ("all_log_probs", 1, "targets", Argument("buffer", "tokens"), "expected 'targets'"),
+        ("all_log_probs", 1, "argmax", Argument("buffer", "state"), "writes to 'state'"),
+    ],
+)
+def test_arguments(phase, step, name, argument, match):
+    refuse(match, phases=with_arg(phase, step, name, argument))
+
+
+def test_caches_and_ropes_of_other_sizes():
+    refuse("elements of 0", kv_layers=(KVLayer(1, 8),))
+    refuse("elements of 0", kv_layers=(KVLayer(2, 16),))
+    refuse("elements of 0", kernels=with_param("attention_t1", kv_dtype="f16"))
+    refuse("elements of 'main'", kernels=with_param("kv_append_t1", rotary_dim=8))
+
+
+def test_position_table_must_cover_the_context():
+    def kernels(offset):
+        return with_param("embedding_t1", source="positions", position_offset=offset)
+
+    validate(tiny.program(kernels=kernels(tiny.VOCAB - tiny.CONTEXT)), infos())
+    refuse("position table", kernels=kernels(tiny.VOCAB - tiny.CONTEXT + 1))
+
+
+def test_tables_must_cover_the_vocabulary():
+    refuse("table has 257 rows", kernels=with_param("embedding_t1", vocab=257))
+    refuse("257 logits", kernels=with_param("log_probs", vocab=257))
+
+
+def test_stream_sizes():
+    sound = tiny.tensors()
+    for name in ("q.values", "q.groups", "q.crow_indices", "q.tasks"):
+        refuse(re.escape("elements"), tensors=infos(**{name: sound[name][:-1]}))
+
+
+def contents(**changes) -> None:
+    arrays = {**tiny.tensors(), **changes}
+    checks = ContentChecks(tiny.program(), infos(**changes))
+    assert set(checks.names) == {"q.crow_indices", "q.groups", "q.tasks"}
+    for name, array in arrays.items():
+        checks.check(name, array)
+
+
+def test_index_contents():
+    contents()
+    sound = tiny.tensors()
+
+    def changed(name, place, value):
+        array = sound[name].copy()
+        array[place] = value
+        return {name: array}
+
+    for name, place, value in (
+        ("q.crow_indices", 0, -1),
+        ("q.crow_indices", 0, 1),
+        ("q.crow_indices", 5, 99),
+        ("q.crow_indices", 5, -(2**31)),
+        ("q.crow_indices", -1, 3),
+        ("q.crow_indices", -1, 5),
+        ("q.tasks", 1, 33),
+        ("q.tasks", 0, 1),
+        ("q.tasks", -1, 31),
+        ("q.groups", 2, 2 << 16),
+        ("q.groups", 2, -1),
+    ):
+        with pytest.raises(FormatError, match=name):
+            contents(**changed(name, place, value))
+
+
+def test_validate_stream():
+    params = {"rows": 2, "k": 32, "group_size": 16, "n_tasks": 1}
+    crow, groups, tasks = (np.array(a, np.int32) for a in ([0, 1, 1], [1 << 16], [0, 2]))
+    validate_stream(params, crow, groups, tasks, 1)
+    empty = np.zeros(0, np.int32)
+    validate_stream(params, np.zeros(3, np.int32), empty, tasks, 0)
+    for broken in (
+        (crow[:-1], groups, tasks, 1),
+        (crow, empty, tasks, 1),
+        (crow, groups, tasks[:-1], 1),
+        (crow, groups, tasks, 2),
+        (crow[::-1], groups, tasks, 1),
+        (crow, groups * 2, tasks, 1),
+        (crow, groups, tasks * 2, 1),
+    ):
+        with pytest.raises(FormatError):
+            validate_stream(params, *broken)

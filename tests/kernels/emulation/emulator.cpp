@@ -1,0 +1,178 @@
+// Runs a kernel block by block; the threads of a block are fibers in one operating system thread.
+//
+// A shuffle or __syncwarp waits for all 32 lanes, __syncthreads for all threads of the block that still
+// run. Where that can never come true (lanes diverged, or left before a shuffle), the run fails instead of
+// hanging. Shared memory starts as NaN, and a guard behind it shows writes past its end.
+#include <csetjmp>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <ucontext.h>
+#include <vector>
+
+#include "cuda_shim.h"
+
+Dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace {
+
+constexpr int WARP = 32;
+constexpr std::size_t STACK_BYTES = 128 * 1024, SHARED_BYTES = 100 * 1024, GUARD_BYTES = 4096;
+enum State { READY, AT_WARP_BARRIER, AT_BLOCK_BARRIER, DONE };
+
+struct Fiber {
+    State state;
+    bool started;
+    unsigned exchanges;
+    jmp_buf resume;
+    std::unique_ptr<char[]> stack;
+};
+
+struct Kernel {
+    void* function;
+    void** arguments;
+    int count;
+} kernel;
+
+alignas(64) unsigned char shared[SHARED_BYTES + GUARD_BYTES];
+std::vector<Fiber> fibers;
+std::vector<unsigned> slots;  // [2, threads]: values on exchange, of even and odd exchanges
+int threads, current, live;
+jmp_buf scheduler;
+std::string problem;
+
+void call() {
+    void** a = kernel.arguments;
+    using P = void*;
+    switch (kernel.count) {
+        case 3: reinterpret_cast<void (*)(P, P, P)>(kernel.function)(a[0], a[1], a[2]); break;
+        case 4: reinterpret_cast<void (*)(P, P, P, P)>(kernel.function)(a[0], a[1], a[2], a[3]); break;
+        case 5: reinterpret_cast<void (*)(P, P, P, P, P)>(kernel.function)(a[0], a[1], a[2], a[3], a[4]); break;
+        case 6:
+            reinterpret_cast<void (*)(P, P, P, P, P, P)>(kernel.function)(a[0], a[1], a[2], a[3], a[4], a[5]);
+            break;
+        case 7:
+            reinterpret_cast<void (*)(P, P, P, P, P, P, P)>(kernel.function)(a[0], a[1], a[2], a[3], a[4], a[5], a[6]);
+            break;
+        case 9:
+            reinterpret_cast<void (*)(P, P, P, P, P, P, P, P, P)>(kernel.function)(a[0], a[1], a[2], a[3], a[4], a[5],
+                                                                                  a[6], a[7], a[8]);
+            break;
+        default: problem = "no kernel has " + std::to_string(kernel.count) + " arguments";
+    }
+}
+
+void release_block() {
+    int waiting = 0;
+    for (const Fiber& fiber : fibers) waiting += fiber.state == AT_BLOCK_BARRIER;
+    if (waiting == live && live > 0)
+        for (Fiber& fiber : fibers)
+            if (fiber.state == AT_BLOCK_BARRIER) fiber.state = READY;
+}
+
+void fiber_main() {
+    call();
+    fibers[current].state = DONE;
+    --live;
+    release_block();
+    _longjmp(scheduler, 1);
+}
+
+void yield(State state) {
+    Fiber& fiber = fibers[current];
+    fiber.state = state;
+    if (state == AT_BLOCK_BARRIER) {
+        release_block();
+    } else {
+        const int first = current / WARP * WARP;
+        int waiting = 0;
+        for (int i = first; i < first + WARP; ++i) waiting += fibers[i].state == AT_WARP_BARRIER;
+        if (waiting == WARP)
+            for (int i = first; i < first + WARP; ++i) fibers[i].state = READY;
+    }
+    if (!_setjmp(fiber.resume)) _longjmp(scheduler, 1);
+}
+
+void resume(int thread) {
+    Fiber& fiber = fibers[thread];
+    current = thread;
+    threadIdx = {static_cast<unsigned>(thread), 0, 0};
+    if (_setjmp(scheduler)) return;
+    if (fiber.started) _longjmp(fiber.resume, 1);
+    fiber.started = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.get();
+    context.uc_stack.ss_size = STACK_BYTES;
+    context.uc_link = nullptr;
+    makecontext(&context, fiber_main, 0);
+    setcontext(&context);
+}
+
+void run_block(bool backwards, std::size_t shared_bytes) {
+    std::memset(shared, 0xff, sizeof shared);
+    for (Fiber& fiber : fibers) fiber.state = READY, fiber.started = false, fiber.exchanges = 0;
+    live = threads;
+    while (live > 0) {
+        bool progress = false;
+        for (int i = 0; i < threads; ++i) {
+            const int thread = backwards ? threads - 1 - i : i;
+            if (fibers[thread].state != READY) continue;
+            progress = true;
+            resume(thread);
+        }
+        if (!progress) {
+            problem = "threads wait for others that never come to the same shuffle or barrier";
+            return;
+        }
+    }
+    for (std::size_t i = shared_bytes; i < sizeof shared; ++i)
+        if (shared[i] != 0xff) {
+            problem = "dynamic shared memory was written past its " + std::to_string(shared_bytes) + " bytes";
+            return;
+        }
+}
+
+}  // namespace
+
+namespace emulation {
+
+void* dynamic_shared() { return shared; }
+void block_barrier() { yield(AT_BLOCK_BARRIER); }
+void warp_barrier() { yield(AT_WARP_BARRIER); }
+
+unsigned exchange(unsigned value, int lane_mask) {
+    // Two sets of slots: a lane can be one exchange ahead of those that still read the last one.
+    unsigned* const set = slots.data() + fibers[current].exchanges++ % 2 * threads;
+    set[current] = value;
+    yield(AT_WARP_BARRIER);
+    return set[current ^ lane_mask];
+}
+
+void check_alignment(const void* address, std::size_t bytes) {
+    if (reinterpret_cast<std::uintptr_t>(address) % bytes) problem = "a load is not aligned to its size";
+}
+
+}  // namespace emulation
+
+// Launches a kernel whose `count` arguments are pointers. backwards: run each block's threads last to first.
+// Returns null, or what went wrong. Not reentrant.
+extern "C" const char* emulation_launch(void* function, void** arguments, int count, const unsigned* grid,
+                                        unsigned block, std::size_t shared_bytes, int backwards) {
+    problem.clear();
+    kernel = {function, arguments, count};
+    gridDim = {grid[0], grid[1], grid[2]};
+    blockDim = {block, 1, 1};
+    threads = static_cast<int>(block);
+    if (block % WARP) return "the block is not a multiple of 32 threads";
+    if (shared_bytes > SHARED_BYTES) return "more dynamic shared memory than a GPU has";
+    while (fibers.size() < block) fibers.push_back({READY, false, 0, {}, std::make_unique<char[]>(STACK_BYTES)});
+    fibers.resize(block);
+    slots.assign(2 * block, 0);
+    for (unsigned y = 0; y < grid[1] && problem.empty(); ++y)
+        for (unsigned x = 0; x < grid[0] && problem.empty(); ++x) {
+            blockIdx = {x, y, 0};
+            run_block(backwards != 0, shared_bytes);
+        }
+    return problem.empty() ? nullptr : problem.c_str();
+}

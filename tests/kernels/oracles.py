@@ -1,0 +1,218 @@
+"""NumPy oracles: what each operator of `program.OPERATORS` computes, in float64.
+
+`run(op, params, arguments)` takes the arrays that a kernel gets, by argument name (flat, `state`
+included), and returns the contents that every output must have afterwards. Elements that a kernel
+must leave alone keep the value that they had.
+"""
+
+import math
+
+import numpy as np
+from gqsa_runtime.format import GROUP_COLUMN_BITS, GROUP_SCALE_BITS, MAX_GROUP_COLUMNS, ZERO_OF_8_BIT
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def activate(name, x):
+    """The activation `name` of float64 x."""
+    if name == "none":
+        return x
+    if name == "relu":
+        return np.maximum(x, 0)
+    if name == "silu":
+        return x / (1 + np.exp(-x))
+    if name == "gelu":
+        return 0.5 * x * (1 + _erf(x / math.sqrt(2)))
+    if name == "gelu_tanh":
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    raise ValueError(f"unknown activation {name!r}")
+
+
+def unpack_groups(words, bits):
+    """(scale float64, column int, zero int) of group words, int32 [nnz]."""
+    words = words.view(np.uint32)
+    scale = (words & 0xFFFF).astype(np.uint16).view(np.float16).astype(np.float64)
+    column = (words >> GROUP_SCALE_BITS) & (MAX_GROUP_COLUMNS - 1)
+    zero = words >> (GROUP_SCALE_BITS + GROUP_COLUMN_BITS)
+    return (scale, column.astype(int), np.full(len(words), ZERO_OF_8_BIT) if bits == 8 else zero.astype(int))
+
+
+def unpack_values(values, bits, group_size):
+    """Levels [nnz, G] of packed values, uint8 [nnz, G * bits / 8]: element i stands at bit i * bits."""
+    stream = np.unpackbits(values.reshape(-1, group_size * bits // 8), axis=1, bitorder="little")
+    return stream.reshape(len(stream), group_size, bits) @ (1 << np.arange(bits))
+
+
+def dequantize(params, arguments):
+    """float64 [rows, k] of a linear_sparse stream."""
+    group_size, rows = params["group_size"], params["rows"]
+    nnz = int(arguments["crow_indices"][rows])
+    packed = arguments["values"].view(np.uint8)[: nnz * group_size * params["bits"] // 8]
+    scale, column, zero = unpack_groups(arguments["groups"][:nnz], params["bits"])
+    levels = unpack_values(packed, params["bits"], group_size)
+    dense = np.zeros((rows, params["k"] // group_size, group_size))
+    row = np.repeat(np.arange(rows), np.diff(arguments["crow_indices"][: rows + 1]))
+    dense[row, column] = (levels - zero[:, None]) * scale[:, None]
+    return dense.reshape(rows, params["k"])
+
+
+def _tokens(params, state):
+    """Rows that the launch covers: the decode variant ignores state[0]."""
+    return 1 if params.get("tokens") == 1 else int(state[0])
+
+
+def _rows(array, n_tokens, stride, width):
+    """View [n_tokens, width] of a flat array with a row stride."""
+    return np.lib.stride_tricks.as_strided(
+        array, (n_tokens, width), (stride * array.itemsize, array.itemsize), writeable=True
+    )
+
+
+def _read(array, n_tokens, stride, width):
+    return _rows(array, n_tokens, stride, width).astype(np.float64)
+
+
+def _linear(weight, p, a, n):
+    total = _read(a["x"], n, p["x_stride"], p["k"]) @ weight.T
+    if p.get("accumulate"):
+        total = total + _read(a["out"], n, p["out_stride"], p["rows"])
+    if p["bias"]:
+        total = total + a["bias"][: p["rows"]].astype(np.float64)
+    total = activate(p["activation"], total)
+    if p["residual"]:
+        total = total + _read(a["residual"], n, p["residual_stride"], p["rows"])
+    return total
+
+
+def _linear_sparse(p, a, n, position, write):
+    write("out", _linear(dequantize(p, a), p, a, n), p["out_stride"])
+
+
+def _linear_dense(p, a, n, position, write):
+    weight = a["weight"][: p["rows"] * p["k"]].reshape(p["rows"], p["k"]).astype(np.float64)
+    write("out", _linear(weight, p, a, n), p["out_stride"])
+
+
+def _embedding(p, a, n, position, write):
+    index = a["ids"][:n] if p["source"] == "tokens" else position + np.arange(n) + p["position_offset"]
+    row = a["table"][: p["vocab"] * p["width"]].reshape(p["vocab"], p["width"])[index].astype(np.float64) * p["scale"]
+    write("out", row + _read(a["out"], n, p["out_stride"], p["width"]) if p["accumulate"] else row, p["out_stride"])
+
+
+def _rms_norm(p, a, n, position, write):
+    x = _read(a["x"], n, p["x_stride"], p["heads"] * p["width"]).reshape(n, p["heads"], p["width"])
+    out = x / np.sqrt((x * x).mean(-1, keepdims=True) + p["eps"]) * a["weight"][: p["width"]]
+    write("out", out.reshape(n, -1), p["out_stride"])
+
+
+def _layer_norm(p, a, n, position, write):
+    x = _read(a["x"], n, p["x_stride"], p["width"])
+    x = x - x.mean(-1, keepdims=True)
+    out = x / np.sqrt((x * x).mean(-1, keepdims=True) + p["eps"]) * a["weight"][: p["width"]] + a["bias"][: p["width"]]
+    write("out", out, p["out_stride"])
+
+
+def _rotate(x, rope, rotary_dim):
+    """x [n, heads, head_dim], rope [n, rotary_dim]: rotates pairs (i, i + rotary_dim / 2)."""
+    half = rotary_dim // 2
+    cos, sin = rope[:, None, :half], rope[:, None, half:]
+    low, high = x[..., :half], x[..., half:rotary_dim]
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin, x[..., rotary_dim:]], axis=-1)
+
+
+def _kv_append(p, a, n, position, write):
+    q = _read(a["q"], n, p["q_stride"], p["heads"] * p["head_dim"]).reshape(n, p["heads"], -1)
+    k = _read(a["k"], n, p["k_stride"], p["kv_heads"] * p["head_dim"]).reshape(n, p["kv_heads"], -1)
+    v = _read(a["v"], n, p["v_stride"], p["kv_heads"] * p["head_dim"])
+    if p["rotary_dim"]:
+        table = a["rope"][position * p["rotary_dim"] : (position + n) * p["rotary_dim"]]
+        rope = table.reshape(n, p["rotary_dim"]).astype(np.float64)
+        q, k = _rotate(q, rope, p["rotary_dim"]), _rotate(k, rope, p["rotary_dim"])
+    write("q", q.reshape(n, -1), p["q_stride"])
+    width = p["kv_heads"] * p["head_dim"]
+    write("k_cache", k.reshape(n, -1), width, position * width)
+    write("v_cache", v, width, position * width)
+
+
+def _cache_rows(cache, length, p):
+    """[length, heads, head_dim] of a KV cache; rows before the window are poisoned, and never seen."""
+    rows = cache[: length * p["kv_heads"] * p["head_dim"]].astype(np.float64).reshape(length, p["kv_heads"], -1)
+    return np.repeat(np.nan_to_num(rows), p["heads"] // p["kv_heads"], axis=1)
+
+
+def _attention(p, a, n, position, write):
+    length, head_dim = position + n, p["head_dim"]
+    q = _read(a["q"], n, p["q_stride"], p["heads"] * head_dim).reshape(n, p["heads"], head_dim)
+    keys, vals = (_cache_rows(a[name], length, p) for name in ("k_cache", "v_cache"))
+    scores = p["scale"] * np.einsum("thd,shd->hts", q, keys)
+    row, column = position + np.arange(n)[:, None], np.arange(length)[None]
+    seen = column <= row
+    if p["window"]:
+        seen &= column > row - p["window"]
+    scores = np.where(seen, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    write("out", np.einsum("hts,shd->thd", weights, vals).reshape(n, -1), p["out_stride"])
+
+
+def _gated_activation(p, a, n, position, write):
+    gate = _read(a["gate"], n, p["gate_stride"], p["width"])
+    up = _read(a["up"], n, p["up_stride"], p["width"])
+    write("out", activate(p["activation"], gate) * up, p["out_stride"])
+
+
+def _elementwise(p, a, n, position, write):
+    x = _read(a["a"], n, p["a_stride"], p["width"])
+    if p["function"] in ("add", "mul"):
+        b = _read(a["b"], n, p["b_stride"], p["width"])
+        out = x + b if p["function"] == "add" else x * b
+    else:
+        out = x * p["scalar"] if p["function"] == "scale" else activate(p["function"], x)
+    write("out", out, p["out_stride"])
+
+
+def _last_row(p, a, n, position, write):
+    start = (n - 1) * p["x_stride"]
+    write("out", a["x"][start : start + p["width"]][None].astype(np.float64), p["width"])
+
+
+def _log_probs(p, a, n, position, write):
+    logits = _read(a["logits"], n, p["x_stride"], p["vocab"])
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    write("log_probs", log_probs[np.arange(n), a["targets"][:n]][None], n)
+    write("argmax", logits.argmax(-1)[None], n)
+
+
+_ORACLES = {
+    "embedding": _embedding,
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+    "linear_sparse": _linear_sparse,
+    "linear_dense": _linear_dense,
+    "kv_append": _kv_append,
+    "attention": _attention,
+    "gated_activation": _gated_activation,
+    "elementwise": _elementwise,
+    "last_row": _last_row,
+    "log_probs": _log_probs,
+}
+
+
+def run(op, params, arguments):
+    """Contents of each output after the kernel ran: argument name -> array like the argument.
+
+    op: key of OPERATORS. params: its constants. arguments: name -> flat array or None, `state` too;
+    they are not changed. Float outputs come back as float64, integers as they are.
+    """
+    outputs = {}
+    state = arguments["state"]
+
+    def write(name, rows, stride, start=0):
+        array = arguments[name]
+        result = array.astype(np.float64) if array.dtype.kind == "f" else array.copy()
+        _rows(result[start:], rows.shape[0], stride, rows.shape[1])[:] = rows
+        outputs[name] = result
+
+    _ORACLES[op](params, arguments, _tokens(params, state), int(state[1]), write)
+    return outputs

@@ -1,0 +1,189 @@
+"""Every CUDA template compiles for every default target, and decode kernels keep to registers."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from gqsa_runtime.errors import GqsaError, UnsupportedError
+from gqsa_runtime.program import OPERATORS
+
+from gqsac.compiler.cuda_launch import MAX_SHARED_BYTES, launch
+from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
+from gqsac.compiler.passes import compile_cuda as compile_pass
+from gqsac.compiler.passes.compile_cuda import DEFAULT_TARGETS, CompileError, compile_cuda, nvrtc_version
+from gqsac.compiler.passes.render import headers, render
+from tests.kernels.cases import CASES
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+_REGISTERS_PER_BLOCK = 65536
+
+
+def _sparse(**changes) -> KernelSpec:
+    params = {
+        "tokens": 1, "rows": 4096, "k": 4096, "group_size": 16, "bits": 4, "n_tasks": 2048, "x_stride": 4096,
+        "out_stride": 4096, "bias": False, "activation": "none", "residual": True, "residual_stride": 4096,
+        "accumulate": False,
+    }  # fmt: skip
+    return KernelSpec.make("linear_sparse", **{**params, **changes})
+
+
+def _attention(**changes) -> KernelSpec:
+    params = {
+        "tokens": 1, "heads": 32, "kv_heads": 8, "head_dim": 128, "scale": 0.088, "window": 0, "kv_dtype": "f16",
+        "q_stride": 6144, "out_stride": 4096,
+    }  # fmt: skip
+    return KernelSpec.make("attention", **{**params, **changes})
+
+
+def _first_of_each_variant() -> list[KernelSpec]:
+    """One kernel per operator and variant."""
+    return list({(c.spec.op, dict(c.spec.params).get("tokens")): c.spec for c in reversed(CASES)}.values())
+
+
+def _real_shapes() -> list[KernelSpec]:
+    """Real models' shapes of the operators that could spill."""
+    return [
+        *(_sparse(bits=bits) for bits in (2, 4, 8)),
+        _sparse(group_size=8),
+        _sparse(group_size=64),
+        _sparse(k=576, rows=1536, bias=True, activation="gelu"),
+        _sparse(k=28672, rows=8192),
+        _sparse(tokens=8),
+        *(_attention(head_dim=head_dim) for head_dim in (64, 80, 256)),
+        _attention(kv_dtype="f32"),
+        _attention(),
+        _attention(tokens=8),
+        _attention(tokens=8, head_dim=256),
+    ]
+
+
+SPECS = [*_first_of_each_variant(), *_real_shapes()]
+NAMES = name_kernels(SPECS)
+# Real shapes take longest to compile: one target per generation of instructions stands for its kin.
+_GENERATIONS = ("sm_80", "sm_90", "sm_120")
+
+
+@pytest.fixture(scope="module")
+def binaries():
+    """(spec, target) -> CudaBinary."""
+    jobs = [(spec, target) for spec in _first_of_each_variant() for target in DEFAULT_TARGETS]
+    jobs += [(spec, target) for spec in _real_shapes() for target in _GENERATIONS]
+
+    def compile_one(job):
+        spec, target = job
+        return compile_cuda(render("cuda", spec, NAMES[spec]), target, NAMES[spec], headers("cuda"))
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
+
+
+def _of_target(binaries, target):
+    found = [(spec, binary) for (spec, of), binary in binaries.items() if of == target]
+    assert {spec.op for spec, _ in found} == set(OPERATORS)
+    return found
+
+
+@pytest.mark.parametrize("target", DEFAULT_TARGETS)
+def test_every_template_compiles(binaries, target):
+    for spec, binary in _of_target(binaries, target):
+        name = NAMES[spec]
+        if target.startswith("compute_"):
+            assert f".entry {name}(".encode() in binary.data, name
+        else:
+            assert binary.data.startswith(b"\x7fELF") and 8 <= binary.registers <= 255, name
+
+
+@pytest.mark.parametrize("target", [target for target in DEFAULT_TARGETS if target.startswith("sm_")])
+def test_no_kernel_spills(binaries, target):
+    for spec, binary in _of_target(binaries, target):
+        assert (binary.spill_bytes, binary.stack_bytes) == (0, 0), f"{NAMES[spec]}: {binary.log}"
+
+
+@pytest.mark.parametrize("target", [target for target in DEFAULT_TARGETS if target.startswith("sm_")])
+def test_launches_fit_the_device(binaries, target):
+    for spec, binary in _of_target(binaries, target):
+        name, (grid, block, shared_bytes) = NAMES[spec], launch(spec, 512)
+        assert binary.registers * block <= _REGISTERS_PER_BLOCK, name
+        assert shared_bytes + binary.shared_bytes <= 99 * 1024, name
+        assert block % 32 == 0 and all(size >= 1 for size in grid), name
+
+
+def test_same_bytes_for_the_same_source():
+    spec = _sparse()
+    source = render("cuda", spec, "kernel")
+    assert compile_cuda(source, "sm_90", "kernel", headers("cuda")) == compile_cuda(
+        source, "sm_90", "kernel", headers("cuda")
+    )
+
+
+@pytest.mark.parametrize("max_tokens", [1, 8, 512, 4096])
+def test_grids_cover_every_row_and_token(max_tokens):
+    for spec in SPECS:
+        params = dict(spec.params)
+        grid, block, shared_bytes = launch(spec, max_tokens)
+        tokens = 1 if params.get("tokens") == 1 or spec.op == "last_row" else max_tokens
+        assert shared_bytes <= MAX_SHARED_BYTES
+        assert grid[1] <= tokens, "block rows without tokens"
+        if spec.op == "linear_sparse":
+            assert grid[0] * block // 32 >= params["n_tasks"] and grid[1] * params["tokens"] >= tokens
+        elif spec.op == "attention":
+            assert grid[0] == params["heads"] and grid[1] * (1 if tokens == 1 else 64) >= tokens
+        elif spec.op == "linear_dense":
+            assert grid[1] * params["tokens"] >= tokens
+        else:
+            assert grid[1] == tokens
+
+
+def test_launches_that_no_gpu_can_make_are_refused():
+    rms_norm = next(spec for spec in SPECS if spec.op == "rms_norm" and spec["tokens"] > 1)
+    with pytest.raises(UnsupportedError, match="smaller prefill chunk"):
+        launch(rms_norm, 70_000)
+    with pytest.raises(UnsupportedError, match="shared memory"):
+        launch(_attention(head_dim=2048), 8)
+
+
+def test_an_error_in_a_kernel_names_it_and_the_line():
+    with pytest.raises(CompileError, match=r"kernel broken for sm_80.*broken\.cu\(1\): error"):
+        compile_cuda('extern "C" __global__ void broken() { nonsense; }', "sm_80", "broken", {})
+
+
+def test_an_unknown_target_is_named():
+    with pytest.raises(CompileError, match="does not know the target sm_1"):
+        compile_cuda('extern "C" __global__ void k() {}', "sm_1", "k", {})
+    assert issubclass(CompileError, GqsaError)
+
+
+def test_spills_are_read_from_the_log():
+    log = (
+        "ptxas info    : Function properties for k\n"
+        "    40 bytes stack frame, 24 bytes spill stores, 32 bytes spill loads\n"
+        "ptxas info    : Used 64 registers, used 1 barriers, 40 bytes cumulative stack size, 256 bytes smem\n"
+    )
+    assert compile_pass._parse_usage(log, "k", "sm_80") == (64, 56, 40, 256)
+    with pytest.raises(CompileError, match="did not report"):
+        compile_pass._parse_usage("", "k", "sm_80")
+
+
+def test_missing_nvrtc_is_one_clear_sentence(monkeypatch):
+    from cuda.bindings import nvrtc
+
+    def missing():
+        raise RuntimeError("Failed to dlopen libnvrtc.so.12")
+
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", missing)
+    with pytest.raises(CompileError, match="pip install nvidia-cuda-nvrtc-cu12"):
+        nvrtc_version()
+
+
+def test_rendered_linear_sparse_is_as_reviewed():
+    """To accept a change: python -m tests.kernels.test_cuda_compile"""
+    assert _snapshot() == (SNAPSHOTS / "linear_sparse.cu").read_text()
+
+
+def _snapshot() -> str:
+    return render("cuda", _sparse(), name_kernels([_sparse()])[_sparse()])
+
+
+if __name__ == "__main__":
+    SNAPSHOTS.mkdir(exist_ok=True)
+    (SNAPSHOTS / "linear_sparse.cu").write_text(_snapshot())

@@ -1,0 +1,76 @@
+"""Every kernel case: the rendered CUDA source, run on the CPU, against the oracle."""
+
+import pytest
+from gqsa_runtime.program import OPERATORS
+
+from gqsac.compiler.kernel_spec import KernelSpec
+from gqsac.compiler.passes import render
+from tests.kernels import cuda_emulation
+from tests.kernels.cases import CASES, KERNEL_NAMES
+
+pytestmark = pytest.mark.skipif(not cuda_emulation.is_available(), reason="host emulation needs g++")
+
+
+@pytest.fixture(scope="module")
+def kernels(request):
+    return cuda_emulation.EmulatedKernels(KERNEL_NAMES, request.config.cache.mkdir("cuda_emulation"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_kernel_matches_the_oracle(kernels, case):
+    cuda_emulation.run_both_ways(kernels, case)
+
+
+def test_every_operator_has_cases_of_both_variants():
+    seen = {(case.spec.op, dict(case.spec.params).get("tokens", 1) > 1) for case in CASES}
+    assert seen >= {(op, tile) for op in OPERATORS for tile in (False, True) if op != "last_row" or not tile}
+
+
+def _broken(monkeypatch, tmp_path, spec, old, new):
+    """Kernels of one spec whose header text was changed: proof that the emulation notices."""
+    case = next(case for case in CASES if case.spec == spec)
+    source = render.render("cuda", spec, "broken")
+    for header, text in render.headers("cuda").items():
+        if old in text:
+            source = source.replace(f'#include "{header}"', "")
+            source = text.replace(old, new).replace("#pragma once", "") + source
+    assert new in source
+    monkeypatch.setattr(cuda_emulation, "render", lambda target, spec, name: source)
+    return cuda_emulation.EmulatedKernels({spec: "broken"}, tmp_path), case
+
+
+def _spec(name) -> KernelSpec:
+    return next(case.spec for case in CASES if case.name == name)
+
+
+def test_a_missing_barrier_is_noticed(monkeypatch, tmp_path):
+    spec = _spec("linear_sparse/g16_k576_w4")
+    old = "        Staged::stage(shared, x);\n        __syncthreads();"
+    kernels, case = _broken(monkeypatch, tmp_path, spec, old, "        Staged::stage(shared, x); /* no barrier */")
+    with pytest.raises(AssertionError):
+        cuda_emulation.run_both_ways(kernels, case)
+
+
+def test_a_divergent_shuffle_is_noticed(monkeypatch, tmp_path):
+    spec = _spec("linear_dense/r37_k72")
+    old, new = "if (first_row >= C::ROWS) return;", "if (row >= C::ROWS) return;"
+    kernels, case = _broken(monkeypatch, tmp_path, spec, old, new)
+    with pytest.raises(AssertionError, match="wait for others"):
+        cuda_emulation.run_both_ways(kernels, case)
+
+
+def test_a_write_past_the_output_is_noticed(monkeypatch, tmp_path):
+    spec = _spec("gated_activation/silu_tile")
+    old, new = "column < WIDTH;", "column < WIDTH + 1;"
+    kernels, case = _broken(monkeypatch, tmp_path, spec, old, new)
+    with pytest.raises(AssertionError, match="out"):
+        cuda_emulation.run_both_ways(kernels, case)
+
+
+def test_too_little_shared_memory_is_noticed(monkeypatch, tmp_path):
+    spec = _spec("linear_sparse/g16_k576_w4")
+    kernels = cuda_emulation.EmulatedKernels({spec: "kernel"}, tmp_path)
+    case = next(case for case in CASES if case.spec == spec)
+    monkeypatch.setattr(cuda_emulation, "launch", lambda spec, max_tokens: ((2, 1, 1), 128, 576 * 4 - 16))
+    with pytest.raises(AssertionError, match="shared memory"):
+        kernels.run(spec, case.build().arguments, case.max_tokens)
