@@ -73,7 +73,8 @@ class Bench:
 
 
 def report(name, tokens, seconds, n_bytes, flops):
-    print(f"{name:10} {tokens:5} {seconds * 1e6:10.1f} us {n_bytes / seconds / 1e9:8.1f} GB/s {flops / seconds / 1e9:8.1f} GFLOP/s")
+    rates = f"{n_bytes / seconds / 1e9:8.1f} GB/s {flops / seconds / 1e9:8.1f} GFLOP/s"
+    print(f"{name:10} {tokens:5} {seconds * 1e6:10.1f} us {rates}")
 
 
 def main():
@@ -106,7 +107,7 @@ def main():
         state = np.array([tokens, 0], np.int32)
         x = rng.standard_normal((tokens, 1536), np.float32)
         step, step_bytes = [], 0
-        for name, (rows, k) in LAYER.items():
+        for name, (rows, _) in LAYER.items():
             n_bytes, copies = layers[name]
             if tokens > 1:
                 copies = copies[:8]

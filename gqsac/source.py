@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import re
 import sys
@@ -212,10 +213,13 @@ def _explained(name: str, what: str = "model"):
     from transformers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()
+    quiet = contextlib.nullcontext()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+        quiet = contextlib.redirect_stderr(io.StringIO())  # some bars do not ask; loggers keep the real stderr
     try:
-        yield
+        with quiet:
+            yield
     except (GqsaError, MemoryError):
         raise
     except Exception as error:

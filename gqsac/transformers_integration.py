@@ -6,15 +6,19 @@ fast execution is the compiler's and the runtime's business. Works with transfor
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from gqsa_runtime.errors import FormatError
 from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gqsac.bsr import BsrStream
+from gqsac.model_folder import read_json
 from gqsac.quantization_config import QUANT_METHOD, QuantizationConfig
 
 
@@ -91,8 +95,11 @@ class GqsaQuantizer(HfQuantizer):
 
     update_torch_dtype = update_dtype  # its name in transformers 4
 
+    def _convert_model_for_quantization(self, model):
+        """Nothing: this swaps in other methods' mixture-of-experts modules, and needs accelerate for it."""
+
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        self._files = [str(file) for file in checkpoint_files or ()]
+        self._files = [str(file) for file in checkpoint_files or _cached_files(model.config)]
         stored = _stored_streams(self._files)
         for name, (rows, columns) in self.quantization_config.checked.shapes.items():
             try:
@@ -151,6 +158,16 @@ def register() -> None:
     """Makes `quant_method` "gqsa" known to transformers; a second call changes nothing."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = GqsaConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = GqsaQuantizer
+
+
+def _cached_files(config) -> list[str]:
+    """The weight files that from_pretrained has found, for transformers 4, which does not name them."""
+    where = {"path_or_repo_id": config._name_or_path, "revision": getattr(config, "_commit_hash", None) or "main"}
+    index = cached_file(filename="model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **where)
+    if index is None:
+        return [cached_file(filename="model.safetensors", **where)]
+    shards = read_json(Path(index))["weight_map"].values()
+    return [cached_file(filename=shard, **where) for shard in sorted(set(shards))]
 
 
 _TORCH_DTYPES = {"I32": torch.int32, "I16": torch.int16, "U8": torch.uint8, "F16": torch.float16}

@@ -25,14 +25,15 @@ def calibration_tokens(
     text = "\n\n".join(read_text(file) for file in files) if files else _built_in_text()
     prefix = tokenizer.encode("").ids
     body = seq_len - len(prefix)
-    slots = _slots(text, tokenizer, samples, body)
+    rng = np.random.default_rng(seed)
+    slots = _slots(text, tokenizer, samples, body, rng)
     if len(slots) < samples:
         where = ", ".join(map(str, files)) if files else f"the {BUILT_IN}"
         raise InputError(
             f"calibration needs {samples} samples of {seq_len} tokens = {samples * seq_len} tokens, but {where} "
             f"gives {len(slots)} such samples; give more text, or fewer or shorter samples"
         )
-    chosen = np.sort(np.random.default_rng(seed).choice(len(slots), samples, replace=False))
+    chosen = np.sort(rng.choice(len(slots), samples, replace=False))
     return np.array([prefix + slots[i] for i in chosen], np.int64)
 
 
@@ -54,18 +55,19 @@ def _built_in_text() -> str:
     return (resources.files("gqsac") / "data" / "calibration.txt").read_text(encoding="utf-8")
 
 
-def _slots(text: str, tokenizer: Tokenizer, samples: int, body: int) -> list[list[int]]:
-    """Windows of `body` tokens. A long text is not tokenised whole: an even spread of slices is."""
-    wanted = samples * body * _SLICE_CHARACTERS_PER_TOKEN
-    if len(text) <= 2 * wanted:
-        return _windows(tokenizer.encode(text, add_special_tokens=False).ids, body)
+def _slots(text: str, tokenizer: Tokenizer, samples: int, body: int, rng) -> list[list[int]]:
+    """Windows of `body` tokens. Of a long text only a slice at a random place in each `samples`-th is tokenised."""
     size = body * _SLICE_CHARACTERS_PER_TOKEN
-    starts = np.linspace(0, len(text) - size, samples).astype(int)
-    slots = []
-    for start in starts:
-        piece = text[start : start + size]
-        slots += _windows(tokenizer.encode(piece, add_special_tokens=False).ids, body)[:1]
-    return slots
+    if len(text) <= 2 * samples * size:
+        return _windows(_encode(tokenizer, text), body)
+    part = len(text) // samples
+    starts = np.arange(samples) * part + rng.integers(0, part - size, samples)
+    slices = [text[start : start + size] for start in starts.tolist()]
+    return [window for piece in slices for window in _windows(_encode(tokenizer, piece), body)[:1]]
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _windows(ids: list[int], body: int) -> list[list[int]]:

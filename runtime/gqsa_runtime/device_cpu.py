@@ -24,9 +24,9 @@ TARGET_VARIABLE = "GQSA_CPU_TARGET"
 NUMPY_DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i16": np.int16, "i8": np.int8}
 
 # The flags of /proc/cpuinfo that a target's code relies on; the best target comes first.
-_V3 = frozenset("avx avx2 bmi1 bmi2 f16c fma abm movbe xsave".split())
+_V3 = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"])
 _TARGETS = {
-    "x86_64_v4": _V3 | frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split()),
+    "x86_64_v4": _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"]),
     "x86_64_v3": _V3,
     "aarch64": frozenset(),
 }
@@ -182,7 +182,8 @@ class CpuDevice:
             raw = np.zeros(total, np.uint8)
         except MemoryError as error:
             raise DeviceError(
-                f"context {context} needs {total / 1e9:.2f} GB that the system does not give; choose a smaller --context"
+                f"context {context} needs {total / 1e9:.2f} GB that the system does not give; choose a smaller "
+                "--context"
             ) from error
         self._keep.append(raw)
         offset = -raw.ctypes.data % ALIGNMENT
@@ -215,8 +216,8 @@ class CpuDevice:
 
     def _use_tensors(self, program: Program, tensors: Mapping[str, np.ndarray]) -> None:
         """Takes the addresses of the tensors that the steps name."""
-        used = {arg.name for steps in program.phases.values() for step in steps for arg in step.args if arg.kind == "tensor"}
-        for name in sorted(used):
+        steps = [step for steps in program.phases.values() for step in steps]
+        for name in sorted({arg.name for step in steps for arg in step.args if arg.kind == "tensor"}):
             array = tensors[name]
             if not array.flags.c_contiguous:
                 raise ValueError(f"tensor {name!r} is not contiguous")
@@ -226,17 +227,17 @@ class CpuDevice:
     def _resolve(self, program: Program, steps: tuple[Step, ...]) -> tuple[int, int]:
         """Native launch list of a phase: (address, count). A launch is {function, args}, two pointers."""
         launches = np.zeros((len(steps), 2), np.uint64)
-        dtypes = {buffer.name: buffer for buffer in program.buffers}
+        buffers = {buffer.name: buffer for buffer in program.buffers}
 
         def address(arg: Argument) -> int:
             if arg.kind == "null":
                 return 0
             if arg.kind == "buffer":
-                buffer = dtypes[arg.name]
+                buffer = buffers[arg.name]
                 return self._addresses["arena", None] + buffer.offset + arg.offset * DTYPE_BYTES[buffer.dtype]
             return self._addresses[arg.kind, arg.name]
 
-        for launch, step in zip(launches, steps):
+        for launch, step in zip(launches, steps, strict=True):
             args = np.array([address(arg) for arg in step.args], np.uint64)
             self._keep.append(args)
             function = ctypes.cast(getattr(self._library, step.kernel), ctypes.c_void_p).value

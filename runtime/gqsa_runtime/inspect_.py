@@ -13,7 +13,7 @@ _WEIGHTS = ("values", "groups", "crow_indices", "tasks", "weight")
 def describe(file: ArtifactFile, context: int | None = None) -> dict:
     """Facts of a validated file, ready for JSON. Sizes in bytes; context: to state memory for.
 
-    "linears" counts each weight matrix of the decode phase once: weights (parameters), bytes as stored
+    "linears" counts each weight matrix of the decode phase once, the output head too: weights (parameters), bytes as stored
     (values, scales, indices, tasks) and bits_per_weight from the two; kept: share of weights in kept groups.
     """
     program = file.program
@@ -113,7 +113,7 @@ def render(facts: dict) -> str:
         (
             "linears",
             f"{linears['weights'] / 1e6:,.1f} M weights in {size(linears['bytes'])}: "
-            f"{linears['bits_per_weight']:.2f} bits per weight, {linears['kept']:.1%} kept",
+            f"{linears['bits_per_weight']:.2f} bits per weight, {linears['kept']:.1%} kept, output head included",
         ),
         ("vocabulary", f"{facts['vocab_size']:,} tokens"),
         ("context", f"up to {facts['max_context']:,} tokens, {facts['layers']} layers of {facts['kv_dtype']} KV cache"),
@@ -127,7 +127,7 @@ def render(facts: dict) -> str:
             f"activations {size(needs['activations'])}, context {size(needs['context_bytes'])}",
         ),
     ]
-    rows += [(f"  {key}", str(value)) for key, value in sorted(facts["statistics"].items())]
+    rows += [(f"  {key}", _cell(value)) for key, value in sorted(facts["statistics"].items())]
     width = max(len(key) for key, _ in rows)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
 

@@ -37,8 +37,9 @@ class Tokenizer:
         """Token ids of a text. add_special_tokens: begin-of-text and the like, where the model has them."""
         try:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError:
-            raise InputError("the text holds half a surrogate pair, which is no character; expected Unicode") from None
+        except (TypeError, UnicodeEncodeError):
+            what = "holds half a surrogate pair, which is no character" if isinstance(text, str) else "is no str"
+            raise InputError(f"the text {what}; expected Unicode text") from None
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""

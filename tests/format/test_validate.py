@@ -5,12 +5,12 @@ import re
 
 import numpy as np
 import pytest
-
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.params import PARAMS, check_params
 from gqsa_runtime.program import OPERATORS, Argument, Binary, KVLayer, Rope
 from gqsa_runtime.reader import TensorInfo
 from gqsa_runtime.validate import ContentChecks, validate, validate_stream
+
 from tests.format import tiny
 
 
@@ -31,8 +31,8 @@ def with_buffer(name: str, **changes) -> tuple:
     return tuple(dataclasses.replace(b, **changes) if b.name == name else b for b in tiny.program().buffers)
 
 
-def with_kernel(name: str, **changes) -> tuple:
-    return tuple(dataclasses.replace(k, **changes) if k.name == name else k for k in tiny.program().kernels)
+def with_kernel(kernel_name: str, /, **changes) -> tuple:
+    return tuple(dataclasses.replace(k, **changes) if k.name == kernel_name else k for k in tiny.program().kernels)
 
 
 def with_param(name: str, **changes) -> tuple:
@@ -191,9 +191,9 @@ def test_binaries():
     twice = tiny.program().binaries * 2
     refuse("same target", binaries=twice)
     names = [kernel.name for kernel in tiny.program().kernels]
-    cubin = Binary("sm_90", "cubin", "binary.cpu", {name: (0, 10) for name in names})
+    cubin = Binary("sm_90", "cubin", "binary.cpu", dict.fromkeys(names, (0, 10)))
     validate(tiny.program(binaries=(cubin,)), infos())
-    refuse("exactly", binaries=(dataclasses.replace(cubin, kernels={name: (0, 10) for name in names[1:]}),))
+    refuse("exactly", binaries=(dataclasses.replace(cubin, kernels=dict.fromkeys(names[1:], (0, 10))),))
 
 
 def test_phases():

@@ -7,7 +7,6 @@ compiler sees relative paths only and the linker strips all symbols but the kern
 
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from gqsa_runtime.errors import DeviceError
 
-from gqsac.compiler.passes.render import headers, templates_folder
+from gqsac.compiler.passes.render import headers
 
 # Target -> (zig triple, -mcpu). x86_64_v4 is AVX-512 (F, BW, CD, DQ, VL), x86_64_v3 AVX2, FMA and F16C.
 TARGETS = {
@@ -26,7 +25,8 @@ TARGETS = {
     "aarch64": ("aarch64-linux-gnu.2.17", "generic"),
 }
 
-_FLAGS = (
+# What changes the code beside the sources, the headers and compiler_version.
+FLAGS = (
     "-std=gnu11",
     "-O3",
     "-g0",
@@ -80,12 +80,11 @@ def compile_cpu(sources: dict[str, str], target: str) -> bytes:
         build = Path(folder)
         for name, text in headers("cpu").items():
             (build / name).write_text(text)
-        shutil.copy(templates_folder() / "cpu" / "runtime.c", build / "gqsa_runtime.c")
         names = sorted(sources)
         for name in names:
             (build / f"{name}.c").write_text(sources[name])
-        objects = [f"{name}.c" for name in (*names, "gqsa_runtime")]
-        _run_zig(["cc", "-target", triple, f"-mcpu={cpu}", *_FLAGS, *objects, "-o", "kernels.so"], build)
+        objects = [f"{name}.c" for name in (*names, "runtime")]
+        _run_zig(["cc", "-target", triple, f"-mcpu={cpu}", *FLAGS, *objects, "-o", "kernels.so"], build)
         return (build / "kernels.so").read_bytes()
 
 
@@ -109,6 +108,7 @@ def _cache_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DeviceError(
-            f"the compiler's cache folder {folder} cannot be made ({error.strerror}); set XDG_CACHE_HOME to a folder that can."
+            f"the compiler's cache folder {folder} cannot be made ({error.strerror}); set XDG_CACHE_HOME to "
+            "a folder that can."
         ) from error
     return folder

@@ -12,7 +12,7 @@ from gqsa_runtime.errors import DeviceError
 DEFAULT_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_80")
 
 # No fast math: a compiled model must give the tokens that f32 arithmetic gives.
-_OPTIONS = ("--std=c++17", "--ptxas-options=-v", "--no-source-include")
+_OPTIONS = ("--std=c++17", "--ptxas-options=-v", "--no-source-include", "--no-cache")
 
 
 class CompileError(DeviceError):

@@ -1,22 +1,34 @@
 """Legalize: from the exported aten and gqsa operators to the operators of the IR.
 
 Views are not pattern-matched. Every activation carries the positions of its elements in the IR value
-that holds them, an int64 tensor of its traced shape, and a view, transpose or slice is simply run on
-that tensor. Where an operator reads an activation, the positions say whether it is a value's rows, a
-run of its columns (a Slice), or something that no IR operator can read, which is refused.
+that holds them (see layout.py), and a view, transpose or slice is simply run on those. Where an operator
+reads an activation, the positions say whether it is a whole value, a run of its columns (a Slice), or
+something that no IR operator can read, which is refused.
 
 Constants are run, too: whatever depends on neither tokens nor parameters is computed on the spot.
 """
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from gqsa_runtime.errors import ModelError, UnsupportedError
 from torch import Tensor, fx
 
 from gqsac.compiler import ir
+from gqsac.compiler.layout import (
+    Angles,
+    Mask,
+    Parameter,
+    Rotated,
+    Rows,
+    column_run,
+    is_constant,
+    rows_of,
+    scalar,
+    token_axis,
+)
 from gqsac.compiler.passes.trace import N_TOKENS, Traced
 
 aten = torch.ops.aten
@@ -60,51 +72,13 @@ _IDENTITIES = {
 _ASSERTS = {aten._assert_tensor_metadata.default, aten._assert_async.msg}
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """An activation: element e is factor * value[positions[e] // width, positions[e] % width]."""
-
-    value: str
-    width: int
-    positions: Tensor
-    factor: float = 1.0
-
-
-@dataclass(frozen=True)
-class _Rotated:
-    """`source` after rotary embedding along its last axis, the head's features; only attention reads it."""
-
-    source: _Rows
-    table: str
-
-
-@dataclass(frozen=True)
-class _Angles:
-    """cos or sin of a rotary table."""
-
-    table: str
-
-
-@dataclass(frozen=True)
-class _Mask:
-    """A causal mask; window 0: no sliding window."""
-
-    window: int
-
-
-@dataclass(frozen=True)
-class _Parameter:
-    name: str
-    shape: tuple[int, ...]
-
-
 def legalize(traced: Traced) -> ir.Graph:
     """Translates a traced model. Raises UnsupportedError naming the operator, the module and the model."""
     n_attentions = sum(node.target is gqsa.attention.default for node in traced.graph.nodes)
     if n_attentions != traced.n_layers:
         raise UnsupportedError(
             f"{traced.model_class} has {traced.n_layers} layers but calls transformers' attention interface "
-            f"{n_attentions} times: its attention is written out in the model and cannot be compiled"
+            f"{n_attentions} times: some layers mix tokens by code of the model's own, which cannot be compiled"
         )
     return _Legalizer(traced).run()
 
@@ -121,6 +95,7 @@ class _Legalizer:
         self.n_attentions = 0
 
     def run(self) -> ir.Graph:
+        unread = {node: len(node.users) for node in self.traced.graph.nodes}
         for node in self.traced.graph.nodes:
             stack = node.meta.get("nn_module_stack") or {}
             self.module = next(reversed(stack.values()))[0].removeprefix("model").lstrip(".") if stack else ""
@@ -130,6 +105,10 @@ class _Legalizer:
                 self.known[node] = self._call(node)
             elif node.op == "output":
                 logits = self._finish(self.known[node.args[0][0]])
+            for source in node.all_input_nodes:  # positions of wide activations add up over many layers
+                unread[source] -= 1
+                if not unread[source]:
+                    del self.known[source]
         graph = ir.Graph(
             model_class=self.traced.model_class,
             ops=tuple(self.ops),
@@ -143,9 +122,9 @@ class _Legalizer:
 
     def _placeholder(self, node: fx.Node) -> object:
         if node.name in self.traced.parameters:
-            return _Parameter(self.traced.parameters[node.name], tuple(node.meta["val"].shape))
+            return Parameter(self.traced.parameters[node.name], tuple(node.meta["val"].shape))
         if node.name == self.traced.tokens:
-            return _Rows("tokens", 1, torch.arange(N_TOKENS)[None])
+            return Rows("tokens", 1, torch.arange(N_TOKENS)[None])
         return self.traced.constants[node.name]
 
     def _call(self, node: fx.Node) -> object:
@@ -157,16 +136,16 @@ class _Legalizer:
         if target is operator.getitem:
             return args[0][args[1]]
         if target in _IDENTITIES:
-            if isinstance(args[0], _Rows) and args[0].value != "tokens" and not _is_float(node):
+            if isinstance(args[0], Rows) and args[0].value != "tokens" and not _is_float(node):
                 raise self._unsupported(node, "a cast of activations to whole numbers")
             return args[0]
-        if target in (aten.dropout.default, aten.native_dropout.default) and not args[2]:
+        if target is aten.dropout.default and not args[2]:
             return args[0]
-        if _is_constant((args, kwargs)) and getattr(target, "namespace", None) == "aten":
+        if is_constant((args, kwargs)) and getattr(target, "namespace", None) == "aten":
             return target(*args, **kwargs)
         if target in _HANDLERS:
             return _HANDLERS[target](self, node, *args, **kwargs)
-        if target in _VIEWS and isinstance(args[0], _Rows):
+        if target in _VIEWS and isinstance(args[0], Rows):
             return self._view(node, args, kwargs)
         raise self._unsupported(node)
 
@@ -182,21 +161,21 @@ class _Legalizer:
     def _cat(self, node, parts, dim=0):
         """Joins the rotated part of heads with the part that is not: the rope of a partial rotary_dim."""
         first, *rest = parts
-        if isinstance(first, _Rotated) and dim in (-1, 3) and all(isinstance(part, _Rows) for part in rest):
+        if isinstance(first, Rotated) and dim in (-1, 3) and all(isinstance(part, Rows) for part in rest):
             rows = [first.source, *rest]
             if len({(part.value, part.factor) for part in rows}) == 1:
                 joined = torch.cat([part.positions for part in rows], dim)
                 return replace(first, source=replace(first.source, positions=joined))
-        if all(isinstance(part, _Rows) for part in parts) and len({(part.value, part.factor) for part in parts}) == 1:
+        if all(isinstance(part, Rows) for part in parts) and len({(part.value, part.factor) for part in parts}) == 1:
             return replace(first, positions=torch.cat([part.positions for part in parts], dim))
         raise self._unsupported(node)
 
     def _embedding(self, node, table, index, *unused):
-        if not isinstance(table, _Parameter):
+        if not isinstance(table, Parameter):
             raise self._unsupported(node)
         rows, width = table.shape
         fields = {"table": table.name, "rows": rows, "width": width}
-        if isinstance(index, _Rows) and index.value == "tokens":
+        if isinstance(index, Rows) and index.value == "tokens":
             return self._emit(ir.Embedding(self.module, node.name, **fields), node)
         if not isinstance(index, Tensor) or index.shape[-1] != N_TOKENS:
             raise self._unsupported(node)
@@ -208,11 +187,14 @@ class _Legalizer:
         )
 
     def _linear(self, node, x, weight, bias=None):
-        if not isinstance(weight, _Parameter) or not (bias is None or isinstance(bias, _Parameter)):
+        if not isinstance(weight, Parameter) or not (bias is None or isinstance(bias, Parameter)):
             raise self._unsupported(node)
         rows, k = weight.shape
+        value, count = self._columns(node, x)
+        if count != k:
+            raise self._unsupported(node, "a linear layer for each head")
         fields = {"weights": (weight.name,), "biases": (bias.name if bias else None,), "rows": (rows,), "k": k}
-        return self._emit(ir.Linear(self.module, node.name, x=self._read(node, x), **fields), node)
+        return self._emit(ir.Linear(self.module, node.name, x=value, **fields), node)
 
     def _addmm(self, node, bias, x, weight):
         raise self._unsupported(node, "a transposed weight (a Conv1D layer, as in GPT-2)")
@@ -225,7 +207,7 @@ class _Legalizer:
         )
 
     def _layer_norm(self, node, x, shape, weight=None, bias=None, eps=1e-5, *unused):
-        if not isinstance(weight, _Parameter):
+        if not isinstance(weight, Parameter):
             raise self._unsupported(node, "a layer norm without weights")
         name = bias.name if bias else None
         value, count = self._columns(node, x)
@@ -236,20 +218,20 @@ class _Legalizer:
     def _rope_table(self, node, positions, inv_freq, scaling, table):
         if not torch.equal(positions.flatten(), torch.arange(N_TOKENS)):
             raise self._unsupported(node, "rotary positions other than the tokens'")
-        return _Angles(table), _Angles(table)
+        return Angles(table), Angles(table)
 
     def _rope(self, node, x, cos, sin, heads_axis):
-        if not isinstance(x, _Rows) or not isinstance(cos, _Angles) or cos != sin:
+        if not isinstance(x, Rows) or not isinstance(cos, Angles) or cos != sin:
             raise self._unsupported(node)
-        return _Rotated(x, cos.table)
+        return Rotated(x, cos.table)
 
     def _causal_mask(self, node, like, window):
-        return _Mask(window if window < self.traced.max_context else 0)
+        return Mask(window if window < self.traced.max_context else 0)
 
     def _attention(self, node, q, k, v, mask, scale, window):
         if isinstance(mask, Tensor) and self._is_written_out_causal(mask):
-            mask = _Mask(0)
-        if not isinstance(mask, _Mask):
+            mask = Mask(0)
+        if not isinstance(mask, Mask):
             raise self._unsupported(node, "an attention mask of the model's own making")
         if window and window < self.traced.max_context and window != mask.window:
             raise self._unsupported(node, f"a sliding window of {window} with a mask for {mask.window or 'none'}")
@@ -260,10 +242,10 @@ class _Legalizer:
                 f"{self.traced.model_class}: {heads} attention heads cannot share {kv_heads} key/value heads evenly "
                 f"({self.module}); correct num_attention_heads or num_key_value_heads in the config"
             )
-        tables = [x.table if isinstance(x, _Rotated) else None for x in (q, k)]
+        tables = [x.table if isinstance(x, Rotated) else None for x in (q, k)]
         if tables[0] != tables[1]:
             raise self._unsupported(node, "different rotary embeddings of queries and keys")
-        q, k = (x.source if isinstance(x, _Rotated) else x for x in (q, k))
+        q, k = (x.source if isinstance(x, Rotated) else x for x in (q, k))
         scale *= q.factor * k.factor  # scores are linear in both
         op = ir.Attention(
             self.module,
@@ -292,24 +274,24 @@ class _Legalizer:
         return not self.traced.has_window and torch.equal(allowed, causal.expand(allowed.shape))
 
     def _add(self, node, a, b, alpha=1):
-        if isinstance(a, _Rows) and isinstance(b, _Rows) and alpha == 1 and a.positions.shape == b.positions.shape:
+        if isinstance(a, Rows) and isinstance(b, Rows) and alpha == 1 and a.positions.shape == b.positions.shape:
             return self._elementwise(node, "add", a, b)
-        if isinstance(a, _Rows) and _scalar(b) == 0:
+        if isinstance(a, Rows) and scalar(b) == 0:
             return a
         raise self._unsupported(node)
 
     def _mul(self, node, a, b):
         for x, y in ((a, b), (b, a)):
-            if isinstance(x, _Rows) and _scalar(y) is not None:
-                return replace(x, factor=x.factor * _scalar(y))
-            if isinstance(x, _Rotated) and _scalar(y) is not None:
-                return replace(x, source=replace(x.source, factor=x.source.factor * _scalar(y)))
-        if isinstance(a, _Rows) and isinstance(b, _Rows) and a.positions.shape == b.positions.shape:
+            if isinstance(x, Rows) and scalar(y) is not None:
+                return replace(x, factor=x.factor * scalar(y))
+            if isinstance(x, Rotated) and scalar(y) is not None:
+                return replace(x, source=replace(x.source, factor=x.source.factor * scalar(y)))
+        if isinstance(a, Rows) and isinstance(b, Rows) and a.positions.shape == b.positions.shape:
             return self._elementwise(node, "mul", a, b)
         raise self._unsupported(node)
 
     def _div(self, node, a, b):
-        divisor = _scalar(b)
+        divisor = scalar(b)
         if not divisor:
             raise self._unsupported(node)
         return self._mul(node, a, 1.0 / divisor)
@@ -325,39 +307,38 @@ class _Legalizer:
 
     # Values
 
-    def _elementwise(self, node, function: str, a: _Rows, b: _Rows | None = None) -> _Rows:
+    def _elementwise(self, node, function: str, a: Rows, b: Rows | None = None) -> Rows:
         value, count = self._columns(node, a)
         other = self._columns(node, b)[0] if b else None
+        if b and token_axis(a) != token_axis(b):
+            raise self._unsupported(node, "tokens along different axes")
         return self._emit(ir.Elementwise(self.module, node.name, function, value, count, other), node)
 
-    def _emit(self, op: ir.Op, node: fx.Node) -> _Rows:
+    def _emit(self, op: ir.Op, node: fx.Node) -> Rows:
         """Appends an operator and gives its value, laid out in the node's traced shape."""
         self.ops.append(op)
         width = ir.width(op)
         shape = node.meta["val"].shape
         axis = next((axis for axis in (1, 0, 2) if axis < len(shape) and shape[axis] == N_TOKENS), None)
-        x = next((arg for arg in node.args if isinstance(arg, fx.Node) and isinstance(self.known[arg], _Rows)), None)
+        x = next((arg for arg in node.args if isinstance(arg, fx.Node) and isinstance(self.known[arg], Rows)), None)
         if x is not None and self.known[x].value != "tokens" and not isinstance(op, ir.Attention):
-            axis = _token_axis(self.known[x])
+            axis = token_axis(self.known[x])
         if axis is None:
             raise self._unsupported(node, "a result without the axis of the tokens")
-        others = [size for i, size in enumerate(shape) if i != axis]
-        positions = torch.arange(N_TOKENS * width).reshape(N_TOKENS, *others).movedim(0, axis)
-        return _Rows(op.output, width, positions)
+        return rows_of(op.output, width, shape, axis)
 
     def _columns(self, node: fx.Node, x: object) -> tuple[str, int]:
         """The value that an operator reads x from, and its width: x's own, a Slice of it, or it scaled."""
-        if isinstance(x, _Rotated):
+        if isinstance(x, Rotated):
             raise self._unsupported(node, "rotated queries or keys as its input")
-        axis = _token_axis(x) if isinstance(x, _Rows) else None
-        if axis is None or x.value == "tokens":
+        if not isinstance(x, Rows) or x.value == "tokens":
             raise self._unsupported(node)
-        columns = x.positions.select(axis, 0).flatten()
-        start, count = int(columns[0]), len(columns)
-        if not torch.equal(columns, torch.arange(start, start + count)):
+        run = column_run(x)
+        if run is None:
             raise self._unsupported(
                 node, "columns in another order than its weights make them (queries, keys and values interleaved?)"
             )
+        start, count = run
         value = x.value
         if count != x.width:
             output = f"{x.value}_{start}_{count}"
@@ -380,7 +361,7 @@ class _Legalizer:
     def _finish(self, logits: object) -> str:
         """The graph's last operator is a Linear, so a factor on the logits moves to its input."""
         last = self.ops[-1]
-        if not isinstance(logits, _Rows) or not isinstance(last, ir.Linear) or logits.value != last.output:
+        if not isinstance(logits, Rows) or not isinstance(last, ir.Linear) or logits.value != last.output:
             raise UnsupportedError(
                 f"{self.traced.model_class}: the logits are not the output of a linear layer; only that can be compiled"
             )
@@ -425,33 +406,6 @@ _HANDLERS: dict[object, Callable] = {
 
 def _is_float(node: fx.Node) -> bool:
     return node.meta["val"].dtype.is_floating_point
-
-
-def _is_constant(args: object) -> bool:
-    """Whether nothing among (nested) arguments depends on tokens or parameters."""
-    if isinstance(args, (tuple, list)):
-        return all(_is_constant(arg) for arg in args)
-    if isinstance(args, dict):
-        return all(_is_constant(arg) for arg in args.values())
-    return not isinstance(args, (_Rows, _Rotated, _Angles, _Mask, _Parameter))
-
-
-def _scalar(x: object) -> float | None:
-    """The number that x is, if it is one."""
-    if isinstance(x, (int, float)):
-        return float(x)
-    return float(x) if isinstance(x, Tensor) and x.numel() == 1 else None
-
-
-def _token_axis(rows: _Rows) -> int | None:
-    """The axis along which each step goes to the next token's row."""
-    for axis, size in enumerate(rows.positions.shape):
-        if size == N_TOKENS:
-            by_token = rows.positions.movedim(axis, 0).reshape(N_TOKENS, -1)
-            first = torch.arange(N_TOKENS)[:, None] * rows.width
-            if torch.equal(by_token, first + by_token[0]) and int(by_token[0].max()) < rows.width:
-                return axis
-    return None
 
 
 def _scale_embeddings(graph: ir.Graph) -> ir.Graph:

@@ -1,5 +1,5 @@
-// Attention of one token. Threads share out the heads; heads of one KV head that fall to the same
-// thread walk the cache together, so that the second finds each block in the first-level cache.
+// Attention of one token. Shares are cut at heads; heads of one KV head that fall to the same
+// share walk the cache together, so that the second finds each block in the first-level cache.
 #ifndef GQSA_ATTENTION_DECODE_H
 #define GQSA_ATTENTION_DECODE_H
 
@@ -62,13 +62,13 @@ INLINE void attend_block(struct decode_head *head, const float *q, const kv_t *k
     UNROLL for (int part = 0; part < HEAD_PARTS; part++) head->out[part] = even[part] + odd[part];
 }
 
-INLINE void attention(void *const *args, int thread, int n_threads) {
+INLINE void attention(void *const *args, int share, int n_shares) {
     const float *q = args[0];
     const kv_t *k_cache = args[1], *v_cache = args[2];
     float *out = args[3];
     int position = ((const int32_t *)args[4])[1];
     int start = first_seen(position), head_begin, head_end;
-    split(HEADS, thread, n_threads, &head_begin, &head_end);
+    split(HEADS, share, n_shares, &head_begin, &head_end);
     for (int head = head_begin; head < head_end;) {
         int kv_head = head / PER_KV;
         int n_heads = min_i(head_end, (kv_head + 1) * PER_KV) - head;

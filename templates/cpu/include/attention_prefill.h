@@ -1,6 +1,6 @@
 // Attention of many tokens. Lanes are queries: (token, head) pairs that read one KV head, QUERIES of
 // them to a tile, token by token. Keys and values enter as broadcasts, so that scores, maxima, masks
-// and sums need no reduction across lanes. Threads take tiles in turn, as later tiles see more rows.
+// and sums need no reduction across lanes. Shares take tiles in turn, as later tiles see more rows.
 #ifndef GQSA_ATTENTION_PREFILL_H
 #define GQSA_ATTENTION_PREFILL_H
 
@@ -125,10 +125,10 @@ static __attribute__((noinline)) void attend_tile(void *const *args, int kv_head
     }
 }
 
-INLINE void attention(void *const *args, int thread, int n_threads) {
+INLINE void attention(void *const *args, int share, int n_shares) {
     int n_queries = ((const int32_t *)args[4])[0] * PER_KV;
     int tiles = (n_queries + QUERIES - 1) / QUERIES;
-    for (int unit = thread; unit < tiles * KV_HEADS; unit += n_threads)
+    for (int unit = share; unit < tiles * KV_HEADS; unit += n_shares)
         attend_tile(args, unit % KV_HEADS, unit / KV_HEADS * QUERIES, n_queries);
 }
 

@@ -1,7 +1,7 @@
 // Rotary embedding and the KV cache's new rows. See OPERATORS["kv_append"] for the arguments.
 //
 // The kernel defines TOKENS, HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, KV_F16, Q_STRIDE, K_STRIDE and
-// V_STRIDE. Threads share out (token, head) pairs, query heads first, then KV heads.
+// V_STRIDE. Shares are cut at (token, head) pairs, query heads first, then KV heads.
 #ifndef GQSA_KV_APPEND_H
 #define GQSA_KV_APPEND_H
 
@@ -33,13 +33,13 @@ INLINE void store_row(kv_t *to, const float *from) {
     for (int i = 0; i < HEAD_DIM; i += VW) store_kv_n(to + i, load_n(from + i, HEAD_DIM - i), HEAD_DIM - i);
 }
 
-INLINE void kv_append(void *const *args, int thread, int n_threads) {
+INLINE void kv_append(void *const *args, int share, int n_shares) {
     float *q = args[0];
     const float *k = args[1], *v = args[2], *rope = args[3];
     kv_t *k_cache = args[4], *v_cache = args[5];
     const int32_t *state = args[6];
     int n_tokens = TOKENS == 1 ? 1 : state[0], begin, end;
-    split(n_tokens * (HEADS + KV_HEADS), thread, n_threads, &begin, &end);
+    split(n_tokens * (HEADS + KV_HEADS), share, n_shares, &begin, &end);
     for (int unit = begin; unit < end; unit++) {
         int token = unit / (HEADS + KV_HEADS), head = unit % (HEADS + KV_HEADS);
         size_t position = (size_t)state[1] + token;

@@ -1,6 +1,6 @@
 // y = W x for an f16 matrix [ROWS, K], sums in f32.
 //
-// The kernel defines TOKENS, ROWS, K, X_STRIDE and what linear.h needs. Threads share out blocks of
+// The kernel defines TOKENS, ROWS, K, X_STRIDE and what linear.h needs. Shares are cut at blocks of
 // BLOCK rows; within a block BLOCK_ROWS x BLOCK_TOKENS sums run at once, lanes along k.
 #ifndef GQSA_LINEAR_DENSE_H
 #define GQSA_LINEAR_DENSE_H
@@ -42,14 +42,14 @@ INLINE void tile_sums(const _Float16 *const weight[BLOCK_ROWS], const float *con
         UNROLL for (int token = 0; token < BLOCK_TOKENS; token++) sums[row][token] = hsum(acc[row][token]);
 }
 
-INLINE void linear_dense(void *const *args, int thread, int n_threads) {
+INLINE void linear_dense(void *const *args, int share, int n_shares) {
     const float *x = args[0];
     const _Float16 *weight = args[1];
     const float *bias = args[2], *residual = args[3];
     float *out = args[4];
     int n_tokens = TOKENS == 1 ? 1 : ((const int32_t *)args[5])[0];
     int begin, end;
-    split((ROWS + BLOCK - 1) / BLOCK, thread, n_threads, &begin, &end);
+    split((ROWS + BLOCK - 1) / BLOCK, share, n_shares, &begin, &end);
     for (int block = begin; block < end; block++) {
         int row_end = min_i(ROWS, (block + 1) * BLOCK);
         for (int token = 0; token < n_tokens; token += BLOCK_TOKENS) {

@@ -1,8 +1,8 @@
 // y = W x for one BSR stream of 1xG groups, weights (q - zero) * scale in f32.
 //
 // The kernel defines TOKENS, K, GROUP_SIZE, BITS, N_TASKS, X_STRIDE and what linear.h needs; VW divides
-// GROUP_SIZE. Threads share out the tasks, which hold nearly equal numbers of groups. Every sum is
-// made by one thread in one order, so results do not depend on the number of threads.
+// GROUP_SIZE. Shares are cut at tasks, which hold nearly equal numbers of groups. Every sum is made in
+// one order, so results do not depend on the number of threads.
 #ifndef GQSA_LINEAR_SPARSE_H
 #define GQSA_LINEAR_SPARSE_H
 
@@ -155,18 +155,23 @@ INLINE void tile_rows(void *const *args, float (*x)[TILE][VW], int token, int n_
     }
 }
 
-INLINE void linear_sparse(void *const *args, int thread, int n_threads) {
+INLINE void linear_sparse(void *const *args, int share, int n_shares) {
     const float *x = args[0];
     const int32_t *tasks = args[4];
-    int n_tokens = TOKENS == 1 ? 1 : ((const int32_t *)args[8])[0], begin, end;
-    split(N_TASKS, thread, n_threads, &begin, &end);
-    if (tasks[begin] == tasks[end]) return;
     float packed[K / VW][TILE][VW] __attribute__((aligned(64)));
-    for (int token = 0; token < n_tokens; token += TILE) {
-        int n_now = min_i(TILE, n_tokens - token);
+    // Shares take whole tiles, and parts of their rows only where there are fewer tiles than shares: a
+    // tile is packed once for each part.
+    const int n_tokens = TOKENS == 1 ? 1 : ((const int32_t *)args[8])[0];
+    const int n_tiles = (n_tokens + TILE - 1) / TILE;
+    const int parts = min_i(N_TASKS, (n_shares + n_tiles - 1) / n_tiles);
+    for (int unit = share; unit < n_tiles * parts; unit += n_shares) {
+        int begin, end;
+        split(N_TASKS, unit % parts, parts, &begin, &end);
+        if (tasks[begin] == tasks[end]) continue;
+        const int token = unit / parts * TILE, n_now = min_i(TILE, n_tokens - token);
         pack_x(packed, x + (size_t)token * X_STRIDE, n_now);
-        // A thread's tasks are neighbours, but each begins its own chunks: where a chunk begins decides
-        // the order of a row's sum, which must be the same for any number of threads.
+        // Each task begins its own chunks: where a chunk begins decides the order of a row's sum, which
+        // must not depend on the number of threads.
         for (int task = begin; task < end; task++)
             if (tasks[task] < tasks[task + 1]) tile_rows(args, packed, token, n_now, tasks[task], tasks[task + 1]);
     }

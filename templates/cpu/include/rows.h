@@ -4,15 +4,15 @@
 
 #include "vmath.h"
 
-#define COLUMNS 256  // columns of one row that a thread takes at a time
+#define COLUMNS 256  // columns of one row that a share takes at a time
 
-// Runs body for every vector of this thread's share of [n_tokens, width], with `token`, `column` and
+// Runs body for every vector of one share of [n_tokens, width], with `token`, `column` and
 // `n` (elements of the row from column on, VW or more for a full vector).
-#define FOR_EACH_VECTOR(n_tokens, width, thread, n_threads, body)                       \
+#define FOR_EACH_VECTOR(n_tokens, width, share, n_shares, body)                       \
     do {                                                                                \
         const int blocks = ((width) + COLUMNS - 1) / COLUMNS;                           \
         int begin, end;                                                                 \
-        split((n_tokens) * blocks, thread, n_threads, &begin, &end);                    \
+        split((n_tokens) * blocks, share, n_shares, &begin, &end);                    \
         for (int unit = begin; unit < end; unit++) {                                    \
             const int token = unit / blocks, start = unit % blocks * COLUMNS;           \
             const int stop = min_i((width), start + COLUMNS);                           \

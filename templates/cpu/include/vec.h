@@ -145,10 +145,11 @@ INLINE vf hsum_each(const vf v[VW]) {
 #endif
 }
 
-// Thread `thread` of n_threads takes items begin .. end - 1 of `total`.
-INLINE void split(int total, int thread, int n_threads, int *begin, int *end) {
-    *begin = (int)((int64_t)total * thread / n_threads);
-    *end = (int)((int64_t)total * (thread + 1) / n_threads);
+// A kernel runs as n_shares calls, in any order and at the same time, each with its own `share` in 0 ..
+// n_shares - 1: share `share` takes items begin .. end - 1 of `total`.
+INLINE void split(int total, int share, int n_shares, int *begin, int *end) {
+    *begin = (int)((int64_t)total * share / n_shares);
+    *end = (int)((int64_t)total * (share + 1) / n_shares);
 }
 
 INLINE int min_i(int a, int b) { return a < b ? a : b; }

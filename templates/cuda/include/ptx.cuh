@@ -22,6 +22,14 @@ __device__ __forceinline__ unsigned short float_to_half(float value) {
     return bits;
 }
 
+// (bits & MASK) | magic in one instruction; from C++ operators it becomes two.
+template <unsigned MASK>
+__device__ __forceinline__ unsigned and_or(unsigned bits, unsigned magic) {
+    unsigned result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(bits), "n"(MASK), "r"(magic));
+    return result;
+}
+
 // Weights are read once per launch: they pass the L1 without staying in it, which leaves it to x.
 __device__ __forceinline__ uint4 load_streaming(const uint4* address) {
     uint4 v;

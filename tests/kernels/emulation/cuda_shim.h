@@ -35,7 +35,7 @@ namespace emulation {
 void* dynamic_shared();
 void block_barrier();
 void warp_barrier();
-unsigned exchange(unsigned value, int lane_mask);  // value of lane (own ^ lane_mask)
+unsigned exchange(unsigned value, int source, bool relative);  // value of lane source, or own lane ^ source
 void check_alignment(const void* address, std::size_t bytes);
 }  // namespace emulation
 
@@ -43,13 +43,21 @@ inline void __syncthreads() { emulation::block_barrier(); }
 inline void __syncwarp() { emulation::warp_barrier(); }
 
 template <class T>
-inline T __shfl_xor_sync(unsigned, T value, int lane_mask) {
+inline T shuffle(T value, int source, bool relative) {
     static_assert(sizeof(T) == 4, "shuffles move 32 bits");
     unsigned bits;
     std::memcpy(&bits, &value, 4);
-    bits = emulation::exchange(bits, lane_mask);
+    bits = emulation::exchange(bits, source, relative);
     std::memcpy(&value, &bits, 4);
     return value;
+}
+template <class T>
+inline T __shfl_xor_sync(unsigned, T value, int lane_mask) {
+    return shuffle(value, lane_mask, true);
+}
+template <class T>
+inline T __shfl_sync(unsigned, T value, int lane) {
+    return shuffle(value, lane, false);
 }
 
 inline float __uint_as_float(unsigned bits) {
@@ -70,6 +78,11 @@ inline unsigned short float_to_half(float value) {
     unsigned short bits;
     std::memcpy(&bits, &half, 2);
     return bits;
+}
+
+template <unsigned MASK>
+inline unsigned and_or(unsigned bits, unsigned magic) {
+    return (bits & MASK) | magic;
 }
 
 template <class T>

@@ -141,12 +141,12 @@ void* dynamic_shared() { return shared; }
 void block_barrier() { yield(AT_BLOCK_BARRIER); }
 void warp_barrier() { yield(AT_WARP_BARRIER); }
 
-unsigned exchange(unsigned value, int lane_mask) {
+unsigned exchange(unsigned value, int source, bool relative) {
     // Two sets of slots: a lane can be one exchange ahead of those that still read the last one.
     unsigned* const set = slots.data() + fibers[current].exchanges++ % 2 * threads;
     set[current] = value;
     yield(AT_WARP_BARRIER);
-    return set[current ^ lane_mask];
+    return set[relative ? current ^ source : current / WARP * WARP + source % WARP];
 }
 
 void check_alignment(const void* address, std::size_t bytes) {

@@ -1,0 +1,72 @@
+"""A device of NumPy alone, whose next-token logits depend on every token in its cache, and models over it."""
+
+import zlib
+
+import numpy as np
+from gqsa_runtime.model import Model
+from gqsa_runtime.tokenizer import Tokenizer
+
+from tests.format import tiny
+
+DTYPES = {"f32": np.float32, "i32": np.int32}
+
+
+class FakeDevice:
+    """Implements the device protocol for `tiny.program`.
+
+    script: tokens by position. Where given, the likeliest next token at position p is script[p + 1], and
+    end of text after it; without it, logits are drawn from a hash of all tokens up to p.
+    """
+
+    name = "fake"
+
+    def __init__(self, program, context: int, script=None):
+        self.program, self.context, self.script = program, context, script
+        self.buffers = {b.name: np.zeros(b.elements, DTYPES[b.dtype]) for b in program.buffers}
+        self.cache = np.full(context, -1, np.int32)
+        self.launches: list[tuple[str, int, int]] = []  # (phase, n_tokens, position)
+        self.closed = False
+
+    def upload(self, buffer, values):
+        self.buffers[buffer][: len(values)] = values
+
+    def download(self, buffer, count):
+        return self.buffers[buffer][:count].copy()
+
+    def launch(self, phase):
+        n_tokens, position = map(int, self.buffers["state"])
+        self.launches.append((phase, n_tokens, position))
+        if phase in ("decode", "prefill_body"):
+            assert 1 <= n_tokens <= (1 if phase == "decode" else self.program.prefill_chunk)
+            assert position + n_tokens <= self.context
+            self.cache[position : position + n_tokens] = self.buffers["tokens"][:n_tokens]
+        if phase in ("decode", "last_logits"):
+            self.buffers["logits"][: self.program.vocab_size] = self.row(position + n_tokens - 1)
+        if phase == "all_log_probs":
+            for index in range(n_tokens):
+                row = self.row(position + index).astype(np.float64)
+                log_softmax = row - np.log(np.exp(row - row.max()).sum()) - row.max()
+                self.buffers["log_probs"][index] = log_softmax[self.buffers["targets"][index]]
+                self.buffers["argmax"][index] = row.argmax()
+
+    def row(self, position: int) -> np.ndarray:
+        if self.script is None:
+            seed = zlib.crc32(self.cache[: position + 1].tobytes())
+            return np.random.default_rng(seed).normal(size=self.program.vocab_size).astype(np.float32)
+        row = np.zeros(self.program.vocab_size, np.float32)
+        row[self.script[position + 1] if position + 1 < len(self.script) else tiny.EOS] = 20
+        return row
+
+    def close(self):
+        self.closed = True
+
+
+def model(prompt: str = "", answer: str | list[int] | None = None, context: int = tiny.CONTEXT, **options) -> Model:
+    """A model that continues `prompt` with `answer` (text or token ids) and ends, or at random without one."""
+    program = tiny.program()
+    tokenizer = Tokenizer(tiny.tokenizer_json())
+    script = None
+    if answer is not None:
+        script = tokenizer.encode(prompt) + (tokenizer.encode(answer) if isinstance(answer, str) else answer)
+    options.setdefault("chat_template", tiny.CHAT_TEMPLATE)
+    return Model(program, tokenizer, FakeDevice(program, context, script), context, **options)

@@ -1,0 +1,243 @@
+"""The command `gqsa`: what goes to which stream, exit codes, and what a fresh interpreter loads."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from gqsa_runtime import cli, load
+from gqsa_runtime.doctor import examine
+from gqsa_runtime.errors import InputError
+
+from tests.format import tiny
+from tests.unit import fake_device
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "model.gqsa"
+    file.write_bytes(tiny.file_bytes())
+    return str(file)
+
+
+@pytest.fixture
+def gqsa(monkeypatch):
+    """Runs `gqsa` in this process over the fake device; answer: what the model says after each prompt."""
+
+    def run(*args, stdin=None, answer=None, prompt=""):
+        def open_fake(kind, ordinal, program, tensors, binaries, context, threads):
+            return fake_device.FakeDevice(program, context, script)
+
+        script = None
+        if answer is not None:
+            model = fake_device.model()
+            script = [*model.tokenize(prompt), *model.tokenize(answer)]
+        monkeypatch.setattr(load, "_open", open_fake)
+        monkeypatch.setattr(load, "_probe", lambda kind, program, ordinal: (kind == "cpu", f"about {kind}"))
+        result = CliRunner().invoke(_Main(), args, input=stdin)
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result
+
+    return run
+
+
+class _Main(cli.click.Command):
+    """`cli.main` as a command, so that CliRunner can catch its streams."""
+
+    def __init__(self):
+        super().__init__("gqsa")
+
+    def main(self, args=None, prog_name=None, **extra):
+        cli.main(args=list(args or ()), prog_name="gqsa")
+
+
+def test_run_puts_text_alone_on_stdout(gqsa, path):
+    result = gqsa("run", path, "--raw", "--prompt", "Once", "--stats", answer=" upon", prompt="Once")
+    assert (result.exit_code, result.stdout) == (0, " upon\n")
+    assert "device cpu: about cpu; no GPU: about cuda" in result.stderr
+    assert "generated 6" in result.stderr and "finished: stop" in result.stderr
+
+
+def test_run_reads_the_prompt_from_stdin(gqsa, path):
+    assert gqsa("run", path, "--raw", stdin="Once", answer=" upon", prompt="Once").stdout == " upon\n"
+
+
+def test_run_uses_the_chat_template_unless_raw(gqsa, path):
+    prompt = "<s>[user]Hi\n[assistant]"
+    assert gqsa("run", path, "-p", "Hi", "--context", "32", answer="Yo", prompt=prompt).stdout == "Yo\n"
+
+
+def test_sampling_options_reach_the_model(gqsa, path):
+    args = ("run", path, "--raw", "-p", "x", "--temperature", "1", "--max-new-tokens", "12")
+    first, again, other = (gqsa(*args, "--seed", seed).stdout for seed in ("1", "1", "2"))
+    assert first == again != other
+    result = gqsa("run", path, "--raw", "-p", "a", "--stop", "ND", answer=" END", prompt="a")
+    assert result.stdout == " E\n"
+
+
+def test_chat(gqsa, path):
+    result = gqsa("chat", path, "--temperature", "0", stdin="Hi\n\n/reset\nHi\n/exit\nnever\n", answer="Yo",
+                  prompt="<s>[user]Hi\n[assistant]")  # fmt: skip
+    assert (result.exit_code, result.stdout) == (0, "Yo\nYo\n")
+    assert gqsa("chat", path, stdin="").exit_code == 0
+
+
+def test_inspect(gqsa, path):
+    result = gqsa("inspect", path, "--kernels", "--tensors", "--context", "16")
+    assert result.exit_code == 0
+    for expected in ("tiny (TinyForCausalLM)", "bits per weight", "x86_64_v3", "linear_sparse_t8", "q.crow_indices"):
+        assert expected in result.stdout
+    facts = json.loads(gqsa("inspect", path, "--json", "--context", "16").stdout)
+    stream = sum(tiny.tensors()[f"q.{part}"].nbytes for part in ("values", "groups", "crow_indices", "tasks"))
+    head = tiny.tensors()["embed"].nbytes
+    assert facts["linears"] == {
+        "weights": 32 * 32 + 258 * 32,
+        "bytes": stream + head,
+        "bits_per_weight": 8 * (stream + head) / (32 * 32 + 258 * 32),
+        "kept": (4 * 16 + 258 * 32) / (32 * 32 + 258 * 32),
+    }
+    assert facts["memory"]["context_bytes"] == 16 * (2 * 16 * 4 + 16)
+    assert "kernel_list" not in facts
+
+
+def test_verify(gqsa, path):
+    result = gqsa("verify", path)
+    assert result.exit_code == 0 and "is sound: 8 tensors" in result.stdout
+    assert json.loads(gqsa("verify", path, "--json").stdout)["ok"] is True
+    with open(path, "r+b") as file:
+        file.seek(-400, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-400, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+    result = gqsa("verify", path)
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and "damaged" in result.stderr
+
+
+def test_bench(gqsa, path):
+    result = gqsa("bench", path, "--at", "4,9", "--decode", "5", "--repeats", "2", "--json")
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["context"] for row in rows] == [4, 9] and all(row["steps"] == 10 for row in rows)
+    assert all(row["prefill_tokens_per_s"] > 0 and row["decode_ms_p90"] >= row["decode_ms"] > 0 for row in rows)
+    assert "decode_tokens_per_s" in gqsa("bench", path, "--at", "4", "--decode", "2").stdout
+    result = gqsa("bench", path, "--at", "30")
+    assert result.exit_code == 1 and "does not fit the model's context of 32" in result.stderr
+    assert gqsa("bench", path, "--at", "many").exit_code == 2
+
+
+def test_eval_ppl(gqsa, path, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.")
+    result = gqsa("eval", "ppl", path, "--text", str(text), "--window", "8", "--json")
+    found = json.loads(result.stdout)
+    assert found["n_windows"] == 5 and found["n_tokens"] == 35 and found["perplexity"] > 1
+    assert "perplexity" in gqsa("eval", "ppl", path, "--text", str(text), "--window", "8").stdout
+    result = gqsa("eval", "ppl", path, "--text", str(tmp_path / "none"), "--window", "8")
+    assert result.exit_code == 1 and "cannot be read" in result.stderr
+    text.write_bytes(b"\xff\xfe")
+    assert "not UTF-8" in gqsa("eval", "ppl", path, "--text", str(text)).stderr
+
+
+def test_doctor(gqsa):
+    result = gqsa("doctor")
+    assert result.exit_code == 0
+    for subject in ("python", "gqsa-runtime", "numpy", "cpu", "gpu"):
+        assert subject in result.stdout
+    subjects = [finding["subject"] for finding in json.loads(gqsa("doctor", "--json").stdout)]
+    assert subjects == [finding.subject for finding in examine()]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "expected"),
+    [
+        ((), 2, "Usage"),
+        (("run",), 2, "Missing argument 'FILE'"),
+        (("fly",), 2, "No such command"),
+        (("run", "FILE", "--top-k", "many"), 2, "is not a valid integer"),
+        (("run", "nothing.gqsa", "-p", "x"), 1, "error: nothing.gqsa: there is no such file"),
+        (("run", "FILE", "-p", "x", "--device", "tpu"), 1, "error: the device is 'tpu'"),
+        (("run", "FILE", "-p", "x" * 99), 1, "tokens, but the context is 32"),
+        (("run", "FILE", "-p", "x", "--context", "99"), 1, "the context is 99"),
+        (("run", "FILE", "-p", "x", "--top-p", "2"), 1, "top_p is 2.0"),
+    ],
+)
+def test_errors(gqsa, path, args, code, expected):
+    result = gqsa(*(path if arg == "FILE" else arg for arg in args))
+    assert result.exit_code == code
+    assert expected in result.stderr and "Traceback" not in result.output
+
+
+def test_interruption(monkeypatch, capsys):
+    @cli.click.command()
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        cli.main(interrupted, [])
+    assert caught.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_another_group_can_use_main(capsys):
+    @cli.click.command()
+    def broken():
+        raise InputError("a sentence")
+
+    with pytest.raises(SystemExit) as caught:
+        cli.main(broken, [])
+    assert (caught.value.code, capsys.readouterr().err) == (1, "error: a sentence\n")
+
+
+def test_all_commands_have_help_and_an_example(gqsa):
+    names = [command.name for command in cli.commands()]
+    assert names == ["run", "chat", "inspect", "verify", "bench", "eval", "doctor"]
+    for name in names:
+        result = gqsa(name, "--help")
+        assert result.exit_code == 0 and f"gqsa {name}" in result.stdout and "Example" in result.stdout
+
+
+def fresh(code: str, *args: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": os.path.join(ROOT, "runtime"), "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], env=environment, cwd="/", capture_output=True, text=True, timeout=60
+    )
+
+
+FORBIDDEN = (
+    "import sys; bad = {'torch', 'transformers', 'gqsac', 'gguf'} & {name.split('.')[0] for name in sys.modules}"
+)
+
+
+def test_a_fresh_interpreter_loads_nothing_heavy(path):
+    use = (
+        "import sys, gqsa_runtime, gqsa_runtime.model, gqsa_runtime.doctor, gqsa_runtime.bench\n"
+        "from gqsa_runtime import Model, cli\n"
+        "for args in (['--help'], ['inspect', sys.argv[1]], ['verify', sys.argv[1]], ['doctor']):\n"
+        "    try: cli.main(args=args)\n"
+        "    except SystemExit as end: assert end.code == 0, (args, end.code)\n"
+    )
+    done = fresh(f"{use}\n{FORBIDDEN}\nassert not bad, bad\nprint('clean')", path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("clean\n")
+
+
+def test_importing_the_format_loads_no_numpy():
+    done = fresh(
+        "import gqsa_runtime.format, sys; assert 'numpy' not in sys.modules and 'tokenizers' not in sys.modules"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_closed_pipe_is_quiet(path):
+    code = "from gqsa_runtime.cli import main; main()"
+    environment = {**os.environ, "PYTHONPATH": os.path.join(ROOT, "runtime")}
+    command = [sys.executable, "-c", code, "inspect", path, "--tensors", "--kernels"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert done.stderr == ""

@@ -1,0 +1,126 @@
+"""The engine's bookkeeping: chunks, positions, rewinding and scores, against one long computation."""
+
+import numpy as np
+import pytest
+from gqsa_runtime.engine import Engine
+from gqsa_runtime.errors import InputError
+
+from tests.format import tiny
+from tests.unit.fake_device import FakeDevice
+
+TOKENS = [5, 9, 200, 3, 3, 17, 256, 90, 41, 8, 120]
+
+
+def engine(context: int = tiny.CONTEXT) -> Engine:
+    program = tiny.program()
+    return Engine(program, FakeDevice(program, context), context)
+
+
+def logits_after(tokens) -> np.ndarray:
+    device = FakeDevice(tiny.program(), tiny.CONTEXT)
+    device.cache[: len(tokens)] = tokens
+    return device.row(len(tokens) - 1)
+
+
+@pytest.mark.parametrize("n_tokens", range(1, len(TOKENS) + 1))
+def test_prefill_of_any_length(n_tokens):
+    made = engine()
+    np.testing.assert_array_equal(made.prefill(TOKENS[:n_tokens]), logits_after(TOKENS[:n_tokens]))
+    assert made.tokens == tuple(TOKENS[:n_tokens])
+    bodies = [launch for launch in made.device.launches if launch[0] != "last_logits"]
+    assert len(bodies) == -(-n_tokens // tiny.CHUNK)
+    assert [phase for phase, _, _ in made.device.launches].count("last_logits") == (n_tokens > 1)
+
+
+def test_decode_after_prefill():
+    made = engine()
+    made.prefill(TOKENS[:6])
+    for count in range(7, len(TOKENS) + 1):
+        np.testing.assert_array_equal(made.decode(TOKENS[count - 1]), logits_after(TOKENS[:count]))
+    assert made.position == len(TOKENS)
+
+
+def test_prefill_twice_continues():
+    made = engine()
+    made.prefill(TOKENS[:5])
+    np.testing.assert_array_equal(made.prefill(TOKENS[5:]), logits_after(TOKENS))
+
+
+def test_rewind_and_reset():
+    made = engine()
+    made.prefill(TOKENS)
+    made.rewind(3)
+    np.testing.assert_array_equal(made.prefill([1, 2]), logits_after([*TOKENS[:3], 1, 2]))
+    made.reset()
+    np.testing.assert_array_equal(made.prefill([1, 2]), logits_after([1, 2]))
+    with pytest.raises(InputError, match="rewind to 3 tokens: the cache holds 2"):
+        made.rewind(3)
+
+
+@pytest.mark.parametrize(
+    ("second", "kept"),
+    [(TOKENS[:6] + [1, 2, 3], 6), (TOKENS, 10), (TOKENS[:4], 3), ([1, 2], 0), (TOKENS + [4], 11), ([TOKENS[0]], 0)],
+)
+def test_sequences_keep_their_common_prefix(second, kept):
+    made = engine()
+    made.prefill(TOKENS)
+    before = len(made.device.launches)
+    logits, n_kept = made.prefill_sequence(second)
+    assert n_kept == kept
+    assert made.tokens == tuple(second)
+    assert sum(n for phase, n, _ in made.device.launches[before:] if phase != "last_logits") == len(second) - kept
+    np.testing.assert_array_equal(logits, logits_after(second))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 4, 5, 6, 9, 11])
+def test_scores(n_tokens):
+    made = engine()
+    made.prefill([7, 7, 7])
+    result = made.score(TOKENS[:n_tokens])
+    assert result.log_probs.shape == result.greedy.shape == (n_tokens - 1,)
+    assert result.log_probs.dtype == np.float32 and result.greedy.dtype == bool
+    for index in range(n_tokens - 1):
+        row = logits_after(TOKENS[: index + 1]).astype(np.float64)
+        expected = row[TOKENS[index + 1]] - np.log(np.exp(row).sum())
+        assert result.log_probs[index] == pytest.approx(expected, abs=1e-5)
+        assert result.greedy[index] == (row.argmax() == TOKENS[index + 1])
+
+
+def test_greedy_is_true_where_the_likeliest_token_came():
+    made = engine()
+    best = int(logits_after([5]).argmax())
+    assert made.score([5, best]).greedy.tolist() == [True]
+
+
+def test_a_score_may_fill_the_context():
+    assert engine(context=8).score(TOKENS[:8]).log_probs.shape == (7,)
+    with pytest.raises(InputError, match="9 tokens do not fit the context of 8"):
+        engine(context=8).score(TOKENS[:9])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "match"),
+    [
+        ([], "at least one"),
+        ([[1, 2]], "shape"),
+        ([1, 258], "token 258 at place 1 is outside the vocabulary of 258; expected 0 to 257"),
+        ([-1], "token -1"),
+        ([1.5], "expected integers"),
+        (["a"], "expected integers"),
+        ([2**80], "expected integers"),
+        ([1] * (tiny.CONTEXT + 1), "33 tokens do not fit the context of 32"),
+    ],
+)
+def test_bad_tokens(tokens, match):
+    made = engine()
+    for method in (made.prefill, made.score):
+        with pytest.raises(InputError, match=match):
+            method(tokens)
+    assert made.device.launches == []
+
+
+def test_context_full():
+    made = engine(context=4)
+    made.prefill([1, 2, 3, 4])
+    with pytest.raises(InputError, match="1 tokens do not fit the context of 4 after the 4"):
+        made.decode(1)

@@ -1,0 +1,252 @@
+"""Text generation, chat, and opening of files, over a device of NumPy alone."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from gqsa_runtime import load, memory
+from gqsa_runtime.errors import DeviceError, FormatError, InputError
+from gqsa_runtime.model import Model
+from gqsa_runtime.reader import ArtifactFile
+
+from tests.format import tiny
+from tests.unit import fake_device
+
+
+def test_generate_greedy_to_the_end_of_text():
+    model = fake_device.model("Once ", "upon a tïme")
+    pieces = list(model.generate("Once "))
+    assert "".join(pieces) == "upon a tïme" and "ï" in pieces
+    stats = model.stats
+    assert (stats.prompt_tokens, stats.cached_tokens, stats.finish_reason) == (5, 0, "stop")
+    assert stats.new_tokens == len("upon a tïme".encode()) + 1
+    assert stats.prefill_seconds > 0 and stats.decode_tokens_per_second > 0
+
+
+def test_max_new_tokens_and_context():
+    model = fake_device.model("ab", "c" * 100)
+    assert "".join(model.generate("ab", max_new_tokens=3)) == "ccc"
+    assert model.stats.finish_reason == "length"
+    assert model.engine.position == 4  # the last token is not fed back
+    assert "".join(model.generate("ab", max_new_tokens=1000)) == "c" * (tiny.CONTEXT - 2 + 1)
+    assert model.stats.finish_reason == "context"
+
+
+def test_half_a_character_at_the_limit():
+    model = fake_device.model("a", "日本")
+    assert "".join(model.generate("a", max_new_tokens=4)) == "日\ufffd"
+
+
+def test_stop_strings():
+    model = fake_device.model("a", "one END two")
+    assert "".join(model.generate("a", stop="END")) == "one "
+    assert model.stats.finish_reason == "stop"
+    assert "".join(model.generate("a", stop=["zzz", " t"])) == "one END"
+    assert "".join(model.generate("a", stop="END no")) == "one END two"
+
+
+def test_seed_makes_sampling_repeatable():
+    model = fake_device.model()
+    first, again, other = ("".join(model.generate("x", 20, temperature=1.0, seed=seed)) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_repetition_penalty_sees_the_prompt_and_the_answer():
+    model = fake_device.model()
+    ids = []
+    model.engine.decode = _recording(model.engine.decode, ids)
+    list(model.generate("abc", 25, repetition_penalty=1e9))
+    seen = [*model.tokenize("abc"), *ids]
+    assert len(ids) == 24 and len(set(seen)) == len(seen)
+
+
+def _recording(function, calls):
+    def recorded(token):
+        calls.append(token)
+        return function(token)
+
+    return recorded
+
+
+def test_token_ids_as_prompt_and_empty_prompts():
+    model = fake_device.model("ab", "cd")
+    assert "".join(model.generate(np.array(model.tokenize("ab")))) == "cd"
+    list(model.generate("", max_new_tokens=1))
+    assert model.engine.tokens == (tiny.BOS,)
+    model.program = dataclasses.replace(model.program, bos_token_id=None)
+    with pytest.raises(InputError, match="prompt is empty"):
+        model.generate("")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"prompt": "x" * 33}, "prompt has 33 tokens, but the context is 32"),
+        ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"prompt": "x", "temperature": -1}, "temperature is -1"),
+        ({"prompt": "x", "seed": -1}, "seed is -1"),
+        ({"prompt": "x", "stop": [""]}, "stop string is empty"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_first_piece(arguments, match):
+    with pytest.raises(InputError, match=match):
+        fake_device.model().generate(**arguments)
+
+
+def test_token_outside_the_vocabulary():
+    with pytest.raises(InputError, match="token 300 at place 1"):
+        list(fake_device.model().generate([1, 300]))
+
+
+def test_an_overtaken_generation_ends():
+    model = fake_device.model("a", "bcdefgh")
+    first = model.generate("a")
+    assert next(first) == "b"
+    assert "".join(model.generate("a")) == "bcdefgh"
+    with pytest.raises(InputError, match="another generation"):
+        list(first)
+
+
+def test_chat_renders_and_keeps_the_shared_prefix():
+    model = fake_device.model(answer=[], context=200)
+    messages = [{"role": "user", "content": "Hi"}]
+    ids = model.chat_tokens(messages)
+    assert model.tokenizer.decode(ids) == "[user]Hi\n[assistant]" and ids[0] == tiny.BOS
+    model.device.script = [*ids, *model.tokenize("Yes.")]
+    assert "".join(model.chat(messages)) == "Yes."
+    messages += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Why?"}]
+    list(model.chat(messages, max_new_tokens=1))
+    assert model.stats.cached_tokens == len(ids) + len("Yes.")
+    assert model.stats.prompt_tokens == len(model.chat_tokens(messages))
+
+
+def test_chat_without_a_template():
+    model = fake_device.model(chat_template=None)
+    assert not model.has_chat_template
+    with pytest.raises(InputError, match="no chat template"):
+        model.chat([{"role": "user", "content": "Hi"}])
+
+
+def test_score_takes_text_and_tokens():
+    model = fake_device.model()
+    by_text, by_tokens = model.score("hello"), model.score(model.tokenize("hello"))
+    assert by_text.log_probs.shape == (4,) and (by_text.log_probs < 0).all()
+    np.testing.assert_array_equal(by_text.log_probs, by_tokens.log_probs)
+
+
+def test_close_closes_the_device():
+    with fake_device.model() as model:
+        assert not model.device.closed
+    assert model.device.closed
+
+
+# Opening files.
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "model.gqsa"
+    file.write_bytes(tiny.file_bytes())
+    return str(file)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Replaces devices by the fake one; lists what was asked for."""
+    calls = []
+
+    def open_fake(kind, ordinal, program, tensors, binaries, context, threads):
+        calls.append((kind, ordinal, context, threads))
+        arrays = {name: tensors[name] for name in tensors}
+        assert binaries(program.binaries[0]) == tiny.tensors()["binary.cpu"].tobytes()
+        assert all(tensors[name] is array for name, array in arrays.items()), "an array in use was read twice"
+        assert tensors.nbytes("embed") == arrays["embed"].nbytes and not arrays["embed"].flags.writeable
+        return fake_device.FakeDevice(program, context)
+
+    monkeypatch.setattr(load, "_open", open_fake)
+    monkeypatch.setattr(load, "_probe", lambda kind, program, ordinal: (kind == "cpu", f"about {kind}"))
+    return calls
+
+
+def test_open(path, opened):
+    progress = []
+    with Model.open(path, progress=lambda done, total: progress.append((done, total))) as model:
+        assert "".join(model.generate("Hi", max_new_tokens=3)) is not None
+        assert model.device_reason == "cpu: about cpu; no GPU: about cuda"
+        assert model.context_reason is None and model.has_chat_template
+    assert opened == [("cpu", 0, tiny.CONTEXT, None)]
+    assert progress and progress[-1][0] >= progress[-1][1] > 0
+
+
+def test_open_with_choices(path, opened):
+    assert Model.open(path, device="cpu", context=7, threads=2).context == 7
+    assert opened == [("cpu", 0, 7, 2)]
+    with pytest.raises(DeviceError, match="about cuda"):
+        Model.open(path, device="cuda:1")
+    for device in ("gpu", "cpu:1", "cuda:x", ""):
+        with pytest.raises(InputError, match="expected auto, cpu, cuda or cuda:N"):
+            Model.open(path, device=device)
+    with pytest.raises(InputError, match="context is 33.*1 to 32"):
+        Model.open(path, context=33)
+    with pytest.raises(InputError, match="threads is 0"):
+        Model.open(path, threads=0)
+
+
+def test_nothing_to_run_on(path, opened, monkeypatch):
+    monkeypatch.setattr(load, "_probe", lambda kind, program, ordinal: (False, f"no {kind}"))
+    with pytest.raises(DeviceError, match="GPU: no cuda. CPU: no cpu"):
+        Model.open(path)
+
+
+def test_a_gpu_comes_first(path, monkeypatch):
+    monkeypatch.setattr(load, "_probe", lambda kind, program, ordinal: (True, "fine"))
+    with ArtifactFile.open(path) as file:
+        assert load.choose_device(file.program, "auto") == ("cuda", 0, "cuda: fine")
+        assert load.choose_device(file.program, "cuda:2") == ("cuda", 2, "cuda:2, as asked: fine")
+
+
+def test_context_shrinks_to_the_memory(path, opened, monkeypatch):
+    with ArtifactFile.open(path) as file:
+        needs = memory.needed_bytes(file.program, file.tensors, 10)
+        per_token = memory.context_bytes_per_token(file.program)
+    assert per_token == 2 * 16 * 4 + 4 * 4
+    monkeypatch.setattr(memory, "CPU_HEADROOM_BYTES", 0)
+    monkeypatch.setattr(memory, "free_cpu_bytes", lambda: needs + per_token - 1)
+    model = Model.open(path)
+    assert model.context == 10 and model.context_reason.startswith("context 10: context 32 needs")
+    with pytest.raises(DeviceError, match="context 11 needs.*a context of 10 fits"):
+        Model.open(path, context=11)
+    monkeypatch.setattr(memory, "free_cpu_bytes", lambda: 100)
+    with pytest.raises(DeviceError, match="not even one position fits"):
+        Model.open(path)
+    monkeypatch.setattr(memory, "free_cpu_bytes", lambda: None)
+    assert Model.open(path).context == tiny.CONTEXT
+
+
+def test_damaged_contents_are_refused_with_the_path(tmp_path, opened):
+    def refuse(match, **options):
+        file = tmp_path / "bad.gqsa"
+        file.write_bytes(tiny.file_bytes(**options))
+        with pytest.raises(FormatError, match=f"bad.gqsa: .*{match}"):
+            Model.open(file)
+
+    arrays = tiny.tensors()
+    arrays["q.groups"] = np.full(4, -1, np.int32)
+    refuse("'q.groups' holds column", arrays=arrays)
+    refuse("launch plan", made=tiny.program(prefill_chunk=1000))
+    refuse("tokenizer cannot be read", **{"tokenizer.huggingface.json": "{}"})
+    refuse("tokenizer.huggingface.json", **{"tokenizer.huggingface.json": None})
+
+
+def test_a_broken_chat_template_matters_only_to_chat(tmp_path, opened):
+    file = tmp_path / "model.gqsa"
+    file.write_bytes(tiny.file_bytes(**{"tokenizer.chat_template": "{% for %}"}))
+    with Model.open(file) as model:
+        list(model.generate("a", max_new_tokens=1))
+        with pytest.raises(FormatError, match="chat template cannot be compiled"):
+            model.chat([{"role": "user", "content": "Hi"}])
+
+
+def test_free_memory_is_a_number_or_unknown():
+    free = memory.free_cpu_bytes()
+    assert free is None or 0 < free < 1 << 50
