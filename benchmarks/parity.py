@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from gqsa_runtime import Model
 from gqsa_runtime.perplexity import perplexity as artifact_perplexity
-from gqsa_runtime.perplexity import windows
 from transformers import AutoModelForCausalLM
 
 import gqsac  # noqa: F401  registers the "gqsa" quantisation method
+from gqsac.evaluate.perplexity import perplexity as torch_perplexity
 
 PROMPTS = (
     "The capital of France is",
@@ -57,21 +57,6 @@ def compare_greedy(model: Model, reference, prompt: str) -> dict:
     return {"prompt": prompt, "same": N_TOKENS, "gap": None, "error": max(errors)}
 
 
-def reference_perplexity(reference, ids: np.ndarray, window: int, max_windows: int | None) -> tuple[float, int]:
-    """exp(mean negative log-likelihood) over non-overlapping windows, and the tokens scored."""
-    total, count = 0.0, 0
-    with torch.inference_mode():
-        for index, (start, stop, first) in enumerate(windows(len(ids), window, window)):
-            if index == max_windows:
-                break
-            tokens = torch.from_numpy(ids[start:stop].astype(np.int64))[None].to(reference.device)
-            logits = reference(tokens, use_cache=False).logits[0, first - start - 1 : -1].float()
-            target = tokens[0, first - start :]
-            total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
-            count += len(target)
-    return float(np.exp(total / count)), count
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
@@ -103,16 +88,17 @@ def main() -> int:
             ours = artifact_perplexity(
                 model, text, window=args.window, stride=args.window, max_windows=args.max_windows
             )
-            ids = np.asarray(model.tokenize(text))
-            theirs, count = reference_perplexity(reference, ids, args.window, args.max_windows)
+            theirs = torch_perplexity(
+                reference, model.tokenize(text), window=args.window, max_windows=args.max_windows
+            ).perplexity
             ratio = ours.perplexity / theirs
             failed |= not 1 / MAX_PERPLEXITY_RATIO <= ratio <= MAX_PERPLEXITY_RATIO
             report |= {
-                "perplexity": ours.perplexity, "reference": theirs, "tokens": count,
+                "perplexity": ours.perplexity, "reference": theirs, "tokens": ours.n_tokens,
                 "tokens_per_s": ours.n_tokens / ours.seconds,
             }  # fmt: skip
             print(
-                f"perplexity {ours.perplexity:.4f}, reference {theirs:.4f} over {count} tokens "
+                f"perplexity {ours.perplexity:.4f}, reference {theirs:.4f} over {ours.n_tokens} tokens "
                 f"({ours.n_tokens / ours.seconds:.0f} tokens/s)",
                 file=sys.stderr,
             )

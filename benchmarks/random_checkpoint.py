@@ -88,6 +88,8 @@ def random_checkpoint(
     out = Path(out)
     if out.exists():
         raise InputError(f"{out} exists already; choose another folder or delete it first")
+    if not 0 <= sparsity < 1 or skew < 0:
+        raise InputError(f"sparsity is {sparsity} and skew {skew}, expected 0 to below 1 and at least 0")
     config = _config(model)
     skeleton = _skeleton(config)
     block_path, blocks = find_blocks(skeleton)

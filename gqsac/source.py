@@ -143,12 +143,10 @@ def _load_gguf(path: Path) -> Source:
 
         options["quantization_config"] = GgufConfig(dequantize=True)
     with _explained(str(path)):
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float16, **options
-        )
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float16, **options)
     config = json.loads(model.config.to_json_string(use_diff=False))
-    for key in ("quantization_config", "_name_or_path", "name_or_path", "transformers_version"):
-        config.pop(key, None)
+    dropped = ("quantization_config", "name_or_path", "transformers_version")
+    config = {key: value for key, value in config.items() if key not in dropped and not key.startswith("_")}
     config["architectures"] = [type(model).__name__]
     config["dtype"] = "float16"
     rope = config.get("rope_parameters")

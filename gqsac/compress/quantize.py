@@ -30,6 +30,11 @@ class QuantizedLinear:
     zeros: torch.Tensor
     keep: torch.Tensor
 
+    def split(self, rows: list[int]) -> list[QuantizedLinear]:
+        """The parts of a stack of linears with so many rows each."""
+        tensors = (self.levels, self.scales, self.zeros, self.keep)
+        return [QuantizedLinear(*part) for part in zip(*(tensor.split(rows) for tensor in tensors), strict=True)]
+
 
 def quantize(
     weight: torch.Tensor, keep: torch.Tensor, hessian_inverse: torch.Tensor, importance: torch.Tensor, bits: int

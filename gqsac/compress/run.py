@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gqsa_runtime.errors import GqsaError, InputError, ModelError
+from gqsa_runtime.errors import GqsaError, InputError
 from tqdm import tqdm
 
 import gqsac
@@ -92,7 +92,12 @@ def compress(
     dense = dense_names(model)
     runner = BlockRunner(model, blocks, torch.from_numpy(tokens), target)
     kept = groups = resumed = 0
-    bar = tqdm(total=len(blocks), desc="compress", unit="block", disable=None if progress else True)
+    bar = tqdm(
+        total=len(blocks),
+        desc=f"compress (calibrating on {described})",
+        unit="block",
+        disable=None if progress else True,
+    )
     with bar:
         for index, block in enumerate(blocks):
             name = f"{block_path}.{index}"
@@ -167,19 +172,19 @@ def _compress_block(runner, index, block, linears, options) -> dict[str, BsrStre
     """Steps 2 to 5 for one block: path within the block -> its one stream."""
     bits = options["bits"]
     hessians = collect_hessians(linears, lambda: runner.run(index, block, keep=False))
-    inverses: dict[int, torch.Tensor] = {}  # siblings share a Hessian
+    siblings: dict[int, list[str]] = {}  # linears with the same inputs, which share a Hessian and all its factors
+    for path in linears:
+        siblings.setdefault(id(hessians[path]), []).append(path)
     streams = {}
-    for path, linear in linears.items():
-        hessian = hessians[path]
-        if id(hessian) not in inverses:
-            inverses[id(hessian)] = inverse(hessian, options["damping"])
-        hessian_inverse = inverses[id(hessian)]
-        weight = linear.weight.detach()
-        if not torch.isfinite(weight).all():
-            raise ModelError(f"the weight of {path} holds a NaN or an infinity; the source model is damaged")
-        saliency = group_saliency(weight, hessian_inverse, options["group_size"])
-        keep = select_groups(saliency, options["sparsity"], options["selection"])
-        streams[path] = to_stream(quantize(weight, keep, hessian_inverse, hessian.diagonal(), bits), bits)
+    for paths in siblings.values():
+        hessian = hessians[paths[0]]
+        hessian_inverse = inverse(hessian, options["damping"])
+        weights = [linears[path].weight.detach() for path in paths]
+        saliencies = [group_saliency(weight, hessian_inverse, options["group_size"]) for weight in weights]
+        keeps = [select_groups(saliency, options["sparsity"], options["selection"]) for saliency in saliencies]
+        quantized = quantize(torch.cat(weights), torch.cat(keeps), hessian_inverse, hessian.diagonal(), bits)
+        for path, part in zip(paths, quantized.split([len(weight) for weight in weights]), strict=True):
+            streams[path] = to_stream(part, bits)
     return streams
 
 

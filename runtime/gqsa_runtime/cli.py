@@ -264,28 +264,15 @@ def verify(file, as_json) -> None:
     Example:
       gqsa verify model.gqsa
     """
-    from gqsa_runtime import format as gqsa_format
-    from gqsa_runtime.chat import ChatTemplate
-    from gqsa_runtime.reader import ArtifactFile
-    from gqsa_runtime.tokenizer import Tokenizer
-    from gqsa_runtime.validate import ContentChecks, validate
+    from gqsa_runtime.verify import verify_file
 
-    with ArtifactFile.open(file) as artifact:
-        validate(artifact.program, artifact.tensors)
-        checks = ContentChecks(artifact.program, artifact.tensors)
-        n_bytes = 0
-        for name in _progress(list(artifact.tensors), "tensor"):
-            array = artifact.read(name)
-            checks.check(name, array)
-            n_bytes += array.nbytes
-        Tokenizer(artifact.text(gqsa_format.KEY_TOKENIZER))
-        if gqsa_format.KEY_CHAT_TEMPLATE in artifact.metadata:
-            ChatTemplate(artifact.text(gqsa_format.KEY_CHAT_TEMPLATE))
-        n_tensors = len(artifact.tensors)
+    found = verify_file(file, functools.partial(_progress, unit="tensor"))
     if as_json:
-        click.echo(json.dumps({"path": file, "ok": True, "tensors": n_tensors, "bytes": n_bytes}))
+        click.echo(json.dumps({"path": file, "ok": True, "tensors": found.n_tensors, "bytes": found.n_bytes}))
     else:
-        click.echo(f"{file} is sound: {n_tensors} tensors, {n_bytes:,} bytes, launch plan, tokenizer and chat template")
+        click.echo(
+            f"{file} is sound: {found.n_tensors} tensors, {found.n_bytes:,} bytes, launch plan, tokenizer and chat template"
+        )
 
 
 @click.command()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,8 +13,9 @@ from gqsa_runtime.errors import DeviceError
 from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Kernel, Program, Step
 from gqsa_runtime.rope import rope_table
 
-# Left free beside the arena: graphs, modules and the driver's own allocations.
-HEADROOM_BYTES = 256 << 20
+if TYPE_CHECKING:
+    from gqsa_runtime.load import CheckedTensors
+
 STATIC_SHARED_LIMIT = 48 << 10  # above this a kernel must opt in to dynamic shared memory
 ALIGNMENT = 256  # of everything in the arena, as cuMemAlloc aligns
 # Chooses a binary by its target's name, e.g. compute_80 to run the PTX. For tests and comparisons.
@@ -126,14 +128,14 @@ def choose_binary(binaries: tuple[Binary, ...], gpu: Gpu) -> Binary:
 class CudaDevice:
     """Runs a program on one GPU. All memory is allocated when it is made; nothing after.
 
-    tensors: name -> array, read once each. context: positions in the KV cache.
-    Raises DeviceError for a missing driver, GPU or binary, and where memory does not suffice.
+    tensors: name -> array, read one at a time. context: positions in the KV cache.
+    Raises DeviceError for a missing driver, GPU or binary, and where the driver runs out of memory.
     """
 
     def __init__(
         self,
         program: Program,
-        tensors: Mapping[str, np.ndarray],
+        tensors: CheckedTensors,
         binaries: Callable[[Binary], bytes],
         context: int,
         ordinal: int = 0,
@@ -203,24 +205,14 @@ class CudaDevice:
         # A server's threads each have their own current context; setting it costs a microsecond.
         call("cuCtxSetCurrent", self._context)
 
-    def _allocate(self, tensors: Mapping[str, np.ndarray], context: int) -> None:
+    def _allocate(self, tensors: CheckedTensors, context: int) -> None:
         program = self._program
         used = {arg.name for steps in program.phases.values() for step in steps for arg in step.args}
         names = [name for name in tensors if name in used]
-        sizes = {name: tensors.nbytes(name) if hasattr(tensors, "nbytes") else tensors[name].nbytes for name in names}
-        weight_bytes = sum(_align(size) for size in sizes.values())
+        weight_bytes = sum(_align(tensors.nbytes(name)) for name in names)
         rope_bytes = sum(context * rope.rotary_dim * 4 for rope in program.ropes.values())
         total = weight_bytes + program.arena_bytes + context * program.kv_bytes_per_token() + rope_bytes
         total += ALIGNMENT * (2 * len(program.kv_layers) + len(program.ropes) + 1)
-        free, installed = call("cuMemGetInfo")
-        if total + HEADROOM_BYTES > free:
-            per_token = program.kv_bytes_per_token() + sum(rope.rotary_dim * 4 for rope in program.ropes.values())
-            rest = free - HEADROOM_BYTES - (total - context * per_token)
-            fits = f"a context of {rest // per_token} fits" if rest >= per_token else "not even one position fits"
-            raise DeviceError(
-                f"context {context} needs {total / 1e9:.2f} GB and {self.name} has {free / 1e9:.2f} of "
-                f"{installed / 1e9:.2f} GB free; {fits}: choose --context accordingly"
-            )
         self._memory = call("cuMemAlloc", total)
         # Nothing may depend on what the memory held before; zeros make that so.
         call("cuMemsetD8Async", self._memory, 0, total, self._stream)

@@ -13,8 +13,9 @@ _WEIGHTS = ("values", "groups", "crow_indices", "tasks", "weight")
 def describe(file: ArtifactFile, context: int | None = None) -> dict:
     """Facts of a validated file, ready for JSON. Sizes in bytes; context: to state memory for.
 
-    "linears" counts each weight matrix of the decode phase once, the output head too: weights (parameters), bytes as stored
-    (values, scales, indices, tasks) and bits_per_weight from the two; kept: share of weights in kept groups.
+    "linears" counts each weight matrix of the decode phase once, the output head too: weights (parameters),
+    bytes as stored (values, scales, indices, tasks) and bits_per_weight from the two; kept: share of weights
+    in kept groups.
     """
     program = file.program
     if context is None:

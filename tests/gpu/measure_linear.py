@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--order", choices=("ascending", "residues"), default="ascending", help=_order.__doc__)
     parser.add_argument("--tasks", type=int, nargs="+", default=[1056, 2112, 4096, 8192])
     options = parser.parse_args()
     gpu = Gpu()
@@ -54,7 +55,10 @@ def _weights(gpu, rows, k, options):
     crow_indices = np.concatenate([[0], np.cumsum(keep.sum(1))]).astype(np.int32)
     nnz = int(crow_indices[-1])
     levels = rng.integers(0, 1 << options.bits, (nnz, options.group_size), dtype=np.uint8)
-    words = np.uint32(0x2000) | (np.nonzero(keep)[1].astype(np.uint32) << 16) | np.uint32(7 << 28)
+    columns = np.nonzero(keep)[1]
+    if options.order == "residues":
+        columns = _order(columns, np.repeat(np.arange(rows), keep.sum(1)))
+    words = np.uint32(0x2000) | (columns.astype(np.uint32) << 16) | np.uint32(7 << 28)
     arrays = (pack_values(levels, options.bits), words, crow_indices)
     layers = []
     for _ in range(options.layers):
@@ -63,6 +67,16 @@ def _weights(gpu, rows, k, options):
             gpu.upload(address, array)
         layers.append(addresses)
     return rows, k, crow_indices, sum(array.nbytes for array in arrays), layers
+
+
+def _order(columns, row):
+    """Order of a row's groups; "residues": cyclic in column mod 8, so that reads of x meet different banks."""
+    residue = columns % 8
+    by_residue = np.lexsort((columns, residue, row))
+    key = row[by_residue] * 8 + residue[by_residue]
+    starts = np.concatenate([[0], np.nonzero(np.diff(key))[0] + 1])
+    rank = np.arange(len(key)) - np.repeat(starts, np.diff([*starts, len(key)]))
+    return columns[by_residue][np.lexsort((residue[by_residue], rank, row[by_residue]))]
 
 
 def _steps(gpu, weights, n_tasks, x, state, options):

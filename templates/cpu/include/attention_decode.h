@@ -18,8 +18,14 @@ INLINE void attend_block(struct decode_head *head, const float *q, const kv_t *k
     vf largest = splat(LOWEST);
     for (int base = 0; base < n; base += VW) {
         vf dots[VW];
-        for (int i = 0; i < VW; i++) {
+        UNROLL for (int i = 0; i < VW; i++) {
             const kv_t *key = keys + (size_t)min_i(base + i, n - 1) * KV_STRIDE;
+            // The hardware's own prefetch follows rows that lie KV_STRIDE apart badly. A prefetch past
+            // the cache's end does nothing.
+            UNROLL for (int byte = 0; byte < HEAD_DIM * (int)sizeof *key; byte += 64) {
+                __builtin_prefetch((const char *)(keys + (size_t)(base + i + POSITIONS) * KV_STRIDE) + byte);
+                __builtin_prefetch((const char *)(vals + (size_t)(base + i + POSITIONS) * KV_STRIDE) + byte);
+            }
             vf dot = load_kv(key, 0) * load_n(q, HEAD_DIM);
             UNROLL for (int part = 1; part < HEAD_PARTS; part++)
                 dot = fma_v(load_kv(key, part), load_n(q + part * VW, HEAD_DIM - part * VW), dot);

@@ -62,7 +62,8 @@ __device__ __forceinline__ void linear_dense(const float* x, const unsigned shor
             typename Walk::Load packed[Walk::UNROLL];
 #pragma unroll
             for (int i = 0; i < Walk::UNROLL; ++i)
-                if (first + i * Walk::SEGMENT < Walk::CHUNKS) packed[i] = load_streaming(w_row + first + i * Walk::SEGMENT);
+                if (first + i * Walk::SEGMENT < Walk::CHUNKS)
+                    packed[i] = load_streaming(w_row + first + i * Walk::SEGMENT);
 #pragma unroll
             for (int i = 0; i < Walk::UNROLL; ++i) {
                 const int chunk = first + i * Walk::SEGMENT;

@@ -37,7 +37,10 @@ __device__ __forceinline__ void linear_sparse_decode(const float* x, const signe
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i) {
         const unsigned index = begin + i * WARP + lane;
-        if (index < end) packed[i] = load_streaming(units + index), word[i] = load_streaming(words + index / U::PER_GROUP);
+        if (index < end) {
+            packed[i] = load_streaming(units + index);
+            word[i] = load_streaming(words + index / U::PER_GROUP);
+        }
     }
     wait_for_inputs();
     let_dependents_start();

@@ -109,18 +109,27 @@ void resume(int thread) {
     setcontext(&context);
 }
 
+// One turn for each thread of a warp that can go on; false if none can. A warp goes as far as it can before
+// the next one starts, so that only a barrier makes it see what others write.
+bool run_warp(int warp, bool backwards) {
+    bool progress = false;
+    for (int i = 0; i < WARP; ++i) {
+        const int thread = warp * WARP + (backwards ? WARP - 1 - i : i);
+        if (fibers[thread].state != READY) continue;
+        progress = true;
+        resume(thread);
+    }
+    return progress;
+}
+
 void run_block(bool backwards, std::size_t shared_bytes) {
     std::memset(shared, 0xff, sizeof shared);
     for (Fiber& fiber : fibers) fiber.state = READY, fiber.started = false, fiber.exchanges = 0;
     live = threads;
     while (live > 0) {
         bool progress = false;
-        for (int i = 0; i < threads; ++i) {
-            const int thread = backwards ? threads - 1 - i : i;
-            if (fibers[thread].state != READY) continue;
-            progress = true;
-            resume(thread);
-        }
+        for (int i = 0; i < threads / WARP; ++i)
+            while (run_warp(backwards ? threads / WARP - 1 - i : i, backwards)) progress = true;
         if (!progress) {
             problem = "threads wait for others that never come to the same shuffle or barrier";
             return;
