@@ -12,6 +12,7 @@ from gqsa_runtime.cli import main as run_group
 
 from gqsac import __version__
 from gqsac.bsr import GROUP_SIZES
+from gqsac.cli_eval import evaluate
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -39,7 +40,9 @@ def cli():
 @click.option("--samples", type=click.IntRange(min=1), default=None, help="Calibration sequences.")
 @click.option("--seq-len", type=click.IntRange(min=8), default=None, help="Tokens in a calibration sequence.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the calibration sequences.")
-@click.option("--skip", multiple=True, metavar="PATTERN", help="Linears to leave dense, e.g. '*.down_proj'; repeatable.")
+@click.option(
+    "--skip", multiple=True, metavar="PATTERN", help="Linears to leave dense, e.g. '*.down_proj'; repeatable."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 def compress(source, output, as_json, **options):
     """Makes a compressed checkpoint of a model: calibrate, choose groups, quantise.
@@ -98,7 +101,9 @@ def build(model, output, targets, jobs, kv_dtype, max_context, bits, group_size,
 
     rounding = Rounding(bits, group_size, sparsity) if bits is not None else None
     if rounding is not None:
-        click.echo("note: rounding without calibration data, for trying out; use `gqsac compress` for quality", err=True)
+        click.echo(
+            "note: rounding without calibration data, for trying out; use `gqsac compress` for quality", err=True
+        )
     options = BuildOptions(
         targets=tuple(targets), jobs=jobs, kv_dtype=kv_dtype, max_context=max_context, rounding=rounding,
         dump_dir=dump_dir, dry_run=dry_run, cache=not no_cache,
@@ -116,10 +121,9 @@ def build(model, output, targets, jobs, kv_dtype, max_context, bits, group_size,
 
 for command in commands():
     cli.add_command(command)
+cli.add_command(evaluate)  # in place of the runtime's, which knows .gqsa files only
 
 
 def main() -> None:
     """Entry point: errors become one sentence and exit code 1."""
     run_group(cli, prog_name="gqsac")
-
-

@@ -3,11 +3,11 @@
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from gqsa_runtime.format import ZERO_OF_8_BIT
 
 from gqsac.bsr import BITS, GROUP_SIZES, BsrStream, pack_values
 from gqsac.checkpoint import Checkpoint, StreamHeader
 from gqsac.errors import InputError, ModelError
-from gqsa_runtime.format import ZERO_OF_8_BIT
 
 
 @dataclass(frozen=True)

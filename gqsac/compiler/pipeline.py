@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gqsa_runtime.format import canonical_json
+from gqsa_runtime.program import Program
+
 from gqsac import __version__
 from gqsac.checkpoint import Checkpoint
 from gqsac.compiler import dump, ir
@@ -30,8 +33,6 @@ from gqsac.compiler.summary import Summary, statistics
 from gqsac.errors import InputError
 from gqsac.model_info import bos_token_id, eos_token_ids, model_name
 from gqsac.rounding import RoundedCheckpoint, Rounding
-from gqsa_runtime.format import canonical_json
-from gqsa_runtime.program import Program
 
 # Tokens of one prefill launch: enough to keep a GPU busy, few enough that [chunk, vocab] logits for
 # scoring stay under 70 MB for a vocabulary of 128k.

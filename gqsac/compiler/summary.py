@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from gqsa_runtime.program import Program
+
 from gqsac.compiler import ir
 from gqsac.compiler.passes.compile import Compiled
 from gqsac.compiler.passes.group_patterns import Patterns
 from gqsac.compiler.passes.pack import Packing
-from gqsa_runtime.program import Program
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,11 @@ class Summary:
         context = self.default_context()
         stats = self.program.statistics
         lines = [
-            f"model      {self.program.name} ({self.program.model_class}), {stats['parameters'] / 1e6:.1f} M parameters",
+            f"model      {self.program.name} ({self.program.model_class}), "
+            f"{stats['parameters'] / 1e6:.1f} M parameters",
             f"weights    {self.weight_bytes / 1e6:.1f} MB; compressed linears {stats['bits_per_weight']:.2f} bits per "
-            f"weight, {stats['sparsity']:.1%} of groups removed; whole model {stats['bits_per_parameter']:.2f} bits per parameter",
+            f"weight, {stats['sparsity']:.1%} of groups removed; "
+            f"whole model {stats['bits_per_parameter']:.2f} bits per parameter",
             f"kernels    {self.n_kernels} unique in {self.n_launches} launches; {self.n_compiled} binaries compiled, "
             f"{self.n_cached} from the cache",
             f"memory     {self.memory_bytes(context) / 1e6:.0f} MB at context {context}",

@@ -37,7 +37,7 @@ def compress(
     *,
     bits: int = 4,
     group_size: int = 16,
-    sparsity: float = 0.05,
+    sparsity: float = 0.02,
     calibration=None,
     samples: int = 8,
     seq_len: int | None = None,

@@ -120,7 +120,8 @@ class _LoadingBar:
             self._bar.close()
 
 
-def _progress(items: Iterable, unit: str):
+def progress(items: Iterable, unit: str):
+    """The items, with a progress bar on a terminal."""
     from tqdm import tqdm
 
     return tqdm(items, unit=unit, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
@@ -144,7 +145,8 @@ def _tell_stats(model) -> None:
     )
 
 
-def _read_text(path: str, what: str) -> str:
+def read_text(path: str, what: str) -> str:
+    """A UTF-8 text file, "-" for standard input. Raises InputError that names `what`."""
     try:
         with click.open_file(path, encoding="utf-8") as file:
             return file.read()
@@ -172,7 +174,7 @@ def run(file, prompt, raw, device, context, threads, stats, **sampling) -> None:
     if prompt is None:
         if sys.stdin.isatty():
             _tell("reading the prompt from standard input; end it with Ctrl-D")
-        prompt = _read_text("-", "prompt")
+        prompt = read_text("-", "prompt")
     with _open_model(file, device, context, threads) as model:
         if model.has_chat_template and not raw:
             pieces = model.chat([{"role": "user", "content": prompt}], **sampling)
@@ -266,12 +268,13 @@ def verify(file, as_json) -> None:
     """
     from gqsa_runtime.verify import verify_file
 
-    found = verify_file(file, functools.partial(_progress, unit="tensor"))
+    found = verify_file(file, functools.partial(progress, unit="tensor"))
     if as_json:
         click.echo(json.dumps({"path": file, "ok": True, "tensors": found.n_tensors, "bytes": found.n_bytes}))
     else:
         click.echo(
-            f"{file} is sound: {found.n_tensors} tensors, {found.n_bytes:,} bytes, launch plan, tokenizer and chat template"
+            f"{file} is sound: {found.n_tensors} tensors, {found.n_bytes:,} bytes, "
+            "launch plan, tokenizer and chat template"
         )
 
 
@@ -297,7 +300,7 @@ def bench(file, lengths, n_decode, repeats, device, context, threads, as_json) -
     except ValueError:
         raise click.BadParameter(f"{lengths!r} is no list of numbers such as 128,1024", param_hint="--at") from None
     with _open_model(file, device, context, threads) as model:
-        rows = measure(model, contexts, n_decode, repeats, functools.partial(_progress, unit="length"))
+        rows = measure(model, contexts, n_decode, repeats, functools.partial(progress, unit="length"))
         result = {"path": file, "name": model.program.name, "device": model.device.name, "rows": rows}
     if as_json:
         click.echo(json.dumps(result, indent=2))
@@ -332,9 +335,9 @@ def ppl(file, text, window, stride, max_windows, device, context, threads, as_js
     """
     from gqsa_runtime.perplexity import perplexity
 
-    content = _read_text(text, "text")
+    content = read_text(text, "text")
     with _open_model(file, device, context or None, threads) as model:
-        result = perplexity(model, content, window, stride, max_windows, functools.partial(_progress, unit="window"))
+        result = perplexity(model, content, window, stride, max_windows, functools.partial(progress, unit="window"))
     if as_json:
         click.echo(json.dumps({"path": file, "window": window, "stride": stride or window, **vars(result)}))
     else:

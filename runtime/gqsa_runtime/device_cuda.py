@@ -80,13 +80,9 @@ class Gpu:
             raise DeviceError(f"GPU {ordinal} does not exist: the driver finds {count}; use --device cuda:N or cpu")
         attributes = _driver().CUdevice_attribute
         self.device = call("cuDeviceGet", ordinal)
-        self.name = call("cuDeviceGetName", 128, self.device).rstrip(b"\0").decode()
-        self.major = call(
-            "cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, self.device
-        )
-        self.minor = call(
-            "cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, self.device
-        )
+        self.name = call("cuDeviceGetName", 128, self.device).partition(b"\0")[0].decode()
+        self.major = call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, self.device)
+        self.minor = call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, self.device)
         self.driver_version = call("cuDriverGetVersion")
 
     @property
@@ -145,6 +141,9 @@ class CudaDevice:
         self.name = self._gpu.name
         self._binary = choose_binary(program.binaries, self._gpu)
         self.target = self._binary.target
+        # Programmatic dependent launch: a kernel starts while the one before drains, and waits for its
+        # results itself. Only code compiled for sm_90 and later has that wait.
+        self._dependent_launch = self._binary.kind == "cubin" and self._gpu.major >= 9
         self._memory = self._stream = None
         self._modules: list = []
         self._graphs: dict[str, object] = {}
@@ -260,20 +259,30 @@ class CudaDevice:
 
     def _capture(self, steps: tuple[Step, ...]) -> object:
         """A graph of the steps, one after another."""
-        kernels: dict[str, Kernel] = {kernel.name: kernel for kernel in self._program.kernels}
+        kernels = {kernel.name: kernel for kernel in self._program.kernels}
         call("cuStreamBeginCapture", self._stream, _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
         for step in steps:
             kernel = kernels[step.kernel]
             values = tuple(self._address(arg) for arg in step.args)
             types = (ctypes.c_void_p,) * len(values)
-            call(
-                "cuLaunchKernel", self._functions[kernel.name], *kernel.grid, kernel.block, 1, 1,
-                kernel.shared_bytes, self._stream, (values, types), 0,
-            )  # fmt: skip
+            call("cuLaunchKernelEx", self._launch_config(kernel), self._functions[kernel.name], (values, types), 0)
         graph = call("cuStreamEndCapture", self._stream)
         executable = call("cuGraphInstantiate", graph, 0)
         call("cuGraphDestroy", graph)
         return executable
+
+    def _launch_config(self, kernel: Kernel):
+        driver = _driver()
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = kernel.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = kernel.block, 1, 1
+        config.sharedMemBytes, config.hStream = kernel.shared_bytes, self._stream
+        if self._dependent_launch:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        return config
 
     def _address(self, arg: Argument) -> int:
         if arg.kind == "null":

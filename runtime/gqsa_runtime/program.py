@@ -307,5 +307,6 @@ class Program:
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise FormatError(
-                f"the file's program is not one that this runtime understands ({error!r}); rebuild the file with `gqsac build`"
+                f"the file's program is not one that this runtime understands ({error!r}); "
+                "rebuild the file with `gqsac build`"
             ) from error

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from gqsa_runtime import format as fmt
 
 from gqsac.compiler.passes.pack import DTYPES, PackedTensor
 from gqsac.errors import DeviceError
-from gqsa_runtime import format as fmt
 
 
 def bundle(

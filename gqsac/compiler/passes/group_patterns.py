@@ -10,11 +10,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
+from gqsa_runtime.format import MAX_GROUP_COLUMNS
 
 from gqsac.checkpoint import Checkpoint
 from gqsac.compiler import ir
 from gqsac.errors import UnsupportedError
-from gqsa_runtime.format import MAX_GROUP_COLUMNS
 
 KERNEL_BITS = (2, 4, 8)
 
@@ -56,28 +56,50 @@ def group_patterns(graph: ir.Graph, checkpoint: Checkpoint) -> Patterns:
 
     Raises UnsupportedError for a bit width or a row length that the kernels do not cover.
     """
-    found: dict[str, list[tuple[int, int, int]]] = {}
-    clusters: dict[tuple, list[int]] = defaultdict(list)
+    found: dict[str, list[tuple[_Cluster, int]]] = {}  # linear -> its streams' clusters and kept groups
+    members: dict[_Cluster, list[int]] = defaultdict(list)
     for op in graph.ops:
-        if not isinstance(op, ir.Linear) or not checkpoint.is_compressed(module_of(op.weights[0])):
+        if not isinstance(op, ir.Linear):
             continue
-        parts = [checkpoint.stream_headers(module_of(weight)) for weight in op.weights]
         found[op.output] = []
-        for stream in zip(*parts, strict=True):
+        modules = [module_of(graph.aliases.get(weight, weight)) for weight in op.weights]
+        if not checkpoint.is_compressed(modules[0]):
+            continue
+        for stream in zip(*map(checkpoint.stream_headers, modules), strict=True):
             bits, group_size = stream[0].bits, stream[0].group_size
             _check_kernel_covers(op, bits, group_size)
             nnz = sum(part.nnz for part in stream)
-            found[op.output].append((bits, group_size, nnz))
-            clusters[_cluster_key(op, bits, group_size, nnz)].append(nnz)
+            cluster = _Cluster(op.width, op.k, bits, group_size, _density_bucket(nnz, op.width * op.k // group_size))
+            found[op.output].append((cluster, nnz))
+            members[cluster].append(nnz)
 
-    streams = {}
-    for op in graph.ops:
-        if isinstance(op, ir.Linear):
-            streams[op.output] = tuple(
-                StreamPattern(bits, group_size, nnz, _count_tasks(op, group_size, clusters[_cluster_key(op, bits, group_size, nnz)]))
-                for bits, group_size, nnz in found.get(op.output, ())
-            )
-    return Patterns(streams, len(clusters))
+    n_tasks = {cluster: cluster.count_tasks(sum(nnz) / len(nnz)) for cluster, nnz in members.items()}
+    streams = {
+        output: tuple(StreamPattern(c.bits, c.group_size, nnz, n_tasks[c]) for c, nnz in parts)
+        for output, parts in found.items()
+    }
+    return Patterns(streams, len(members))
+
+
+@dataclass(frozen=True)
+class _Cluster:
+    """Streams that share a kernel and a cut of the work."""
+
+    rows: int
+    k: int
+    bits: int
+    group_size: int
+    density_bucket: int | None
+
+    def count_tasks(self, mean_nnz: float) -> int:
+        units = mean_nnz * max(1, self.group_size // 16)
+        wanted = max(MIN_TASKS, math.ceil(units / MIN_UNITS_PER_TASK))
+        return min(self.rows, wanted, MAX_TASKS)
+
+
+def _density_bucket(nnz: int, n_groups: int) -> int | None:
+    # Half an octave: layers of one sparsity fall together, a layer kept twice as dense does not.
+    return round(2 * math.log2(nnz / n_groups)) if nnz else None
 
 
 def cut_tasks(crow_indices: np.ndarray, n_tasks: int) -> np.ndarray:
@@ -94,19 +116,6 @@ def cut_tasks(crow_indices: np.ndarray, n_tasks: int) -> np.ndarray:
     nearest = np.where(targets - work[right - 1] < work[right] - targets, right - 1, right)
     nearest[0], nearest[-1] = 0, rows
     return np.maximum.accumulate(nearest).astype(np.int32)
-
-
-def _cluster_key(op: ir.Linear, bits: int, group_size: int, nnz: int) -> tuple:
-    density = nnz / (op.width * (op.k // group_size))
-    # Half an octave: layers of one sparsity fall together, a layer kept twice as dense does not.
-    bucket = round(2 * math.log2(density)) if density > 0 else None
-    return (op.width, op.k, bits, group_size, bucket)
-
-
-def _count_tasks(op: ir.Linear, group_size: int, cluster_nnz: list[int]) -> int:
-    units = sum(cluster_nnz) / len(cluster_nnz) * max(1, group_size // 16)
-    wanted = max(MIN_TASKS, math.ceil(units / MIN_UNITS_PER_TASK))
-    return min(op.width, wanted, MAX_TASKS)
 
 
 def _check_kernel_covers(op: ir.Linear, bits: int, group_size: int) -> None:

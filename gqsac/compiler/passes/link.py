@@ -1,11 +1,11 @@
 """Link: gathers machine code into one tensor per target and names what the program refers to."""
 
 import numpy as np
+from gqsa_runtime.program import Binary, KVLayer, Rope
 
 from gqsac.compiler import ir
 from gqsac.compiler.passes.compile import CPU_TARGETS, Compiled
 from gqsac.compiler.passes.pack import PackedTensor, Packing
-from gqsa_runtime.program import Binary, KVLayer, Rope
 
 
 def link(compiled: list[Compiled], targets: tuple[str, ...]) -> tuple[tuple[Binary, ...], tuple[PackedTensor, ...]]:
@@ -34,9 +34,7 @@ def kv_layers(graph: ir.Graph) -> tuple[KVLayer, ...]:
 
 def ropes(graph: ir.Graph, packing: Packing) -> dict[str, Rope]:
     """The rotary tables that the runtime fills when it opens the file."""
-    return {
-        key: Rope(packing.ropes[key], table.rotary_dim, float(table.scaling)) for key, table in graph.ropes.items()
-    }
+    return {key: Rope(packing.ropes[key], table.rotary_dim, float(table.scaling)) for key, table in graph.ropes.items()}
 
 
 def _kind(target: str) -> str:

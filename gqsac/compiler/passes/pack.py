@@ -9,18 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-
-from gqsac.bsr import BsrStream
-from gqsac.checkpoint import Checkpoint
-from gqsac.compiler import ir
-from gqsac.compiler.passes.group_patterns import Patterns, StreamPattern, cut_tasks, module_of
-from gqsac.errors import ModelError
 from gqsa_runtime.format import (
     GROUP_COLUMN_BITS,
     GROUP_SCALE_BITS,
     MAX_NAME_BYTES,
     ZERO_OF_8_BIT,
 )
+
+from gqsac.bsr import BsrStream
+from gqsac.checkpoint import Checkpoint
+from gqsac.compiler import ir
+from gqsac.compiler.passes.group_patterns import Patterns, StreamPattern, cut_tasks, module_of
+from gqsac.errors import ModelError
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i8": np.int8}
 
@@ -110,7 +110,10 @@ def stack_streams(streams: list[BsrStream]) -> BsrStream:
     starts = np.cumsum([0] + [stream.nnz for stream in streams])
     if starts[-1] >= 2**31:
         raise ModelError("a linear has more than 2**31 kept groups")
-    crow = [stream.crow_indices[1:].astype(np.int32) + np.int32(start) for stream, start in zip(streams, starts)]
+    crow = [
+        stream.crow_indices[1:].astype(np.int32) + np.int32(start)
+        for stream, start in zip(streams, starts[:-1], strict=True)
+    ]
     return BsrStream(
         rows=sum(stream.rows for stream in streams),
         columns=first.columns,
@@ -234,7 +237,9 @@ class _Packer:
             values=add("values", "i8", (nnz, row_bytes), lambda: _at_least_one(stream().values.view(np.int8))),
             groups=add("groups", "i32", (nnz,), lambda: _at_least_one(pack_groups(stream(), op.name))),
             crow_indices=add("crow_indices", "i32", (op.width + 1,), lambda: stream().crow_indices),
-            tasks=add("tasks", "i32", (pattern.n_tasks + 1,), lambda: cut_tasks(stream(True).crow_indices, pattern.n_tasks)),
+            tasks=add(
+                "tasks", "i32", (pattern.n_tasks + 1,), lambda: cut_tasks(stream(True).crow_indices, pattern.n_tasks)
+            ),
         )
 
 
@@ -258,4 +263,4 @@ def _fit_name(name: str) -> str:
     if len(name.encode()) <= MAX_NAME_BYTES:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:10]
-    return f"{digest}.{name[-(MAX_NAME_BYTES - 11):]}"
+    return f"{digest}.{name[-(MAX_NAME_BYTES - 11) :]}"

@@ -5,9 +5,10 @@ The plan is made for a full prefill chunk; decode uses the first row of the same
 
 from dataclasses import dataclass
 
-from gqsac.compiler.passes.specialize import RESERVED, Launches, ValueRef
 from gqsa_runtime.format import ALIGNMENT
 from gqsa_runtime.program import DTYPE_BYTES, Buffer
+
+from gqsac.compiler.passes.specialize import RESERVED, Launches, ValueRef
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Schedule: the launch plan. Names the kernels, gives each its CUDA geometry, resolves arguments."""
 
+from gqsa_runtime.program import PHASES, Argument, Buffer, Kernel, Step
+
 from gqsac.compiler.cuda_launch import launch as cuda_launch
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
 from gqsac.compiler.passes.plan_memory import MemoryPlan
 from gqsac.compiler.passes.specialize import Launches, ValueRef
-from gqsa_runtime.program import PHASES, Argument, Buffer, Kernel, Step
 
 
 def schedule(

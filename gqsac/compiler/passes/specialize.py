@@ -6,11 +6,12 @@ twice: for one token (decode) and for tiles of TOKEN_TILE tokens (prefill and sc
 
 from dataclasses import dataclass
 
+from gqsa_runtime.program import Argument
+
 from gqsac.compiler import ir
 from gqsac.compiler.kernel_spec import KernelSpec
 from gqsac.compiler.passes.group_patterns import Patterns
 from gqsac.compiler.passes.pack import Packing
-from gqsa_runtime.program import Argument
 
 TOKEN_TILE = 8  # tokens that share one pass over the weights: eight f32 accumulators a lane
 
@@ -188,8 +189,15 @@ class _Specializer:
             args = (op.x, *weights, bias if last else NULL, residual if last else NULL, op.output)
             launches.append(
                 self.launch(
-                    op, "linear_sparse", args, **shape, **(epilogue if last else no_epilogue), bits=pattern.bits,
-                    group_size=pattern.group_size, n_tasks=pattern.n_tasks, accumulate=index > 0,
+                    op,
+                    "linear_sparse",
+                    args,
+                    **shape,
+                    **(epilogue if last else no_epilogue),
+                    bits=pattern.bits,
+                    group_size=pattern.group_size,
+                    n_tasks=pattern.n_tasks,
+                    accumulate=index > 0,
                 )  # fmt: skip
             )
         return launches
