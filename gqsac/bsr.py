@@ -59,7 +59,7 @@ def pack_values(levels: np.ndarray, bits: int) -> np.ndarray:
     if bits == 3:
         return np.concatenate([pack_values(levels & 3, 2), np.packbits(levels >> 2, axis=1, bitorder="little")], axis=1)
     per_byte = 8 // bits
-    parts = levels.reshape(len(levels), -1, per_byte).astype(np.uint8)
+    parts = levels.reshape(len(levels), levels.shape[1] // per_byte, per_byte).astype(np.uint8)
     shifts = np.arange(per_byte, dtype=np.uint8) * bits
     return np.bitwise_or.reduce(parts << shifts, axis=2).astype(np.uint8)
 
