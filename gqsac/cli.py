@@ -13,6 +13,7 @@ from gqsa_runtime.cli import main as run_group
 from gqsac import __version__
 from gqsac.bsr import GROUP_SIZES
 from gqsac.cli_eval import evaluate
+from gqsac.errors import DeviceError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -55,10 +56,17 @@ def compress(source, output, as_json, **options):
     gqsac compress SmolLM2.gguf -o smollm2/ --sparsity 0.05
     gqsac compress models/llama-7b -o llama/ --sparsity 0.5 --calibration train.txt
     """
+    from safetensors import SafetensorError
+
     from gqsac.compress.run import compress as run
 
     chosen = {key: value for key, value in options.items() if value is not None and value != ()}
-    report = run(source, output, progress=sys.stderr.isatty(), **chosen)
+    try:
+        report = run(source, output, progress=sys.stderr.isatty(), **chosen)
+    except SafetensorError as error:  # its writer reports a full disk so
+        raise DeviceError(
+            f"writing {output} failed: {error}; free some space, then give the same command again to go on"
+        ) from error
     if as_json:
         click.echo(json.dumps(report, indent=1))
 

@@ -63,6 +63,11 @@ class RoundedCheckpoint(Checkpoint):
         columns_kept = np.sort(order, axis=1)
         chosen = np.take_along_axis(groups, columns_kept[:, :, None], axis=1).reshape(-1, group_size)
         scales, zeros, levels = round_groups(chosen, bits)
+        if not np.isfinite(scales).all():
+            raise ModelError(
+                f"{module}.weight: its largest weight is {np.abs(weight).max():g}, and at {bits} bits that is beyond "
+                "the range of fp16 scales; the model cannot be rounded"
+            )
         return (
             BsrStream(
                 rows=rows,
@@ -100,7 +105,8 @@ def round_groups(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray,
     else:
         low, high = np.minimum(groups.min(axis=1), 0), np.maximum(groups.max(axis=1), 0)
         spread = (high - low) / top
-    scales = np.maximum(spread, np.finfo(np.float16).tiny).astype(np.float16)
+    with np.errstate(over="ignore"):
+        scales = np.maximum(spread, np.finfo(np.float16).tiny).astype(np.float16)
     step = scales.astype(np.float32)[:, None]
     if bits == 8:
         zeros = np.full(len(groups), ZERO_OF_8_BIT, np.uint8)

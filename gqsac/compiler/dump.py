@@ -6,6 +6,7 @@ from pathlib import Path
 from gqsac.compiler import ir
 from gqsac.compiler.passes.compile import Compiled
 from gqsac.compiler.passes.render import headers
+from gqsac.errors import InputError
 
 _SUFFIX = {"cuda": ".cu", "cpu": ".c"}
 
@@ -16,7 +17,12 @@ class Dumper:
     def __init__(self, folder: Path | None):
         self.folder = Path(folder) if folder else None
         if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(
+                    f"the folder {folder} for the dump cannot be made: {error.strerror}; choose another --dump-dir"
+                ) from error
 
     def text(self, name: str, text: str) -> None:
         """One text file."""

@@ -16,7 +16,7 @@ from gqsac import __version__
 from gqsac.checkpoint import Checkpoint
 from gqsac.compiler import dump, ir
 from gqsac.compiler.passes import compile_cpu, compile_cuda
-from gqsac.compiler.passes.bundle import bundle
+from gqsac.compiler.passes.bundle import bundle, check_output
 from gqsac.compiler.passes.compile import Compiled, check_targets, compile_all, default_cache_dir, default_targets
 from gqsac.compiler.passes.fuse import fuse
 from gqsac.compiler.passes.group_patterns import group_patterns, module_of
@@ -29,7 +29,7 @@ from gqsac.compiler.passes.schedule import schedule
 from gqsac.compiler.passes.specialize import specialize
 from gqsac.compiler.passes.trace import trace
 from gqsac.compiler.passes.verify import verify
-from gqsac.compiler.summary import Summary, statistics
+from gqsac.compiler.summary import Summary, count_bytes
 from gqsac.errors import InputError
 from gqsac.model_info import bos_token_id, eos_token_ids, model_name
 from gqsac.rounding import RoundedCheckpoint, Rounding
@@ -67,6 +67,8 @@ def build(
     Raises GqsaError for a model, an option or a machine that will not do; writes nothing then.
     """
     started = time.perf_counter()
+    if not options.dry_run:
+        check_output(output)
     dumper = dump.Dumper(options.dump_dir)
     targets = check_targets(options.targets) if options.targets else default_targets()
     if options.kv_dtype not in KV_DTYPES:
@@ -93,6 +95,7 @@ def build(
     # What the weights look like decides layout, kernels and the cut of the work.
     patterns = group_patterns(graph, checkpoint)
     packing = pack(graph, checkpoint, patterns)
+    counts = count_bytes(graph, packing, patterns)
 
     # Operators become kernel launches; only then is it known what must be alive when.
     launches = specialize(graph, packing, patterns, options.kv_dtype)
@@ -113,7 +116,6 @@ def build(
         arena_bytes=memory.arena_bytes,
         kernels=kernels,
         phases=phases,
-        statistics=statistics(graph, packing, patterns),
     )
     dumper.text("3-plan.json", json.dumps(json.loads(program.to_json()), indent=1))
 
@@ -123,7 +125,7 @@ def build(
     }
     dumper.sources(sources)
     if options.dry_run:
-        return Summary.of_dry_run(program, packing, targets, time.perf_counter() - started)
+        return Summary.make(program, counts, [], targets, None, time.perf_counter() - started)
     total = sum(len(specs) if family_of(target) == "cuda" else 1 for target in targets)
     done = 0
 
@@ -161,7 +163,7 @@ def build(
 
     # The file as a stranger would meet it: read back and checked by the runtime's own rules.
     verify(Path(output))
-    return Summary.of_build(program, packing, compiled, targets, size, time.perf_counter() - started)
+    return Summary.make(program, counts, compiled, targets, size, time.perf_counter() - started)
 
 
 def open_checkpoint(model: str | Path, rounding: Rounding | None) -> Checkpoint:

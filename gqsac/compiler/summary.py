@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from gqsa_runtime.program import Program
+from gqsa_runtime.program import DTYPE_BYTES, Program
 
 from gqsac.compiler import ir
 from gqsac.compiler.passes.compile import Compiled
@@ -22,38 +22,55 @@ class KernelReport:
 
 
 @dataclass(frozen=True)
+class ByteCounts:
+    """Where the bytes are. compressed_*: of the group-sparse linears, parameters as in the dense model.
+
+    weight_bytes: of all tensors. sparsity: share of groups removed. n_clusters: of like patterns.
+    """
+
+    parameters: int
+    weight_bytes: int
+    compressed_parameters: int
+    compressed_bytes: int
+    sparsity: float
+    n_clusters: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the compressed linears, all of scales, zeros and indices counted."""
+        return 8 * self.compressed_bytes / self.compressed_parameters if self.compressed_parameters else 0.0
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Of the whole model, embeddings and head counted."""
+        return 8 * self.weight_bytes / self.parameters
+
+
+@dataclass(frozen=True)
 class Summary:
     """Sizes in bytes, times in seconds. file_bytes is None for a dry run."""
 
     program: Program
+    counts: ByteCounts
     targets: tuple[str, ...]
     file_bytes: int | None
-    weight_bytes: int
     n_launches: int
-    n_kernels: int
     kernel_reports: tuple[KernelReport, ...]
     n_compiled: int
     n_cached: int
     seconds: float
 
     @classmethod
-    def of_dry_run(cls, program: Program, packing: Packing, targets: tuple[str, ...], seconds: float) -> Summary:
-        return cls._of(program, packing, [], targets, None, seconds)
-
-    @classmethod
-    def of_build(
+    def make(
         cls,
         program: Program,
-        packing: Packing,
+        counts: ByteCounts,
         compiled: list[Compiled],
         targets: tuple[str, ...],
-        size: int,
+        file_bytes: int | None,
         seconds: float,
     ) -> Summary:
-        return cls._of(program, packing, compiled, targets, size, seconds)
-
-    @classmethod
-    def _of(cls, program, packing, compiled, targets, size, seconds) -> Summary:
+        """The summary of a build, or of a dry run that compiled nothing."""
         reports = []
         for kernel in program.kernels:
             mine = [item for item in compiled if item.kernel == kernel.name and item.target.startswith("sm_")]
@@ -62,11 +79,10 @@ class Summary:
             reports.append(KernelReport(kernel.name, registers, spills))
         return cls(
             program=program,
+            counts=counts,
             targets=targets,
-            file_bytes=size,
-            weight_bytes=sum(tensor.size for tensor in packing.tensors),
+            file_bytes=file_bytes,
             n_launches=sum(len(steps) for steps in program.phases.values()),
-            n_kernels=len(program.kernels),
             kernel_reports=tuple(reports),
             n_compiled=sum(not item.cached for item in compiled),
             n_cached=sum(item.cached for item in compiled),
@@ -76,7 +92,9 @@ class Summary:
     def memory_bytes(self, context: int) -> int:
         """Device memory of an open model: weights, activations, KV cache and rotary tables."""
         rope = sum(rope.rotary_dim * 4 for rope in self.program.ropes.values())
-        return self.weight_bytes + self.program.arena_bytes + context * (self.program.kv_bytes_per_token() + rope)
+        return (
+            self.counts.weight_bytes + self.program.arena_bytes + context * (self.program.kv_bytes_per_token() + rope)
+        )
 
     def as_dict(self) -> dict:
         """For --json."""
@@ -86,15 +104,16 @@ class Summary:
             "model_class": self.program.model_class,
             "targets": list(self.targets),
             "file_bytes": self.file_bytes,
-            "weight_bytes": self.weight_bytes,
-            "kernels_unique": self.n_kernels,
+            "bits_per_weight": self.counts.bits_per_weight,
+            "bits_per_parameter": self.counts.bits_per_parameter,
+            "kernels_unique": len(self.program.kernels),
             "kernels_total": self.n_launches,
             "kernels_compiled": self.n_compiled,
             "kernels_cached": self.n_cached,
             "memory_bytes": {str(context): self.memory_bytes(context)},
             "kernels": [asdict(report) for report in self.kernel_reports],
             "seconds": round(self.seconds, 2),
-            **self.program.statistics,
+            **asdict(self.counts),
         }
 
     def default_context(self) -> int:
@@ -104,15 +123,14 @@ class Summary:
     def table(self) -> str:
         """The closing lines of a build, for people."""
         context = self.default_context()
-        stats = self.program.statistics
+        counts = self.counts
         lines = [
-            f"model      {self.program.name} ({self.program.model_class}), "
-            f"{stats['parameters'] / 1e6:.1f} M parameters",
-            f"weights    {self.weight_bytes / 1e6:.1f} MB; compressed linears {stats['bits_per_weight']:.2f} bits per "
-            f"weight, {stats['sparsity']:.1%} of groups removed; "
-            f"whole model {stats['bits_per_parameter']:.2f} bits per parameter",
-            f"kernels    {self.n_kernels} unique in {self.n_launches} launches; {self.n_compiled} binaries compiled, "
-            f"{self.n_cached} from the cache",
+            f"model      {self.program.name} ({self.program.model_class}), {counts.parameters / 1e6:.1f} M parameters",
+            f"weights    {counts.weight_bytes / 1e6:.1f} MB; compressed linears {counts.bits_per_weight:.2f} bits per "
+            f"weight, {counts.sparsity:.1%} of groups removed; "
+            f"whole model {counts.bits_per_parameter:.2f} bits per parameter",
+            f"kernels    {len(self.program.kernels)} unique in {self.n_launches} launches; "
+            f"{self.n_compiled} binaries compiled, {self.n_cached} from the cache",
             f"memory     {self.memory_bytes(context) / 1e6:.0f} MB at context {context}",
         ]
         if self.file_bytes is not None:
@@ -136,30 +154,23 @@ class Summary:
         return "\n".join(lines)
 
 
-def statistics(graph: ir.Graph, packing: Packing, patterns: Patterns) -> dict:
-    """Counts that the file carries: parameters of the dense model, and what they take here."""
+def count_bytes(graph: ir.Graph, packing: Packing, patterns: Patterns) -> ByteCounts:
+    """Counts parameters of the dense model, and the bytes that they take in the file."""
     sizes = {tensor.name: tensor.size for tensor in packing.tensors}
-    dense_parameters = compressed_parameters = kept = compressed_bytes = 0
+    compressed_parameters = kept = compressed_bytes = 0
     for op in graph.ops:
-        if not isinstance(op, ir.Linear):
-            continue
-        names, streams = packing.linears[op.output], patterns.streams[op.output]
-        if streams:
+        if isinstance(op, ir.Linear) and (streams := patterns.streams[op.output]):
             compressed_parameters += op.width * op.k
             kept += sum(stream.nnz * stream.group_size for stream in streams)
-            for stream in names.streams:
-                compressed_bytes += sum(sizes[name] for name in asdict(stream).values())
-    for tensor in packing.tensors:
-        if tensor.dtype == "f16" or (tensor.dtype == "f32" and not tensor.name.startswith("rope.")):
-            dense_parameters += tensor.size // (2 if tensor.dtype == "f16" else 4)
-    parameters = dense_parameters + compressed_parameters
-    total_bytes = sum(sizes.values())
-    return {
-        "parameters": parameters,
-        "compressed_parameters": compressed_parameters,
-        "compressed_bytes": compressed_bytes,
-        "bits_per_weight": 8 * compressed_bytes / compressed_parameters if compressed_parameters else 0.0,
-        "bits_per_parameter": 8 * total_bytes / parameters,
-        "sparsity": 1 - kept / compressed_parameters if compressed_parameters else 0.0,
-        "pattern_clusters": patterns.n_clusters,
-    }
+            compressed_bytes += sum(
+                sizes[name] for stream in packing.linears[op.output].streams for name in asdict(stream).values()
+            )
+    dense = [t for t in packing.tensors if t.dtype in ("f16", "f32") and not t.name.startswith("rope.")]
+    return ByteCounts(
+        parameters=compressed_parameters + sum(t.size // DTYPE_BYTES[t.dtype] for t in dense),
+        weight_bytes=sum(sizes.values()),
+        compressed_parameters=compressed_parameters,
+        compressed_bytes=compressed_bytes,
+        sparsity=1 - kept / compressed_parameters if compressed_parameters else 0.0,
+        n_clusters=patterns.n_clusters,
+    )

@@ -39,7 +39,18 @@ def main(group: click.Command | None = None, args: Sequence[str] | None = None, 
         # The reader has gone (`gqsa run … | head`). Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:  # of a file that no one foresaw: a full disk, a folder that may not be read
+        click.echo(f"error: {_explain_os_error(error)}", err=True)
+        code = 1
+    except MemoryError:
+        click.echo("error: there is not enough memory; close other programs or use a smaller model", err=True)
+        code = 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain_os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}; check the path, its permissions and the free space on the disk"
 
 
 def commands() -> list[click.Command]:
@@ -280,7 +291,7 @@ def verify(file, as_json) -> None:
 
 @click.command()
 @_FILE
-@click.option("--at", "lengths", default="128,1024", show_default=True, help="Context lengths, in tokens.")
+@click.option("--at", "lengths", help="Context lengths, in tokens. Default: 128,1024, or what fits.")
 @click.option("--decode", "n_decode", type=int, default=64, show_default=True, help="Decode steps per round.")
 @click.option("--repeats", type=int, default=3, show_default=True, help="Timed rounds.")
 @_model_options
@@ -296,7 +307,7 @@ def bench(file, lengths, n_decode, repeats, device, context, threads, as_json) -
     from gqsa_runtime.bench import bench as measure
 
     try:
-        contexts = [int(length) for length in lengths.split(",")]
+        contexts = [int(length) for length in lengths.split(",")] if lengths else None
     except ValueError:
         raise click.BadParameter(f"{lengths!r} is no list of numbers such as 128,1024", param_hint="--at") from None
     with _open_model(file, device, context, threads) as model:

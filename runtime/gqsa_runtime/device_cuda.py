@@ -184,6 +184,24 @@ class CudaDevice:
         call("cuStreamSynchronize", self._stream)
         return values
 
+    def copy_bandwidth(self, n_bytes: int = 1 << 29, repeats: int = 20) -> float:
+        """Bytes per second that a copy within the GPU's memory moves, read and written, the median."""
+        self._set_current()
+        source, target = call("cuMemAlloc", n_bytes), call("cuMemAlloc", n_bytes)
+        events = [call("cuEventCreate", 0) for _ in range(repeats + 1)]
+        try:
+            for event in events:
+                call("cuEventRecord", event, self._stream)
+                call("cuMemcpyDtoDAsync", target, source, n_bytes, self._stream)
+            call("cuStreamSynchronize", self._stream)
+            times_ms = [call("cuEventElapsedTime", a, b) for a, b in zip(events, events[1:], strict=False)]
+        finally:
+            for event in events:
+                call("cuEventDestroy", event)
+            call("cuMemFree", source)
+            call("cuMemFree", target)
+        return 2 * n_bytes / (1e-3 * float(np.median(times_ms)))
+
     def close(self) -> None:
         """Frees everything. Safe to call twice."""
         if self._context is None:

@@ -7,19 +7,20 @@ from gqsa_runtime import memory
 from gqsa_runtime.program import OPERATORS
 from gqsa_runtime.reader import ArtifactFile
 
-_WEIGHTS = ("values", "groups", "crow_indices", "tasks", "weight")
+_STREAM = ("values", "groups", "crow_indices", "tasks")
 
 
 def describe(file: ArtifactFile, context: int | None = None) -> dict:
     """Facts of a validated file, ready for JSON. Sizes in bytes; context: to state memory for.
 
-    "linears" counts each weight matrix of the decode phase once, the output head too: weights (parameters),
-    bytes as stored (values, scales, indices, tasks) and bits_per_weight from the two; kept: share of weights
-    in kept groups.
+    "linears" counts each group-sparse weight matrix of the decode phase once: weights (parameters of the
+    dense matrix), bytes as stored (values, scales, indices, tasks), bits_per_weight from the two, and
+    sparsity, the share of weights in removed groups. "dense_bytes": embeddings, heads, norms and biases.
     """
     program = file.program
     if context is None:
         context = min(program.max_context, 4096)
+    linears = _linears(file)
     return {
         "path": file.path,
         "name": program.name,
@@ -32,7 +33,8 @@ def describe(file: ArtifactFile, context: int | None = None) -> dict:
         "kv_dtype": program.kv_dtype,
         "layers": len(program.kv_layers),
         "chat_template": gqsa.KEY_CHAT_TEMPLATE in file.metadata,
-        "linears": _linears(file),
+        "linears": linears,
+        "dense_bytes": memory.weight_bytes(program, file.tensors) - linears["bytes"],
         "targets": [
             {"target": binary.target, "kind": binary.kind, "bytes": file.tensors[binary.tensor].size}
             for binary in program.binaries
@@ -47,7 +49,6 @@ def describe(file: ArtifactFile, context: int | None = None) -> dict:
             "context_bytes": context * memory.context_bytes_per_token(program),
             "total": memory.needed_bytes(program, file.tensors, context),
         },
-        "statistics": program.statistics,
     }
 
 
@@ -78,30 +79,22 @@ def _linears(file: ArtifactFile) -> dict:
     counted: set[str] = set()
     for step in file.program.phases["decode"]:
         kernel = kernels[step.kernel]
-        if kernel.op not in ("linear_sparse", "linear_dense"):
+        if kernel.op != "linear_sparse":
             continue
-        named = {
-            parameter.name: arg.name
-            for parameter, arg in zip(OPERATORS[kernel.op], step.args, strict=True)
-            if parameter.name in _WEIGHTS
-        }
-        main = named.get("values") or named["weight"]
-        if main in counted:
+        args = zip(OPERATORS[kernel.op], step.args, strict=True)
+        named = {parameter.name: arg.name for parameter, arg in args if parameter.name in _STREAM}
+        if named["values"] in counted:
             continue
-        counted.add(main)
-        params = kernel.params
+        counted.add(named["values"])
         # The second stream of a linear adds to the first: its weights are counted there.
-        weights += 0 if params.get("accumulate") else params["rows"] * params["k"]
-        if kernel.op == "linear_sparse":
-            kept += file.tensors[named["groups"]].elements * params["group_size"]
-        else:
-            kept += params["rows"] * params["k"]
+        weights += 0 if kernel.params["accumulate"] else kernel.params["rows"] * kernel.params["k"]
+        kept += file.tensors[named["groups"]].elements * kernel.params["group_size"]
         n_bytes += sum(file.tensors[name].size for name in named.values())
     return {
         "weights": weights,
         "bytes": n_bytes,
         "bits_per_weight": 8 * n_bytes / weights if weights else 0.0,
-        "kept": kept / weights if weights else 0.0,
+        "sparsity": 1 - kept / weights if weights else 0.0,
     }
 
 
@@ -114,8 +107,9 @@ def render(facts: dict) -> str:
         (
             "linears",
             f"{linears['weights'] / 1e6:,.1f} M weights in {size(linears['bytes'])}: "
-            f"{linears['bits_per_weight']:.2f} bits per weight, {linears['kept']:.1%} kept, output head included",
+            f"{linears['bits_per_weight']:.2f} bits per weight, {linears['sparsity']:.1%} of groups removed",
         ),
+        ("dense", f"{size(facts['dense_bytes'])} of embeddings, output head, norms and biases"),
         ("vocabulary", f"{facts['vocab_size']:,} tokens"),
         ("context", f"up to {facts['max_context']:,} tokens, {facts['layers']} layers of {facts['kv_dtype']} KV cache"),
         ("chat template", "yes" if facts["chat_template"] else "no"),
@@ -128,7 +122,6 @@ def render(facts: dict) -> str:
             f"activations {size(needs['activations'])}, context {size(needs['context_bytes'])}",
         ),
     ]
-    rows += [(f"  {key}", _cell(value)) for key, value in sorted(facts["statistics"].items())]
     width = max(len(key) for key, _ in rows)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
 

@@ -24,6 +24,18 @@ def context_bytes_per_token(program: Program) -> int:
     return program.kv_bytes_per_token() + sum(4 * rope.rotary_dim for rope in program.ropes.values())
 
 
+def decode_weight_bytes(program: Program, tensors: Mapping[str, TensorInfo]) -> int:
+    """Bytes of weights that one decode step reads: all but the embedding tables, of which it reads a row."""
+    operators = {kernel.name: kernel.op for kernel in program.kernels}
+    read = {
+        arg.name
+        for step in program.phases["decode"]
+        for arg in step.args
+        if arg.kind == "tensor" and operators[step.kernel] != "embedding"
+    }
+    return sum(tensors[name].size for name in read)
+
+
 def needed_bytes(program: Program, tensors: Mapping[str, TensorInfo], context: int) -> int:
     """Bytes of device memory for weights, activations and a KV cache of `context` positions."""
     return weight_bytes(program, tensors) + program.arena_bytes + context * context_bytes_per_token(program)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gqsa_runtime import format as gqsa
+from gqsa_runtime import memory
 from gqsa_runtime.chat import ChatTemplate
 from gqsa_runtime.engine import Device, Engine, ScoreResult
 from gqsa_runtime.errors import FormatError, InputError
@@ -51,7 +52,8 @@ class Model:
     """One model on one device with one KV cache. Use it from one thread at a time.
 
     device_reason: which device runs it and why. context_reason: why the context is smaller than the
-    default, or None. stats: GenerationStats of the last generation. engine: for token-level work.
+    default, or None. decode_weight_bytes: what one decode step reads of the weights. stats:
+    GenerationStats of the last generation. engine: for token-level work.
     """
 
     def __init__(
@@ -63,10 +65,12 @@ class Model:
         chat_template: str | None = None,
         device_reason: str = "",
         context_reason: str | None = None,
+        decode_weight_bytes: int = 0,
     ):
         self.program, self.tokenizer, self.device, self.context = program, tokenizer, device, context
         self.engine = Engine(program, device, context)
         self.device_reason, self.context_reason = device_reason, context_reason
+        self.decode_weight_bytes = decode_weight_bytes
         self.stats = GenerationStats()
         self._chat_source, self._chat_template = chat_template, None
         self._running: object | None = None
@@ -106,6 +110,7 @@ class Model:
             template if isinstance(template, str) else None,
             opened.device_reason,
             opened.context_reason,
+            memory.decode_weight_bytes(file.program, file.tensors),
         )
 
     def __enter__(self):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.format import canonical_json
@@ -268,8 +268,6 @@ class Program:
     kernels: tuple[Kernel, ...]
     phases: dict[str, tuple[Step, ...]]
     binaries: tuple[Binary, ...] = ()
-    # For people and tools: parameters and bytes of the linears, perplexities, how it was made.
-    statistics: dict = field(default_factory=dict)
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of KV cache that one position takes over all layers."""

@@ -77,7 +77,7 @@ def test_context_out_of_range(context):
         {"buffers": (7,)},
         {"phases": []},
         {"name": None},
-        {"statistics": 3},
+        {"binaries": 3},
         {"kernels": with_kernel("last_row", grid=(1, 1))},
     ],
 )

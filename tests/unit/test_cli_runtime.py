@@ -93,12 +93,11 @@ def test_inspect(gqsa, path):
         assert expected in result.stdout
     facts = json.loads(gqsa("inspect", path, "--json", "--context", "16").stdout)
     stream = sum(tiny.tensors()[f"q.{part}"].nbytes for part in ("values", "groups", "crow_indices", "tasks"))
-    head = tiny.tensors()["embed"].nbytes
     assert facts["linears"] == {
-        "weights": 32 * 32 + 258 * 32,
-        "bytes": stream + head,
-        "bits_per_weight": 8 * (stream + head) / (32 * 32 + 258 * 32),
-        "kept": (4 * 16 + 258 * 32) / (32 * 32 + 258 * 32),
+        "weights": 32 * 32,
+        "bytes": stream,
+        "bits_per_weight": 8 * stream / (32 * 32),
+        "sparsity": 1 - 4 * 16 / (32 * 32),
     }
     assert facts["memory"]["context_bytes"] == 16 * (2 * 16 * 4 + 16)
     assert "kernel_list" not in facts

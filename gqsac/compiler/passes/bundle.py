@@ -1,5 +1,6 @@
 """Bundle: writes the artifact. One pass over the weights; the file appears whole or not at all."""
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -11,7 +12,26 @@ import numpy as np
 from gqsa_runtime import format as fmt
 
 from gqsac.compiler.passes.pack import DTYPES, PackedTensor
-from gqsac.errors import DeviceError
+from gqsac.errors import DeviceError, InputError
+
+
+def check_output(path: Path) -> None:
+    """Raises InputError or DeviceError where a build could not put its file, before the work is done."""
+    path = Path(path)
+    if path.is_dir() or not path.name:
+        raise InputError(f"-o is {path}, which is a folder; give the name of the file to make, such as model.gqsa")
+    if not path.parent.is_dir():
+        raise InputError(f"-o is {path}, but the folder {path.parent} does not exist; make it first")
+    if path.exists():
+        # Only what a build made may be replaced: not a device, and not the model's own weights.
+        if not path.is_file():
+            raise InputError(f"-o is {path}, which is not a regular file; choose another name")
+        with path.open("rb") as file:
+            start = file.read(len(fmt.GGUF_MAGIC))
+        if start not in (b"", fmt.GGUF_MAGIC):
+            raise InputError(f"-o is {path}, which exists and is not a .gqsa file; choose another name or remove it")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise DeviceError(f"-o is {path}, but the folder {path.parent.resolve()} cannot be written; choose another")
 
 
 def bundle(
@@ -38,6 +58,7 @@ def bundle(
         os.close(handle)
     except OSError as error:
         raise DeviceError(f"cannot write in {path.parent.resolve()}: {error.strerror}; choose another -o") from error
+    writer = None
     try:
         writer = gguf.GGUFWriter(temporary, fmt.ARCHITECTURE)
         writer.add_custom_alignment(fmt.ALIGNMENT)
@@ -85,7 +106,15 @@ def bundle(
             f"{path.parent.resolve()}); nothing was left behind, free some space or choose another -o"
         ) from error
     finally:
+        _close(writer)
         Path(temporary).unlink(missing_ok=True)
+
+
+def _close(writer: gguf.GGUFWriter | None) -> None:
+    """Closes the writer's files, whatever state a failure left them in."""
+    for file in (writer.fout if writer else None) or ():
+        with contextlib.suppress(OSError):  # what is still buffered does not fit the disk either
+            file.close()
 
 
 def _digest(data) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Compile: machine code of every kernel for every target, in parallel, cached across builds.
 
-The cache is content-addressed: its key covers the source, the headers, the target and the
-compiler's version, so nothing in it can be stale. An entry carries its own digest.
+The cache is content-addressed: its key covers the source, the headers, the target, the compiler's
+version and its options, so nothing in it can be stale. An entry carries its own digest.
 """
 
 import hashlib
@@ -113,7 +113,8 @@ def _compile_cuda(source: str, target: str, kernel: str, cache_dir: Path | None)
         }
         return binary.data, report, binary.log
 
-    key = _key("cuda", target, compile_cuda.nvrtc_version(), kernel, source, *headers("cuda").values())
+    options = " ".join(compile_cuda.OPTIONS)
+    key = _key("cuda", target, compile_cuda.nvrtc_version(), options, kernel, source, *_flat(headers("cuda")))
     return _cached(target, kernel, key, cache_dir, make)
 
 
@@ -121,9 +122,15 @@ def _compile_cpu(sources: dict[str, str], target: str, cache_dir: Path | None) -
     def make() -> tuple[bytes, dict, str]:
         return compile_cpu.compile_cpu(sources, target), {}, ""
 
-    texts = [text for name in sorted(sources) for text in (name, sources[name])]
-    key = _key("cpu", target, compile_cpu.compiler_version(), *texts, *headers("cpu").values())
+    options = " ".join((*compile_cpu.FLAGS, *compile_cpu.TARGETS[target]))
+    # The counts keep a source from passing for a header.
+    count = str(len(sources))
+    key = _key("cpu", target, compile_cpu.compiler_version(), options, count, *_flat(sources), *_flat(headers("cpu")))
     return _cached(target, "", key, cache_dir, make)
+
+
+def _flat(texts: dict[str, str]) -> list[str]:
+    return [part for name in sorted(texts) for part in (name, texts[name])]
 
 
 def _key(*parts: str) -> str:

@@ -11,8 +11,9 @@ from gqsa_runtime.errors import DeviceError
 
 DEFAULT_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_80")
 
+# What changes the code beside the source, the headers, the target and nvrtc_version.
 # No fast math: a compiled model must give the tokens that f32 arithmetic gives.
-_OPTIONS = ("--std=c++17", "--ptxas-options=-v", "--no-source-include", "--no-cache")
+OPTIONS = ("--std=c++17", "--ptxas-options=-v", "--no-source-include", "--no-cache")
 
 
 class CompileError(DeviceError):
@@ -55,7 +56,7 @@ def compile_cuda(source: str, target: str, name: str, headers: dict[str, str]) -
     if created != success:
         raise CompileError(f"NVRTC could not take the source of kernel {name}: {created.name}")
     try:
-        options = [o.encode() for o in (*_OPTIONS, f"--gpu-architecture={target}")]
+        options = [o.encode() for o in (*OPTIONS, f"--gpu-architecture={target}")]
         (compiled,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         log = _read(nvrtc, program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
         log = log.rstrip(b"\0").decode(errors="replace")
@@ -78,7 +79,7 @@ def compile_cuda(source: str, target: str, name: str, headers: dict[str, str]) -
 
 def _load_nvrtc():
     """cuda.bindings.nvrtc with its library found. Raises CompileError with what to install."""
-    advice = "install it with `pip install nvidia-cuda-nvrtc-cu12 cuda-bindings`, or build for the CPU only"
+    advice = "`pip install nvidia-cuda-nvrtc-cu12 cuda-bindings`, or build for the CPU only with --target cpu"
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:

@@ -1,0 +1,50 @@
+"""What a model must compute: transformers, in fp32, on the dequantised weights of its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from gqsa_runtime import Model
+from transformers import AutoModelForCausalLM
+
+import gqsac  # noqa: F401  lets transformers load compressed folders
+
+
+def load_reference(folder: Path) -> torch.nn.Module:
+    """The folder's model in fp32, its compressed linears dequantised."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def expected_logits(reference, tokens) -> np.ndarray:
+    """f32 [n_tokens, vocab]."""
+    return reference(torch.tensor([list(tokens)])).logits[0].numpy()
+
+
+def expected_log_probs(reference, tokens) -> np.ndarray:
+    """f32 [n_tokens - 1], of every token but the first."""
+    log_probs = torch.log_softmax(torch.from_numpy(expected_logits(reference, tokens)[:-1]), dim=1)
+    return log_probs.gather(1, torch.tensor(list(tokens[1:]))[:, None])[:, 0].numpy()
+
+
+@torch.no_grad()
+def expected_greedy(reference, tokens, n_tokens: int) -> list[int]:
+    """The likeliest continuation, one token after another."""
+    out = reference(torch.tensor([list(tokens)]), use_cache=True)
+    made = []
+    for _ in range(n_tokens):
+        made.append(int(out.logits[0, -1].argmax()))
+        out = reference(torch.tensor([[made[-1]]]), past_key_values=out.past_key_values, use_cache=True)
+    return made
+
+
+def greedy(model: Model, tokens, n_tokens: int) -> list[int]:
+    """The same by a compiled model."""
+    model.engine.reset()
+    logits, made = model.engine.prefill(tokens), []
+    for _ in range(n_tokens):
+        made.append(int(logits.argmax()))
+        logits = model.engine.decode(made[-1])
+    return made

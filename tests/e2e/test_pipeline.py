@@ -1,0 +1,224 @@
+"""From a model folder to tokens: compress, build, open, and the numbers are those of transformers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from gqsa_runtime import Model, device_cuda
+from gqsa_runtime.device_cpu import supported_targets
+from gqsa_runtime.reader import ArtifactFile
+
+from gqsac.checkpoint import Checkpoint
+from gqsac.rounding import RoundedCheckpoint, Rounding
+from tests.e2e.checkpoints import CONFIGS, save_checkpoint, save_multi_stream
+from tests.e2e.command import gqsac, refusal, succeed
+from tests.e2e.reference import expected_greedy, expected_log_probs, expected_logits, greedy, load_reference
+
+pytestmark = pytest.mark.skipif(not supported_targets(), reason="this CPU runs none of gqsac's kernels")
+
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of " * 4
+# Around the chunk of 128 tokens that one prefill launch takes, and odd tails of the kernels' tiles of 8.
+LENGTHS = (1, 7, 128, 129, 300)
+TARGET = "x86_64_v3" if "x86_64_v3" in supported_targets() else "cpu"  # one target: half the compiling
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    return {name: save_checkpoint(folder / name, name) for name in CONFIGS}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, sources):
+    """name -> (compressed folder, .gqsa file), made when first asked for."""
+    folder = tmp_path_factory.mktemp("built")
+    made = {}
+
+    def make(name: str):
+        if name not in made:
+            compressed, file = folder / name, folder / f"{name}.gqsa"
+            succeed("compress", sources[name], "-o", compressed, "--sparsity", 0.25, "--samples", 4, "--seq-len", 32)
+            succeed("build", compressed, "-o", file, "--target", TARGET, "--kv-dtype", "f32")
+            made[name] = compressed, file
+        return made[name]
+
+    return make
+
+
+def check_parity(folder, file, n_tokens=12, tolerance=1e-4):
+    """Greedy tokens, log-probabilities and logits after prompts of every length equal the reference's."""
+    reference = load_reference(folder)
+    with Model.open(file, device="cpu", threads=1) as model:
+        assert model.program.kv_dtype == "f32" and model.program.prefill_chunk == 128
+        ids = model.tokenize(TEXT)
+        for length in LENGTHS:
+            model.engine.reset()
+            error = np.abs(model.engine.prefill(ids[:length]) - expected_logits(reference, ids[:length])[-1]).max()
+            assert error < tolerance, f"logits after {length} tokens differ by {error:.1e}"
+        for length in (2, 129, 300):
+            scored = model.score(ids[:length])
+            assert scored.log_probs.dtype == np.float32 and len(scored.log_probs) == length - 1
+            assert np.abs(scored.log_probs - expected_log_probs(reference, ids[:length])).max() < tolerance
+            best = expected_logits(reference, ids[:length])[:-1].argmax(axis=1)
+            assert (scored.greedy == (best == ids[1:length])).all()
+        for length in (7, 129):
+            expected = expected_greedy(reference, ids[:length], n_tokens)
+            assert greedy(model, ids[:length], n_tokens) == expected
+            assert len(set(expected)) > 3  # a model that repeats one token would hide mistakes
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_compressed_model_computes_what_transformers_computes(built, name):
+    check_parity(*built(name))
+
+
+def test_multi_stream_linears_compute_what_transformers_computes(tmp_path, sources):
+    folder = save_multi_stream(tmp_path / "mixed", sources["qwen2"])
+    succeed("build", folder, "-o", tmp_path / "mixed.gqsa", "--target", TARGET, "--kv-dtype", "f32")
+    with ArtifactFile.open(tmp_path / "mixed.gqsa") as file:
+        bits = {kernel.params["bits"] for kernel in file.program.kernels if kernel.op == "linear_sparse"}
+        assert bits == {4, 8}
+        assert any(kernel.params.get("accumulate") for kernel in file.program.kernels if kernel.op == "linear_sparse")
+    check_parity(folder, tmp_path / "mixed.gqsa")
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_rounding_without_data(tmp_path, sources, bits):
+    file = tmp_path / "rounded.gqsa"
+    options = ("--bits", bits, "--sparsity", 0.3, "--target", TARGET, "--kv-dtype", "f32")
+    result = succeed("build", sources["llama"], "-o", file, *options)
+    assert "note: rounding without calibration data" in result.stderr
+    reference = load_reference(sources["llama"])
+    rounded = RoundedCheckpoint(Checkpoint.open(sources["llama"]), Rounding(bits, 16, 0.3))
+    with torch.no_grad():
+        for path, module in reference.named_modules():
+            if isinstance(module, torch.nn.Linear) and path != "lm_head":
+                (stream,) = rounded.streams(path)
+                module.weight.copy_(torch.from_numpy(stream.dequantize()))
+        table = reference.get_input_embeddings().weight
+        table.copy_(table.half().float())
+    with Model.open(file, device="cpu", threads=1) as model:
+        ids = model.tokenize(TEXT)[:60]
+        assert np.abs(model.score(ids).log_probs - expected_log_probs(reference, ids)).max() < 1e-4
+        assert greedy(model, ids, 8) == expected_greedy(reference, ids, 8)
+
+
+def test_half_precision_kv_cache_stays_close(built, tmp_path):
+    folder, _ = built("llama")
+    succeed("build", folder, "-o", tmp_path / "half.gqsa", "--target", TARGET)
+    reference = load_reference(folder)
+    with Model.open(tmp_path / "half.gqsa", device="cpu", threads=1) as model:
+        assert model.program.kv_dtype == "f16"
+        ids = model.tokenize(TEXT)[:200]
+        assert np.abs(model.score(ids).log_probs - expected_log_probs(reference, ids)).max() < 5e-3
+
+
+def test_the_same_input_gives_the_same_bytes(built, tmp_path):
+    folder, file = built("qwen2")
+    options = ("--target", TARGET, "--kv-dtype", "f32", "--json")
+    again = json.loads(succeed("build", folder, "-o", tmp_path / "again.gqsa", *options).stdout)
+    assert (again["kernels_compiled"], again["kernels_cached"]) == (0, 1)
+    anew = json.loads(succeed("build", folder, "-o", tmp_path / "anew.gqsa", *options, "--no-cache").stdout)
+    assert (anew["kernels_compiled"], anew["kernels_cached"]) == (1, 0)
+    assert (tmp_path / "again.gqsa").read_bytes() == (tmp_path / "anew.gqsa").read_bytes() == file.read_bytes()
+
+
+def test_json_says_what_was_built(built, tmp_path):
+    folder, _ = built("opt")
+    dumped = succeed("build", folder, "-o", tmp_path / "o.gqsa", "--target", TARGET, "--kv-dtype", "f32", "--json")
+    summary = json.loads(dumped.stdout)
+    assert summary["targets"] == [TARGET]
+    assert summary["file_bytes"] == (tmp_path / "o.gqsa").stat().st_size
+    assert summary["sparsity"] == pytest.approx(0.25, abs=0.02)
+    facts = json.loads(succeed("inspect", tmp_path / "o.gqsa", "--json").stdout)
+    assert facts["name"] == "opt"
+    assert json.loads(succeed("verify", tmp_path / "o.gqsa", "--json").stdout)["ok"] is True
+
+
+def test_dump_holds_every_stage(built, tmp_path):
+    folder, _ = built("llama")
+    dump = tmp_path / "dump"
+    options = ("--target", TARGET, "--target", "sm_90", "--kv-dtype", "f32", "--dump-dir", dump)
+    succeed("build", folder, "-o", tmp_path / "m.gqsa", *options)
+    for name in ("1-legalized.txt", "2-fused.txt"):
+        text = (dump / name).read_text()
+        assert text.startswith("LlamaForCausalLM: vocabulary 256, context 320\n") and "Attention(" in text
+    kernels = {kernel["name"] for kernel in json.loads((dump / "3-plan.json").read_text())["kernels"]}
+    assert {path.stem for path in (dump / "cuda").glob("*.cu")} == kernels
+    assert kernels < {path.stem for path in (dump / "cpu").glob("*.c")}  # and the thread pool
+    assert {path.stem for path in (dump / "sm_90").glob("*.cubin")} == kernels
+    assert all("registers" in path.read_text() for path in (dump / "sm_90").glob("*.log"))
+    assert (dump / TARGET / "kernels.so").read_bytes().startswith(b"\x7fELF")
+
+
+def test_a_dry_run_writes_nothing(built, tmp_path, kernel_cache):
+    folder, _ = built("llama")
+    before = sorted(kernel_cache.rglob("*"))
+    result = succeed("build", folder, "-o", tmp_path / "m.gqsa", "--dry-run", "--json", "--max-context", 77)
+    assert json.loads(result.stdout)["file_bytes"] is None
+    assert list(tmp_path.iterdir()) == [] and sorted(kernel_cache.rglob("*")) == before
+
+
+def test_cuda_targets_hold_every_kernel(built, tmp_path):
+    folder, _ = built("llama")
+    file = tmp_path / "gpu.gqsa"
+    result = succeed("build", folder, "-o", file, "--target", "compute_80", "--target", "sm_90")
+    assert "registers (spilled bytes)" in result.stderr
+    with ArtifactFile.open(file) as artifact:
+        program = artifact.program
+        assert [(binary.target, binary.kind) for binary in program.binaries] == [
+            ("sm_90", "cubin"),
+            ("compute_80", "ptx"),
+        ]
+        for binary in program.binaries:
+            data = artifact.read(binary.tensor).tobytes()
+            assert set(binary.kernels) == {kernel.name for kernel in program.kernels}
+            for name, (offset, size) in binary.kernels.items():
+                code = data[offset : offset + size]
+                assert code.startswith(b"\x7fELF" if binary.kind == "cubin" else b"//")
+                assert name.encode() in code
+    succeed("verify", file)
+
+
+def test_a_chat_and_a_score_through_the_command(built, tmp_path):
+    _, file = built("qwen2")
+    chat = succeed("chat", file, "--max-new-tokens", 5, "--temperature", 0, "--device", "cpu", stdin="Hi\n/exit\n")
+    with Model.open(file, device="cpu") as model:
+        expected = "".join(model.chat([{"role": "user", "content": "Hi"}], max_new_tokens=5))
+    assert chat.stdout == f"{expected}\n"
+    (tmp_path / "text.txt").write_text(TEXT)
+    scored = succeed("eval", "ppl", file, "--text", tmp_path / "text.txt", "--window", 100, "--json")
+    torch_scored = succeed("eval", "ppl", built("qwen2")[0], "--text", tmp_path / "text.txt", "--window", 100, "--json")
+    assert json.loads(scored.stdout)["perplexity"] == pytest.approx(
+        json.loads(torch_scored.stdout)["perplexity"], rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen2-novels", "opt-novels"])
+def test_trained_models_match_on_real_prompts(tmp_path, shared_model, name):
+    source = shared_model(name)
+    succeed("compress", source, "-o", tmp_path / name, "--samples", 2, "--seq-len", 128)
+    file = tmp_path / f"{name}.gqsa"
+    succeed("build", tmp_path / name, "-o", file, "--target", TARGET, "--kv-dtype", "f32")
+    reference = load_reference(tmp_path / name)
+    with Model.open(file, device="cpu") as model:
+        for prompt in ("It was a dark and stormy night, and the", "She opened the letter slowly, and"):
+            ids = model.tokenize(prompt)
+            assert greedy(model, ids, 16) == expected_greedy(reference, ids, 16)
+            assert np.abs(model.score(ids).log_probs - expected_log_probs(reference, ids)).max() < 1e-4
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(built, tmp_path):
+    try:
+        device_cuda.Gpu(0)
+    except device_cuda.DeviceError:
+        pass
+    else:
+        pytest.skip("this machine has a GPU")
+    folder, _ = built("llama")
+    succeed("build", folder, "-o", tmp_path / "gpu.gqsa", "--target", "sm_90")
+    message = refusal(gqsac("run", tmp_path / "gpu.gqsa", "--device", "cuda", "--prompt", "x"))
+    assert "no NVIDIA driver found" in message or "finds no GPU" in message
+    message = refusal(gqsac("run", tmp_path / "gpu.gqsa", "--prompt", "x"))
+    assert "nothing here runs this file" in message and "--target" in message
