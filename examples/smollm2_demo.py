@@ -20,6 +20,7 @@ GGUF = FOLDER / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = FOLDER / "smollm2"
 ARTIFACT = FOLDER / "smollm2.gqsa"
 TEXT = ROOT / "examples/data/hound_of_the_baskervilles.txt"
+SPARSITY = "0.05"
 QUESTION = "What is the capital of France?"
 
 
@@ -28,7 +29,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     fetch_model()
     if not MODEL.exists():
-        step("Compress", "compress", GGUF, "-o", MODEL)
+        step("Compress", "compress", GGUF, "-o", MODEL, "--sparsity", SPARSITY)
     step("Build", "build", MODEL, "-o", ARTIFACT)
     step("Run", "run", ARTIFACT, "--device", "cpu", "--prompt", QUESTION)
     measure(started)
@@ -57,11 +58,11 @@ def measure(started: float) -> None:
     reference = ask("eval", "ppl", GGUF, *windows)
     facts = ask("inspect", ARTIFACT)
     speed = ask("bench", ARTIFACT, "--device", "cpu")
-    decode = speed["decode"][0]
+    decode, linears = speed["rows"][0], facts["linears"]
     print(f"file                 {ARTIFACT.stat().st_size / 1e6:.1f} MB, for {len(facts['targets'])} targets")
-    print(f"bits per weight      {facts['bits_per_weight']:.2f} (linears), {facts['sparsity']:.0%} of groups removed")
+    print(f"bits per weight      {linears['bits_per_weight']:.2f} (linears), {linears['sparsity']:.0%} of groups removed")
     print(f"perplexity           {ours['perplexity']:.2f}; dequantised source model {reference['perplexity']:.2f}")
-    print(f"decode               {decode['tokens_per_s']:.0f} tokens/s at context {decode['context']}")
+    print(f"decode               {decode['decode_tokens_per_s']:.0f} tokens/s at context {decode['context']}")
     print(f"whole demo           {time.perf_counter() - started:.0f} s")
     print(f"\nTry: {Path(sys.executable).parent / 'gqsac'} chat {ARTIFACT}")
 

@@ -7,6 +7,7 @@ Nothing is trusted: a damaged or hostile checkpoint gives a FormatError that nam
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,15 @@ _DENSE_DTYPES = ("F16", "F32", "F64", "BF16", "U8", "I8", "I16", "I32", "I64", "
 
 
 @dataclass(frozen=True)
+class _Stored:
+    """Where a tensor is and what its header says."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it, e.g. F16
+
+
+@dataclass(frozen=True)
 class StreamHeader:
     """What a stream is, without its contents. rows, columns: of the linear. nnz: kept groups."""
 
@@ -51,19 +61,19 @@ class Checkpoint:
         self.path = path
         self.config = config
         self.quantization = quantization
-        self._tensors = {}  # name -> open safetensors file
+        # Files are opened anew for each read: one that stays open stays mapped, and its pages, once
+        # read, count as this process's memory.
+        self._tensors: dict[str, _Stored] = {}
         for file in files:
-            try:
-                handle = safe_open(str(file), framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise FormatError(
-                    f"{file} is damaged or cut off ({error}); download or compress the model again"
-                ) from error
-            names = handle.keys()
-            for name in names:
-                if name in self._tensors:
-                    raise FormatError(f"{file}: tensor {name} stands in two files of the folder; remove one of them")
-                self._tensors[name] = handle
+            with _opened(file) as handle:
+                names = handle.keys()
+                for name in names:
+                    if name in self._tensors:
+                        raise FormatError(
+                            f"{file}: tensor {name} stands in two files of the folder; remove one of them"
+                        )
+                    piece = handle.get_slice(name)
+                    self._tensors[name] = _Stored(file, tuple(piece.get_shape()), piece.get_dtype())
         self._streams: dict[str, dict[int, set[str]]] = {}  # module -> stream -> its tensors
         if quantization is not None:
             self._index_streams()
@@ -98,17 +108,22 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a stored tensor, from the header alone. Raises ModelError if there is none of that name."""
-        return tuple(self._slice(name).get_shape())
+        return self._stored(name).shape
 
     def read(self, name: str) -> np.ndarray:
         """A stored tensor as it is, except that bf16 becomes f32. Raises ModelError if there is none."""
-        piece = self._slice(name)
-        dtype = piece.get_dtype()
-        if dtype == "BF16":
-            return self._read_bf16(name)
-        if dtype not in _DENSE_DTYPES:
-            raise ModelError(f"{self.path}: tensor {name} is of type {dtype}, expected float16, bfloat16 or float32")
-        return self._tensors[name].get_tensor(name)
+        stored = self._stored(name)
+        if stored.dtype not in _DENSE_DTYPES:
+            raise ModelError(
+                f"{self.path}: tensor {name} is of type {stored.dtype}, expected float16, bfloat16 or float32"
+            )
+        if stored.dtype != "BF16":
+            with _opened(stored.file) as handle:
+                return handle.get_tensor(name)
+        import torch  # numpy has no bfloat16
+
+        with _opened(stored.file, "pt") as handle:
+            return handle.get_tensor(name).to(torch.float32).numpy()
 
     def is_compressed(self, module: str) -> bool:
         """Whether the linear at this path is stored as BSR streams."""
@@ -161,20 +176,10 @@ class Checkpoint:
         file = self.path / "generation_config.json"
         return read_json(file) if file.is_file() else {}
 
-    def _slice(self, name: str):
+    def _stored(self, name: str) -> _Stored:
         if name not in self._tensors:
             raise ModelError(f"{self.path} holds no tensor {name}; is the checkpoint complete?")
-        return self._tensors[name].get_slice(name)
-
-    def _read_bf16(self, name: str) -> np.ndarray:
-        import torch  # numpy has no bfloat16
-
-        for file in weight_files(self.path):
-            with safe_open(str(file), framework="pt") as handle:
-                names = handle.keys()
-                if name in names:
-                    return handle.get_tensor(name).to(torch.float32).numpy()
-        raise ModelError(f"{self.path} holds no tensor {name}; was the folder changed meanwhile?")
+        return self._tensors[name]
 
     def _index_streams(self) -> None:
         for name in self._tensors:
@@ -206,13 +211,14 @@ class Checkpoint:
 
     def _checked(self, module: str, number: int, tensor: str, ndim: int) -> np.ndarray:
         name = f"{module}.streams.{number}.{tensor}"
-        piece = self._slice(name)
-        if piece.get_dtype() not in _DTYPES[tensor]:
+        stored = self._stored(name)
+        if stored.dtype not in _DTYPES[tensor]:
             expected = " or ".join(_DTYPES[tensor])
-            raise FormatError(f"{self.path}: tensor {name} is of type {piece.get_dtype()}, expected {expected}")
-        if len(piece.get_shape()) != ndim:
-            raise FormatError(f"{self.path}: tensor {name} has shape {piece.get_shape()}, expected {ndim} dimensions")
-        return self._tensors[name].get_tensor(name)
+            raise FormatError(f"{self.path}: tensor {name} is of type {stored.dtype}, expected {expected}")
+        if len(stored.shape) != ndim:
+            raise FormatError(f"{self.path}: tensor {name} has shape {list(stored.shape)}, expected {ndim} dimensions")
+        with _opened(stored.file) as handle:
+            return handle.get_tensor(name)
 
     def _crow_indices(self, module: str, number: int) -> np.ndarray:
         rows, columns = self._shape_of(module)
@@ -268,6 +274,16 @@ class Checkpoint:
         if len(zeros) and zeros.max() >= 1 << bits:
             raise FormatError(f"{where}.zeros reaches {zeros.max()}, expected at most {(1 << bits) - 1}")
         return BsrStream(rows, columns, group_size, bits, crow, col, values, scales, zeros)
+
+
+@contextlib.contextmanager
+def _opened(file: Path, framework: str = "numpy"):
+    """An open safetensors file. Raises FormatError where it is damaged."""
+    try:
+        with safe_open(str(file), framework=framework) as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{file} is damaged or cut off ({error}); download or compress the model again") from error
 
 
 def _row_of(crow: np.ndarray, group: int) -> int:

@@ -15,38 +15,54 @@ from gqsa_runtime.format import ZERO_OF_8_BIT
 
 # Share of the group's full range that the grid spans. Clipping an outlier can pay for the others.
 RANGE_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-_SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number
+SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number
 
 
 @dataclass
 class QuantizedLinear:
-    """levels: uint8 [rows, n_groups, G]. scales: f16 [rows, n_groups]. zeros: uint8 [rows, n_groups].
+    """levels: uint8 [rows, q_groups, Gq]. scales: f16 [rows, q_groups]. zeros: uint8 [rows, q_groups].
 
-    keep: bool [rows, n_groups]; what stands at removed groups has no meaning.
+    keep: bool [rows, units]: a unit is a pruning group, or one weight for 2:4; what stands in levels at removed
+    units has no meaning. A quantisation group of Gq columns may span several units. adjusted: f32 [rows, columns],
+    each weight as it was, other weights' errors taken on, when it was rounded or removed.
     """
 
     levels: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor
     keep: torch.Tensor
+    adjusted: torch.Tensor
 
     def split(self, rows: list[int]) -> list[QuantizedLinear]:
         """The parts of a stack of linears with so many rows each."""
-        tensors = (self.levels, self.scales, self.zeros, self.keep)
+        tensors = (self.levels, self.scales, self.zeros, self.keep, self.adjusted)
         return [QuantizedLinear(*part) for part in zip(*(tensor.split(rows) for tensor in tensors), strict=True)]
+
+    def dequantize(self) -> torch.Tensor:
+        """f32 [rows, columns]."""
+        weight = (self.levels.float() - self.zeros[..., None].float()) * self.scales[..., None].float()
+        return (weight.view(*self.keep.shape, -1) * self.keep[..., None]).flatten(1)
 
 
 def quantize(
-    weight: torch.Tensor, keep: torch.Tensor, hessian_inverse: torch.Tensor, importance: torch.Tensor, bits: int
+    weight: torch.Tensor,
+    keep: torch.Tensor,
+    hessian_inverse: torch.Tensor,
+    importance: torch.Tensor,
+    bits: int,
+    quant_group_size: int | None = None,
 ) -> QuantizedLinear:
-    """Rounds a linear's kept groups to `bits`.
+    """Rounds a linear's kept weights to `bits`.
 
-    weight: f32 [rows, columns], not changed. keep: bool [rows, n_groups]. hessian_inverse: f32
+    weight: f32 [rows, columns], not changed. keep: bool [rows, units]. hessian_inverse: f32
     [columns, columns], damped. importance: f32 [columns], the Hessian's diagonal, which sets the order.
+    quant_group_size: columns that share a scale and a zero; by default those of a unit.
     """
     rows, columns = weight.shape
-    n_groups = keep.shape[1]
-    group_size = columns // n_groups
+    unit = columns // keep.shape[1]
+    group_size = quant_group_size or unit
+    n_groups = columns // group_size
+    kept = keep[..., None].expand(-1, -1, unit).reshape(rows, columns)
     order = torch.argsort(importance.view(n_groups, group_size).sum(1), descending=True, stable=True)
     offsets = torch.arange(group_size, device=weight.device)
     permutation = (order[:, None] * group_size + offsets).flatten()
@@ -56,13 +72,15 @@ def quantize(
     levels = torch.empty(rows, n_groups, group_size, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(rows, n_groups, dtype=torch.float16, device=weight.device)
     zeros = torch.empty(rows, n_groups, dtype=torch.uint8, device=weight.device)
+    adjusted = torch.empty(rows, n_groups, group_size, device=weight.device)
     for i, group in enumerate(order.tolist()):
         start, stop = i * group_size, (i + 1) * group_size
-        errors, *best = _fit_group(rest[:, start:stop], keep[:, group], factor[start:stop, start:stop], bits)
-        levels[:, group], scales[:, group], zeros[:, group] = best
+        inside = slice(group * group_size, (group + 1) * group_size)
+        errors, *best = _fit_group(rest[:, start:stop], kept[:, inside], factor[start:stop, start:stop], bits)
+        levels[:, group], scales[:, group], zeros[:, group], adjusted[:, group] = best
         if stop < columns:
             rest[:, stop:] -= errors @ factor[start:stop, stop:]
-    return QuantizedLinear(levels, scales, zeros, keep)
+    return QuantizedLinear(levels, scales, zeros, keep, adjusted.flatten(1))
 
 
 def candidate_grids(group: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,23 +100,26 @@ def candidate_grids(group: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch
 
 
 def _as_float16(scales: torch.Tensor) -> torch.Tensor:
-    return scales.clamp(_SMALLEST_SCALE, 65504).to(torch.float16).to(torch.float32)
+    return scales.clamp(SMALLEST_SCALE, 65504).to(torch.float16).to(torch.float32)
 
 
 def _fit_group(group: torch.Tensor, keep: torch.Tensor, factor: torch.Tensor, bits: int):
-    """Errors to hand on, f32 [rows, G] (already divided by the factor's diagonal), levels, scales, zeros.
+    """Errors to hand on, f32 [rows, G] (already divided by the factor's diagonal), levels, scales, zeros, and
+    the weights as they were when they were rounded, f32 [rows, G].
 
-    group: f32 [rows, G]. keep: bool [rows]. factor: f32 [G, G], upper triangular.
+    group: f32 [rows, G]. keep: bool [rows, G]. factor: f32 [G, G], upper triangular.
     """
     rows, group_size = group.shape
-    scales, zeros = candidate_grids(group, bits)
-    kept = keep.to(group.dtype)
+    # The grid is made for the weights that stay, and in an empty group for those that may come back.
+    seen = keep | ~keep.any(1, keepdim=True)
+    scales, zeros = candidate_grids(group * seen, bits)
+    kept = keep.T[:, None].to(group.dtype)  # [G, 1, rows]
     # Column-first, so that each step reads and writes contiguous memory.
     work = group.T[:, None].repeat(1, len(scales), 1)  # [G, candidates, rows]
     levels, errors = torch.empty_like(work), torch.empty_like(work)
     for j in range(group_size):
         levels[j] = torch.round(work[j] / scales + zeros).clamp_(0, (1 << bits) - 1)
-        errors[j] = (work[j] - (levels[j] - zeros) * scales * kept) / factor[j, j]
+        errors[j] = (work[j] - (levels[j] - zeros) * scales * kept[j]) / factor[j, j]
         if j + 1 < group_size:
             work[j + 1 :] -= factor[j, j + 1 :, None, None] * errors[j]
     best = errors.square().sum(0).argmin(0)  # [rows]
@@ -109,4 +130,5 @@ def _fit_group(group: torch.Tensor, keep: torch.Tensor, factor: torch.Tensor, bi
         levels.gather(1, pick)[:, 0].T.to(torch.uint8),
         scales.gather(0, chosen)[0].to(torch.float16),
         zeros.gather(0, chosen)[0].to(torch.uint8),
+        work.gather(1, pick)[:, 0].T,
     )

@@ -1,0 +1,118 @@
+"""What a compression is asked to do: one frozen object that every step reads, checked before any work."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from gqsa_runtime.errors import InputError
+
+from gqsac.bsr import BITS, GROUP_SIZES
+from gqsac.compress.select import ALLOCATIONS, PATTERNS
+
+# In the order in which they may follow each other; "one-shot" is what the others start from.
+STAGES = ("one-shot", "bqpo", "distill", "e2e-oqp")
+DEFAULT_SPARSITY = 0.02
+_DEFAULT_SAMPLES = {False: 8, True: 128}  # without and with training stages
+# Stage -> learning rates (weights, scales). Weights: relative to the root mean square of their linear.
+# Scales: relative to each scale. Zeros move with the scales' rate, in units of the whole range of levels.
+RATES = {"bqpo": (3e-3, 1e-3), "distill": (4e-3, 2e-3), "e2e-oqp": (0.0, 2e-3)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every option of `gqsac.compress.run.compress` that changes its result; see there for their meaning."""
+
+    bits: int = 4
+    group_size: int = 16
+    quant_group_size: int | None = None
+    sparsity: float | None = None
+    pattern: str = "1xG"
+    allocation: str = "row"
+    skip: tuple[str, ...] = ()
+    damping: float = 0.01
+    seed: int = 0
+    samples: int | None = None
+    seq_len: int | None = None
+    stages: tuple[str, ...] = ("one-shot",)
+    epochs: int = 5
+    e2e_steps: int | None = None
+    minutes: float | None = None
+    train_samples: int | None = None
+    batch_tokens: int | None = None
+    distill: float = 0.0
+    weight_lr: float | None = None
+    scale_lr: float | None = None
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """The stages that train, in order."""
+        return tuple(stage for stage in self.stages if stage != "one-shot")
+
+    @property
+    def unit(self) -> int:
+        """Columns that are kept or removed together."""
+        return 1 if self.pattern == "2:4" else self.group_size
+
+    def rates(self, stage: str) -> tuple[float, float]:
+        """Learning rates of a stage's weights and scales, see RATES."""
+        weights, scales = RATES[stage]
+        return (
+            weights if self.weight_lr is None else self.weight_lr,
+            scales if self.scale_lr is None else self.scale_lr,
+        )
+
+    def identity(self) -> dict:
+        """What a resumed run must share with the one that was stopped. Learning rates are left out, so
+        that a run that diverged can go on with lower ones."""
+        return {key: value for key, value in asdict(self).items() if key not in ("weight_lr", "scale_lr")}
+
+
+def checked(options: Options) -> Options:
+    """The options with their defaults filled in. Raises InputError for the first that is out of range."""
+    o = options
+    if o.bits not in BITS:
+        raise InputError(f"bits is {o.bits}, expected one of {', '.join(map(str, BITS))}")
+    if o.group_size not in GROUP_SIZES:
+        raise InputError(f"the group size is {o.group_size}, expected one of {', '.join(map(str, GROUP_SIZES))}")
+    quant_group_size = o.group_size if o.quant_group_size is None else o.quant_group_size
+    if quant_group_size < 1 or quant_group_size % o.group_size:
+        raise InputError(
+            f"the quantisation group size is {quant_group_size}, expected a multiple of the group size {o.group_size}"
+        )
+    if o.pattern not in PATTERNS:
+        raise InputError(f"the pattern is {o.pattern!r}, expected one of {', '.join(PATTERNS)}")
+    if o.pattern == "2:4" and o.sparsity not in (None, 0.5):
+        raise InputError(f"sparsity is {o.sparsity}, but the pattern 2:4 removes exactly 0.5; leave the sparsity out")
+    sparsity = (0.5 if o.pattern == "2:4" else DEFAULT_SPARSITY) if o.sparsity is None else o.sparsity
+    if not 0 <= sparsity < 1:
+        raise InputError(f"sparsity is {sparsity}, expected a share of groups to remove from 0 to below 1")
+    if o.allocation not in ALLOCATIONS:
+        raise InputError(f"allocation is {o.allocation!r}, expected one of {', '.join(ALLOCATIONS)}")
+    if o.seq_len is not None and o.seq_len < 2:
+        raise InputError(f"the sample length is {o.seq_len} tokens, expected at least 2")
+    if not 0 < o.damping <= 1:
+        raise InputError(f"damping is {o.damping}, expected above 0 and at most 1")
+    if not 0 <= o.distill <= 1:
+        raise InputError(f"distill is {o.distill}, expected a share of the loss from 0 to 1")
+    _check_stages(o.stages)
+    samples = _DEFAULT_SAMPLES[bool(o.training)] if o.samples is None else o.samples
+    train_samples = samples if o.train_samples is None else o.train_samples
+    for name, value in (("samples", samples), ("train_samples", train_samples), ("epochs", o.epochs),
+                        ("e2e_steps", o.e2e_steps), ("batch_tokens", o.batch_tokens)):  # fmt: skip
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}, expected at least 1")
+    for name, value in (("minutes", o.minutes), ("weight_lr", o.weight_lr), ("scale_lr", o.scale_lr)):
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"{name} is {value}, expected a number above 0")
+    filled = {"quant_group_size": quant_group_size, "sparsity": float(sparsity), "samples": samples,
+              "train_samples": train_samples, "skip": tuple(o.skip), "stages": tuple(o.stages)}  # fmt: skip
+    return Options(**{**asdict(o), **filled})
+
+
+def _check_stages(stages: tuple[str, ...]) -> None:
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown or not stages:
+        raise InputError(f"the stage {(unknown or [''])[0]!r} is unknown, expected some of {', '.join(STAGES)}")
+    order = [STAGES.index(stage) for stage in stages]
+    if order != sorted(set(order)):
+        raise InputError(f"the stages {','.join(stages)} are out of order, expected the order {', '.join(STAGES)}")
