@@ -59,8 +59,9 @@ def measure(started: float) -> None:
     facts = ask("inspect", ARTIFACT)
     speed = ask("bench", ARTIFACT, "--device", "cpu")
     decode, linears = speed["rows"][0], facts["linears"]
+    bits, sparsity = linears["bits_per_weight"], linears["sparsity"]
     print(f"file                 {ARTIFACT.stat().st_size / 1e6:.1f} MB, for {len(facts['targets'])} targets")
-    print(f"bits per weight      {linears['bits_per_weight']:.2f} (linears), {linears['sparsity']:.0%} of groups removed")
+    print(f"bits per weight      {bits:.2f} (linears), {sparsity:.0%} of groups removed")
     print(f"perplexity           {ours['perplexity']:.2f}; dequantised source model {reference['perplexity']:.2f}")
     print(f"decode               {decode['decode_tokens_per_s']:.0f} tokens/s at context {decode['context']}")
     print(f"whole demo           {time.perf_counter() - started:.0f} s")
@@ -84,4 +85,9 @@ def ask(*args) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)  # the command has said what is wrong
+    except KeyboardInterrupt:
+        sys.exit(130)

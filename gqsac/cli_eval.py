@@ -1,14 +1,16 @@
-"""`gqsac eval`: the runtime's measurements, on models that are not compiled too."""
+"""`gqsac eval`: the runtime's measurements, on models that are not compiled too, and zero-shot tasks."""
 
 from __future__ import annotations
 
 import json
 from functools import partial
-from pathlib import Path
 
 import click
 from gqsa_runtime.cli import evaluate as runtime_evaluate
 from gqsa_runtime.cli import progress, read_text
+
+from gqsac.evaluate.load import is_artifact
+from gqsac.evaluate.task_data import TASKS
 
 
 @click.group("eval")
@@ -19,13 +21,20 @@ def evaluate() -> None:
     Examples:
       gqsac eval ppl model.gqsa --text wiki.test.raw
       gqsac eval ppl models/llama-7b --text wiki.test.raw
+      gqsac eval tasks model.gqsa --task piqa --task arc_easy --data tasks/
     """
 
 
 _runtime_ppl = runtime_evaluate.commands["ppl"]
+_HELP = {"help_option_names": ["-h", "--help"]}
 
 
-@evaluate.command(params=_runtime_ppl.params, context_settings={"help_option_names": ["-h", "--help"]})
+def _shared(*names: str) -> list[click.Parameter]:
+    """Parameters of the runtime's command, so that both say the same."""
+    return [parameter for parameter in _runtime_ppl.params if parameter.name in names]
+
+
+@evaluate.command(params=_runtime_ppl.params, context_settings=_HELP)
 def ppl(file, text, window, stride, max_windows, device, context, threads, as_json) -> None:
     """Perplexity of a text. The last tokens that fill no window are left out.
 
@@ -37,7 +46,7 @@ def ppl(file, text, window, stride, max_windows, device, context, threads, as_js
       gqsac eval ppl model.gqsa --text wiki.test.raw --window 2048 --max-windows 20
       gqsac eval ppl model/ --text wiki.test.raw --json
     """
-    if file.endswith(".gqsa") or (Path(file).is_file() and not file.endswith(".gguf")):
+    if is_artifact(file):
         _runtime_ppl.callback(file, text, window, stride, max_windows, device, context, threads, as_json)
         return
     result = _torch_perplexity(file, text, window, stride, max_windows, device)
@@ -48,14 +57,61 @@ def ppl(file, text, window, stride, max_windows, device, context, threads, as_js
 
 
 def _torch_perplexity(source: str, text: str, window: int, stride: int | None, max_windows: int | None, device: str):
-    import torch
     from gqsa_runtime.tokenizer import Tokenizer
 
     from gqsac.evaluate.load import load_for_evaluation
     from gqsac.evaluate.perplexity import perplexity
+    from gqsac.evaluate.score_torch import torch_device
 
-    content = read_text(text, "text")
+    content, where = read_text(text, "text"), torch_device(device)
     model, tokenizer_json = load_for_evaluation(source)
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     tokens = Tokenizer(tokenizer_json).encode(content)
     return perplexity(model.to(where), tokens, window, stride, max_windows, partial(progress, unit="window"))
+
+
+@evaluate.command(
+    params=[
+        *_shared("file"),
+        click.Option(["--task", "names"], multiple=True, help=f"{', '.join(TASKS)}; repeatable. Default: all."),
+        click.Option(["--data"], required=True, type=click.Path(path_type=str), help="Folder of the tasks' files."),
+        click.Option(["--limit"], type=int, help="Only the first so many rows of each task."),
+        *_shared("device", "context", "threads", "as_json"),
+    ],
+    context_settings=_HELP,
+)
+def tasks(file, names, data, limit, device, context, threads, as_json) -> None:
+    """Zero-shot accuracy with its standard error, through the lm-eval harness and its prompts.
+
+    FILE is what `eval ppl` takes. The data folder holds piqa.jsonl, arc_easy.jsonl, arc_challenge.jsonl
+    ({query, choices, gold} a line), winogrande.jsonl ({context_options, continuation, gold}) and
+    hellaswag.jsonl or hellaswag_val_full.txt; nothing is downloaded.
+    The harness comes with pip install "gqsac[eval]".
+
+    \b
+    Examples:
+      gqsac eval tasks model.gqsa --task piqa --task arc_easy --data tasks/ --limit 500
+      gqsac eval tasks model/ --data tasks/ --device cuda --json
+    """
+    from gqsac.evaluate.load import open_scorer
+    from gqsac.evaluate.tasks import check_harness, evaluate_task, load_tasks, render
+
+    rows = load_tasks(names, data, limit)  # before a long load
+    version = check_harness()
+    scorer = open_scorer(file, device, context, threads)
+    try:
+        click.echo(f"device {scorer.device_reason}", err=True)
+        results = [evaluate_task(scorer, name, rows[name], partial(progress, unit=f"{name} request")) for name in rows]
+    finally:
+        scorer.close()
+    for result in results:
+        if result.n_truncated:
+            click.echo(
+                f"note: {result.n_truncated} requests of {result.task} were longer than the context of "
+                f"{scorer.context} tokens and lost their beginning",
+                err=True,
+            )
+    if as_json:
+        facts = {"path": file, "device": scorer.device_reason, "limit": limit, "lm_eval": version}
+        click.echo(json.dumps({**facts, "results": [vars(result) for result in results]}))
+    else:
+        click.echo(render(results))

@@ -46,29 +46,45 @@ class _Captured(Exception):
 class BlockRunner:
     """The calibration samples on their way through the blocks.
 
-    hidden: f32 [samples, seq_len, width], the input of the next block, as the compressed blocks before
-    it made it. Each block is called with the keyword arguments that the model itself would give it.
+    hidden: f32 [samples, seq_len, width], on the CPU: the input of the next block, as the compressed blocks
+    before it made it. reference: the same as the uncompressed blocks made it, if asked for. Each block is
+    called with the keyword arguments that the model itself would give it.
     """
 
-    def __init__(self, model, blocks: nn.ModuleList, tokens: torch.Tensor, device: torch.device):
-        self._device = device
+    def __init__(self, model, blocks: nn.ModuleList, tokens: torch.Tensor, device: torch.device, reference=False):
+        self.device = device
         _float_outside(model, blocks, device)
         with torch.no_grad():
             blocks[0].float().to(device)
             first, arguments, keywords = self._enter(model, blocks, tokens[:1])
             output = blocks[0](first, *arguments, **keywords)
             self._calls = self._record_calls(model, blocks, tokens[:1], isinstance(output, tuple))
-            hidden = [self._enter(model, blocks, row[None])[0] for row in tokens]
-        self.hidden = torch.cat(hidden)
+            self.hidden = torch.empty(len(tokens), *first.shape[1:])
+            for i, row in enumerate(tokens):
+                self.hidden[i] = self._enter(model, blocks, row[None])[0]
+        self.reference = self.hidden.clone() if reference else None
 
-    def run(self, index: int, block: nn.Module, keep: bool) -> None:
-        """One pass of all samples through block `index`. keep: make the outputs the new `hidden`."""
+    def call(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Output of block `index` for hidden states on the device, f32 or bf16 [batch, seq_len, width]."""
         arguments, keywords = self._calls[index]
-        with torch.no_grad():
-            for i in range(len(self.hidden)):
-                output = block(self.hidden[i : i + 1], *arguments, **keywords)
-                if keep:
-                    self.hidden[i : i + 1] = output[0] if isinstance(output, tuple) else output
+        output = block(hidden, *arguments, **keywords)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def run(self, index: int, block: nn.Module, keep: bool, rows: slice = slice(None)) -> None:
+        """One pass of the samples through block `index`. keep: make the outputs the new `hidden`."""
+        self._pass(index, block, self.hidden[rows], keep)
+
+    @torch.no_grad()
+    def run_reference(self, index: int, block: nn.Module) -> None:
+        """Takes the uncompressed block's outputs as the new `reference`: block `index`'s targets."""
+        self._pass(index, block, self.reference, True)
+
+    def _pass(self, index, block, states, keep) -> None:
+        for i in range(len(states)):
+            output = self.call(index, block, states[i : i + 1].to(self.device))
+            if keep:
+                states[i : i + 1] = output
 
     def check(self, block_name: str) -> None:
         """Raises ModelError if the activations are no longer finite."""
@@ -85,7 +101,7 @@ class BlockRunner:
 
         blocks[0].forward = stop
         try:
-            model(tokens.to(self._device), use_cache=False)
+            model(tokens.to(self.device), use_cache=False)
         except _Captured:
             pass
         finally:
@@ -110,7 +126,7 @@ class BlockRunner:
         if head is not None:
             head.forward = lambda x: x  # logits are not wanted, and its weights need not move or be f32
         try:
-            model(tokens.to(self._device), use_cache=False)
+            model(tokens.to(self.device), use_cache=False)
         finally:
             for block in blocks:
                 del block.forward

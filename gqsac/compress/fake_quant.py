@@ -8,7 +8,6 @@ exported streams: scales rounded to float16, zeros to whole levels, levels clipp
 from __future__ import annotations
 
 import torch
-from gqsa_runtime.format import ZERO_OF_8_BIT
 from torch import nn
 from torch.nn import functional as F
 
@@ -48,8 +47,8 @@ class _FakeQuantize(torch.autograd.Function):
         levels = (ratio + whole).round_()
         inside = (levels >= 0) & (levels <= top)
         kept_grad = (grad.view(*keep.shape, -1) * keep[..., None]).view_as(ratio)
-        levels.clamp_(0, top).sub_(whole).addcmul_(ratio, inside, value=-1)  # d weight / d scale
-        grad_gains = (levels.mul_(kept_grad)).sum(2) * base
+        levels.clamp_(0, top).sub_(whole).sub_(ratio * inside)  # d weight / d scale
+        grad_gains = levels.mul_(kept_grad).sum(2) * base
         grad_zeros = None
         if ctx.needs_input_grad[2]:
             grad_zeros = -(kept_grad * ~inside).sum(2) * scales[..., 0]
@@ -168,6 +167,3 @@ class FrozenLinear(nn.Module):
         levels = (self.offsets.to(torch.int16) + self.zeros[..., None]).to(torch.uint8)
         scales = float16_scales(self.base * self.gains).to(torch.float16)
         return QuantizedLinear(levels, scales, self.zeros, self.keep, self.effective_weight())
-
-
-assert ZERO_OF_8_BIT == 128, "FrozenLinear's int8 offsets hold level - 128"

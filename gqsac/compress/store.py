@@ -5,27 +5,58 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from gqsac.bsr import BsrStream, pack_values
+from gqsac.bsr import BsrStream, pack_values, unpack_values
 from gqsac.compress.quantize import QuantizedLinear
 from gqsac.compress.write import dense_tensor, stream_tensors
 
 
-def to_stream(linear: QuantizedLinear, bits: int) -> BsrStream:
-    """The kept groups as a BSR stream."""
-    keep = to_numpy(linear.keep)
-    rows, n_groups = keep.shape
-    group_size = linear.levels.shape[2]
+def to_stream(linear: QuantizedLinear, bits: int, group_size: int) -> BsrStream:
+    """The kept groups of `group_size` columns as a BSR stream.
+
+    A scale that several groups share is repeated. A group of which only some weights stay (2:4) is kept
+    whole, with the others at the level of its zero, which is exactly 0.
+    """
+    rows, columns = linear.adjusted.shape
+    n_groups = columns // group_size
+    keep, levels = to_numpy(linear.keep), to_numpy(linear.levels)
+    scales, zeros = (
+        np.repeat(to_numpy(tensor), n_groups // tensor.shape[1], axis=1) for tensor in (linear.scales, linear.zeros)
+    )
+    if keep.shape[1] > n_groups:
+        kept = keep.reshape(rows, n_groups, -1)
+        levels = np.where(kept, levels.reshape(rows, n_groups, group_size), zeros[..., None])
+        keep = kept.any(2)
     return BsrStream(
         rows=rows,
-        columns=n_groups * group_size,
+        columns=columns,
         group_size=group_size,
         bits=bits,
         crow_indices=np.concatenate([[0], np.cumsum(keep.sum(1))]).astype(np.int32),
         col_indices=np.nonzero(keep)[1].astype(np.int32),
-        values=pack_values(to_numpy(linear.levels).reshape(-1, group_size), bits)[keep.ravel()],
-        scales=to_numpy(linear.scales)[keep],
-        zeros=to_numpy(linear.zeros)[keep],
+        values=pack_values(levels.reshape(-1, group_size)[keep.ravel()], bits),
+        scales=scales[keep],
+        zeros=zeros[keep],
     )
+
+
+def from_stored(name: str, stored: dict[str, np.ndarray], shape, group_size: int) -> BsrStream:
+    """The stream of the linear `name` of that shape among a block's stored tensors."""
+    arrays = [
+        stored[f"{name}.streams.0.{tensor}"] for tensor in ("crow_indices", "col_indices", "values", "scales", "zeros")
+    ]
+    return BsrStream(*shape, group_size, arrays[2].shape[1] * 8 // group_size, *arrays)
+
+
+def from_stream(stream: BsrStream) -> QuantizedLinear:
+    """The stream as a masked matrix, on the CPU; pruning groups and quantisation groups are those of the stream."""
+    shape = (stream.rows, stream.columns // stream.group_size)
+    keep, levels = np.zeros(shape, bool), np.zeros((*shape, stream.group_size), np.uint8)
+    scales, zeros = np.ones(shape, np.float16), np.zeros(shape, np.uint8)
+    where = (stream.row_indices(), stream.col_indices)
+    keep[where], scales[where], zeros[where] = True, stream.scales, stream.zeros
+    levels[where] = unpack_values(stream.values, stream.bits, stream.group_size)
+    tensors = (levels, scales, zeros, keep, stream.dequantize())
+    return QuantizedLinear(*(torch.from_numpy(array) for array in tensors))
 
 
 def stored_block(name: str, block, streams: dict[str, BsrStream], dense: list[str]) -> dict[str, np.ndarray]:
@@ -43,13 +74,16 @@ def stored_block(name: str, block, streams: dict[str, BsrStream], dense: list[st
 def load_linears(name: str, linears: dict, stored: dict[str, np.ndarray], group_size: int) -> None:
     """Puts the dequantised streams in the linears' place, the same way for a fresh and a resumed block."""
     for path, linear in linears.items():
-        crow, col, values, scales, zeros = (
-            stored[f"{name}.{path}.streams.0.{tensor}"]
-            for tensor in ("crow_indices", "col_indices", "values", "scales", "zeros")
-        )
-        bits = values.shape[1] * 8 // group_size
-        stream = BsrStream(*linear.weight.shape, group_size, bits, crow, col, values, scales, zeros)
+        stream = from_stored(f"{name}.{path}", stored, linear.weight.shape, group_size)
         linear.weight.data.copy_(torch.from_numpy(stream.dequantize()))
+
+
+def load_dense(model, stored: dict[str, np.ndarray]) -> None:
+    """Puts stored dense tensors (norms, biases, …) into a model that has them by those names."""
+    own = model.state_dict()
+    for name, array in stored.items():
+        if name in own:
+            own[name].copy_(torch.from_numpy(array))
 
 
 def dense_names(model) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _UPDATE = "update the NVIDIA driver"
-_REBUILD = "rebuild the file for this GPU with `gqsac build MODEL -o FILE --target sm_XX` (`gqsa doctor` names the sm_XX)"
+_REBUILD = "rebuild the file with `gqsac build MODEL -o FILE --target sm_XX` (`gqsa doctor` names this GPU's sm_XX)"
 
 _REASONS = {
     "CUDA_ERROR_NO_DEVICE": "the driver finds no GPU; use --device cpu",

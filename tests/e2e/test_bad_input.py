@@ -344,7 +344,7 @@ def test_prompts_and_contexts(tmp_path, artifact):
     assert "at least 1" in refusal(gqsac(*run(artifact, "--threads", 0)))
     (tmp_path / "short.txt").write_text("H")
     ppl = ("eval", "ppl", artifact, "--device", "cpu", "--text")
-    assert "tokens" in refusal(gqsac(*ppl, tmp_path / "short.txt", "--window", 64))
+    assert "use a longer text" in refusal(gqsac(*ppl, tmp_path / "short.txt", "--window", 64))
     assert "cannot be read" in refusal(gqsac(*ppl, tmp_path / "nowhere.txt"))
     assert re.search("window.*321|context", refusal(gqsac(*ppl, tmp_path / "short.txt", "--window", 321)))
 

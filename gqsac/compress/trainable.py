@@ -1,0 +1,72 @@
+"""Puts trainable linears into a model, groups their parameters for the optimiser, and holds them in autocast."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import nn
+
+from gqsac.compress.fake_quant import FrozenLinear, GroupLinear
+
+
+def install(parent: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Replaces submodules of `parent`. modules: path within the parent -> new module."""
+    for path, module in modules.items():
+        owner, _, name = path.rpartition(".")
+        setattr(parent.get_submodule(owner), name, module)
+
+
+def parameter_groups(linears: dict[str, nn.Module], rates: tuple[float, float], others=()) -> list[dict]:
+    """Groups for AdamW with their peak learning rates under "peak".
+
+    rates: of the weights (relative to their initial root mean square) and of the scales (relative to each).
+    others: norm weights and biases, which learn at the weights' rate, relative to their own size.
+    """
+    weight_lr, scale_lr = rates
+    by_rate: dict[float, list] = {}
+    gains, zeros = [], []
+    bits = 4
+    for linear in linears.values():
+        gains.append(linear.gains)
+        if isinstance(linear, GroupLinear):
+            bits = linear.bits
+            by_rate.setdefault(_rounded(weight_lr * linear.initial_rms), []).append(linear.weight)
+            if linear.zeros.requires_grad:
+                zeros.append(linear.zeros)
+    for parameter in others:
+        rms = float(parameter.detach().float().square().mean().sqrt())
+        by_rate.setdefault(_rounded(weight_lr * max(rms, 1e-3)), []).append(parameter)
+    groups = [{"params": parameters, "peak": rate} for rate, parameters in by_rate.items() if rate > 0]
+    groups.append({"params": gains, "peak": scale_lr})
+    if zeros:
+        groups.append({"params": zeros, "peak": scale_lr * (1 << bits)})
+    return groups
+
+
+def _rounded(rate: float) -> float:
+    """Two significant digits: linears of like size share a group, and one launch, of the optimiser."""
+    return float(f"{rate:.1e}")
+
+
+def adamw(groups: list[dict], device: torch.device) -> torch.optim.AdamW:
+    """AdamW without weight decay, fused on GPUs."""
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda")
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Every group at `factor` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def autocast(device: torch.device):
+    """bf16 autocast on a GPU; on the CPU everything stays f32."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+    return contextlib.nullcontext()
+
+
+def trainable_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> GroupLinear or FrozenLinear, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GroupLinear | FrozenLinear)}
