@@ -12,6 +12,7 @@ from gqsa_runtime.cli import main as run_group
 
 from gqsac import __version__
 from gqsac.bsr import GROUP_SIZES
+from gqsac.cli_doctor import doctor
 from gqsac.cli_eval import evaluate
 from gqsac.errors import DeviceError
 
@@ -129,7 +130,9 @@ def build(model, output, targets, jobs, kv_dtype, max_context, bits, group_size,
 
 for command in commands():
     cli.add_command(command)
-cli.add_command(evaluate)  # in place of the runtime's, which knows .gqsa files only
+# In place of the runtime's, which know .gqsa files and nothing of compiling.
+cli.add_command(evaluate)
+cli.add_command(doctor)
 
 
 def main() -> None:

@@ -90,7 +90,7 @@ class BlockTrainer:
         clock = Clock(steps, seconds)
         every = max(1, steps // _MASKS)
         step, epochs, curve, best, chosen_at = 0, 0, [], (float("inf"), None), None
-        while clock.fraction(step) < 1:
+        while clock.fraction(step) < 1 or best[1] is None:
             order = np.random.default_rng((options.seed, self._index, epochs)).permutation(self._train)
             losses = []
             for first in range(0, len(order), self._batch):
@@ -114,17 +114,12 @@ class BlockTrainer:
                 )
             if chosen_at >= RAMP:  # before, the mask is not yet the one to keep
                 error = self._error()
-                if error < best[0]:
-                    enough = best[1] is None or error < best[0] * (1 - _LEAST_GAIN)
-                    best = (error, {path: module.export() for path, module in modules.items()})
-                    best = (error, {path: _copied(part) for path, part in best[1].items()})
-                    if enough:
-                        continue
-                if clock.fraction(step) >= CHOOSE_UNTIL:
+                enough = error < best[0] * (1 - _LEAST_GAIN)
+                if error < best[0] or best[1] is None:
+                    best = (error, {path: _copied(module.export()) for path, module in modules.items()})
+                if not enough and clock.fraction(step) >= CHOOSE_UNTIL:
                     break
         after, trained = best
-        if trained is None:
-            raise ModelError("the time for this block was over before its groups were removed; give more --minutes")
         kept = "trained" if after < before else "one-shot"
         linears = trained if kept == "trained" else one_shot
         return BlockResult(linears, before, min(after, before), kept, epochs, clock.spent_s, curve)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from gqsac.bsr import BsrStream, pack_values, unpack_values
-from gqsac.compress.quantize import QuantizedLinear
+from gqsac.compress.quantize import SMALLEST_SCALE, QuantizedLinear
 from gqsac.compress.write import dense_tensor, stream_tensors
 
 
@@ -47,15 +47,18 @@ def from_stored(name: str, stored: dict[str, np.ndarray], shape, group_size: int
     return BsrStream(*shape, group_size, arrays[2].shape[1] * 8 // group_size, *arrays)
 
 
-def from_stream(stream: BsrStream) -> QuantizedLinear:
-    """The stream as a masked matrix, on the CPU; pruning groups and quantisation groups are those of the stream."""
-    shape = (stream.rows, stream.columns // stream.group_size)
+def from_stream(stream: BsrStream, quant_group_size: int) -> QuantizedLinear:
+    """The stream as a masked matrix, on the CPU, with the scales that several groups share in one place again."""
+    n_groups = stream.columns // stream.group_size
+    shape, q_shape = (stream.rows, n_groups), (stream.rows, stream.columns // quant_group_size)
     keep, levels = np.zeros(shape, bool), np.zeros((*shape, stream.group_size), np.uint8)
-    scales, zeros = np.ones(shape, np.float16), np.zeros(shape, np.uint8)
+    scales, zeros = np.zeros(shape, np.float16), np.zeros(shape, np.uint8)
     where = (stream.row_indices(), stream.col_indices)
     keep[where], scales[where], zeros[where] = True, stream.scales, stream.zeros
     levels[where] = unpack_values(stream.values, stream.bits, stream.group_size)
-    tensors = (levels, scales, zeros, keep, stream.dequantize())
+    scales, zeros = (tensor.reshape(*q_shape, -1).max(2) for tensor in (scales, zeros))  # removed groups hold 0
+    scales[scales == 0] = SMALLEST_SCALE  # of removed groups alone: stored scales are positive
+    tensors = (levels.reshape(*q_shape, quant_group_size), scales, zeros, keep, stream.dequantize())
     return QuantizedLinear(*(torch.from_numpy(array) for array in tensors))
 
 

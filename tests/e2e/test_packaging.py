@@ -78,6 +78,8 @@ def compiler(tmp_path_factory, distributions):
     install = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index")
     done = run(*install, wheel(distributions, "gqsac"), wheel(distributions, "gqsa_runtime"))
     assert done.returncode == 0, done.stderr
+    # NVRTC is looked for in the environment's own folder.
+    (site_packages(folder) / "nvidia").symlink_to(Path(sysconfig.get_path("purelib")) / "nvidia")
     # A plain path line: the .pth files of editable installs in the borrowed folder are not read.
     (site_packages(folder) / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python

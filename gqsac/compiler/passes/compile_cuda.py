@@ -79,7 +79,7 @@ def compile_cuda(source: str, target: str, name: str, headers: dict[str, str]) -
 
 def _load_nvrtc():
     """cuda.bindings.nvrtc with its library found. Raises CompileError with what to install."""
-    advice = "`pip install nvidia-cuda-nvrtc-cu12 cuda-bindings`, or build for the CPU only with --target cpu"
+    advice = "run `pip install nvidia-cuda-nvrtc-cu12 cuda-bindings`, or build for the CPU only with --target cpu"
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:

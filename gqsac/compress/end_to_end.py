@@ -1,0 +1,170 @@
+"""The loop of the end-to-end stages: batches, losses, learning rates, checkpoints to resume from.
+
+Given the same options and a number of steps, a run that was stopped at any moment gives the same result as
+one that was not (on a GPU, up to the order in which its kernels add).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from gqsa_runtime.errors import ModelError
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from gqsac.compress.clock import Clock, learning_rate_factor
+from gqsac.compress.grow_mask import MaskGrower
+from gqsac.compress.losses import token_loss
+from gqsac.compress.trainable import adamw, autocast, set_learning_rates
+from gqsac.compress.write import sync
+
+_LOGITS_AT_ONCE = {"cuda": 1 << 30, "cpu": 1 << 28}  # elements of one micro-batch's logits
+_READ_EVERY = 10  # steps between readings of the loss, each of which waits for the GPU
+_SAVE_EVERY_S = 60.0
+_SAVE_EVERY = 50  # steps; looked at only where the loss is read
+
+
+@dataclass
+class Training:
+    """What an end-to-end stage trains and how.
+
+    student: a model with trainable linears in it. teacher: the uncompressed model, needed if share > 0.
+    tokens: int64 [samples, seq_len], on the CPU. groups: see trainable.parameter_groups. share: of the
+    distillation in the loss. batch: samples a step. masks: who chooses groups, or None.
+    """
+
+    name: str
+    student: nn.Module
+    teacher: nn.Module | None
+    tokens: torch.Tensor
+    groups: list[dict]
+    share: float
+    batch: int
+    steps: int | None
+    seconds: float | None
+    seed: int
+    device: torch.device
+    masks: MaskGrower | None = None
+    history: list[tuple[int, float]] = field(default_factory=list)  # (step, mean loss of the steps before it)
+
+
+def train(training: Training, file: Path, on_read=lambda step, loss, clock: None) -> Clock:
+    """Trains to the end. file: the checkpoint, read if it is there. on_read: called after each reading.
+
+    Raises ModelError that names the stage and the step when the loss is not finite; the checkpoint holds an
+    earlier, finite state.
+    """
+    t = training
+    optimizer = adamw(t.groups, t.device)
+    parameters = [parameter for group in t.groups for parameter in group["params"]]
+    step, spent_s = _restore(t, optimizer, file)
+    clock = Clock(t.steps, t.seconds, spent_s)
+    since, saved_at = torch.zeros((), device=t.device), time.monotonic()
+    counted = saved_step = step
+    while (fraction := clock.fraction(step)) < 1:
+        if t.masks is not None:
+            t.masks.step(step, fraction)
+        set_learning_rates(optimizer, learning_rate_factor(fraction))
+        since += _step(t, step, parameters)
+        if t.masks is not None:
+            t.masks.observe()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step += 1
+        if step % _READ_EVERY == 0 or clock.fraction(step) >= 1:
+            loss = float(since) / (step - counted)
+            since.zero_()
+            counted = step
+            if not np.isfinite(loss):
+                raise ModelError(
+                    f"{t.name}: the loss became {loss} before step {step}; give the same command with a lower "
+                    "--weight-lr and --scale-lr to go on from the last good state"
+                )
+            t.history.append((step, loss))
+            on_read(step, loss, clock)
+            if step - saved_step >= _SAVE_EVERY and time.monotonic() - saved_at >= _SAVE_EVERY_S:
+                _save(t, optimizer, file, step, clock.spent_s)
+                saved_step, saved_at = step, time.monotonic()
+    if t.masks is not None and t.masks.unfinished:
+        t.masks.choose(1.0)
+    return clock
+
+
+def _step(t: Training, step: int, parameters) -> torch.Tensor:
+    """One batch's loss; leaves its gradients in the parameters."""
+    rows = batch_rows(len(t.tokens), t.batch, step, t.seed)
+    vocabulary = t.student.get_input_embeddings().weight.shape[0]
+    at_once = max(1, _LOGITS_AT_ONCE[t.device.type] // (vocabulary * t.tokens.shape[1]))
+    for parameter in parameters:
+        parameter.grad = None
+    total = torch.zeros((), device=t.device)
+    for first in range(0, len(rows), at_once):
+        part = rows[first : first + at_once]
+        tokens = t.tokens[torch.from_numpy(part)].to(t.device, non_blocking=True)
+        teacher_logits = None
+        if t.share > 0:
+            with torch.no_grad():
+                teacher_logits = t.teacher(tokens, use_cache=False).logits
+        with autocast(t.device):
+            logits = t.student(tokens, use_cache=False).logits
+        loss = token_loss(logits, tokens, teacher_logits, t.share) * (len(part) / len(rows))
+        del logits, teacher_logits
+        loss.backward(inputs=parameters)
+        total += loss.detach()
+    return total
+
+
+def batch_rows(samples: int, batch: int, step: int, seed: int) -> np.ndarray:
+    """Samples of a step, int64 [batch]: epochs of seeded permutations laid end to end, a function of the step alone."""
+    positions = np.arange(step * batch, (step + 1) * batch)
+    epochs = {epoch: np.random.default_rng((seed, epoch)).permutation(samples) for epoch in set(positions // samples)}
+    return np.array([epochs[position // samples][position % samples] for position in positions], np.int64)
+
+
+def recompute_blocks(blocks: nn.ModuleList) -> None:
+    """Makes each block run again in the backward pass in place of keeping its activations."""
+    for block in blocks:
+        plain = block.forward
+        block.forward = lambda *args, _plain=plain, **kwargs: recompute(_plain, *args, use_reentrant=False, **kwargs)
+
+
+def _state(t: Training) -> dict:
+    state = {f"student.{name}": tensor for name, tensor in t.student.named_parameters() if tensor.requires_grad}
+    if t.masks is not None:
+        state |= {f"keep.{path}": keep for path, keep in t.masks.keeps().items()}
+        state |= {f"score.{path}": score for path, score in t.masks.scores.items()}
+    return state
+
+
+def _save(t: Training, optimizer, file: Path, step: int, spent_s: float) -> None:
+    whole = {"step": step, "spent_s": spent_s, "history": t.history, "optimizer": optimizer.state_dict()}
+    temporary = file.with_suffix(".tmp")
+    torch.save({**whole, "tensors": _state(t)}, temporary)
+    sync(temporary)
+    os.replace(temporary, file)
+
+
+def _restore(t: Training, optimizer, file: Path) -> tuple[int, float]:
+    """Puts a saved state in place. (steps done, seconds spent); (0, 0) where there is none."""
+    if not file.is_file():
+        return 0, 0.0
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and EOF errors
+        raise ModelError(f"{file} is damaged ({error}); delete it to begin this stage anew") from error
+    with torch.no_grad():
+        for name, tensor in _state(t).items():
+            tensor.copy_(saved["tensors"][name])
+    peaks = [group["peak"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved["optimizer"])
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["peak"] = peak  # the rates of this call count, which may be lower
+    t.history.extend(tuple(entry) for entry in saved["history"])
+    if t.masks is not None:
+        t.masks.resume()
+    return saved["step"], saved["spent_s"]

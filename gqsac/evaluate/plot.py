@@ -1,0 +1,98 @@
+"""The plot of a comparison: perplexity against bits per weight, both logarithmic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from gqsa_runtime.errors import DeviceError, InputError
+
+from gqsac.evaluate.compare import REFERENCE, Row
+
+_TICKS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12, 16)
+_MARKERS = "osD^vP*X"
+
+
+def plot(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Writes a PNG. Reference rows become horizontal lines; rows without a finite perplexity are left out.
+
+    Raises InputError where no row is left, DeviceError where matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure  # no pyplot: no display and no global state
+    except ImportError as error:
+        raise DeviceError(f"the plot needs matplotlib ({error}); install it with pip install matplotlib") from None
+    drawn = [row for row in rows if row.bits_per_weight and row.perplexity]
+    drawn = [row for row in drawn if math.isfinite(row.perplexity["perplexity"])]
+    if not drawn:
+        raise InputError(f"no row has a perplexity, so there is nothing to draw in {path}")
+    figure = Figure(figsize=(9, 5.6), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    references = [row for row in drawn if row.series == REFERENCE]
+    points = [row for row in drawn if row.series != REFERENCE]
+    for row in references:
+        value = row.perplexity["perplexity"]
+        axes.axhline(value, color="0.35", linestyle="--", linewidth=1, label=f"{row.label}: {value:.1f}")
+    for number, series in enumerate(dict.fromkeys(row.series for row in points)):
+        members = sorted((row for row in points if row.series == series), key=lambda row: row.bits_per_weight)
+        axes.plot(
+            [row.bits_per_weight for row in members], [row.perplexity["perplexity"] for row in members],
+            marker=_MARKERS[number % len(_MARKERS)], markersize=6, linewidth=1.2, color=f"C{number}", label=series,
+        )  # fmt: skip
+    _scale(axes, points or references, drawn)
+    _annotate(figure, axes, points)
+    axes.set_xlabel("bits per weight of the linears, scales and indices counted")
+    axes.set_ylabel("perplexity (lower is better)")
+    axes.set_title(title, fontsize=11)
+    axes.grid(True, which="both", linewidth=0.4, alpha=0.5)
+    axes.legend(fontsize=9)
+    figure.savefig(path)
+
+
+def _scale(axes, points: Sequence[Row], drawn: Sequence[Row]) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    bits = [row.bits_per_weight for row in points]
+    values = [row.perplexity["perplexity"] for row in drawn]
+    axes.set_xlim(min(bits) / 1.12, max(bits) * 1.18)  # room for the labels, which stand on the right
+    axes.set_ylim(min(values) / 1.15, max(values) * 1.25)
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in _TICKS if low <= tick <= high]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    # A short range needs more ticks than powers of ten to be read.
+    narrow = max(values) < 100 * min(values)
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 4, 5, 7) if narrow else (1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _annotate(figure, axes, points: Sequence[Row]) -> None:
+    """Labels beside their points, each at the first of some places where it covers no label and no point."""
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    taken = []
+    for row in points:
+        x, y = axes.transData.transform((row.bits_per_weight, row.perplexity["perplexity"]))
+        taken.append((x - 5, y - 5, x + 5, y + 5))
+    places = [(7, 5, "left"), (7, -12, "left"), (-7, 5, "right"), (-7, -12, "right"), (0, 9, "center"), (0, -16, "center"),
+              (9, 16, "left"), (9, -24, "left"), (-9, 16, "right"), (-9, -24, "right")]  # fmt: skip
+    for row in sorted(points, key=lambda row: (-row.bits_per_weight, row.perplexity["perplexity"])):
+        point = (row.bits_per_weight, row.perplexity["perplexity"])
+        for dx, dy, side in places:
+            text = axes.annotate(
+                row.label, point, xytext=(dx, dy), textcoords="offset points", ha=side, fontsize=8, color="0.15"
+            )
+            box = text.get_window_extent(renderer).extents
+            if not any(_overlap(box, other) for other in taken):
+                break
+            if (dx, dy, side) != places[-1]:
+                text.remove()
+        taken.append(tuple(box))
+
+
+def _overlap(one, other) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
