@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,10 @@ def load_for_evaluation(source: str):
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     config = Path(source) / "config.json"
     if config.is_file() and read_json(config).get("quantization_config"):
         checkpoint = Checkpoint.open(source)

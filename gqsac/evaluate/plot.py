@@ -12,6 +12,11 @@ from gqsac.evaluate.compare import REFERENCE, Row
 
 _TICKS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12, 16)
 _MARKERS = "osD^vP*X"
+# Where a label may stand, in points from its own: (right, up, which side of the label is there).
+_PLACES = (
+    (7, 5, "left"), (7, -12, "left"), (-7, 5, "right"), (-7, -12, "right"), (0, 9, "center"), (0, -16, "center"),
+    (9, 16, "left"), (9, -24, "left"), (-9, 16, "right"), (-9, -24, "right"),
+)  # fmt: skip
 
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
@@ -78,18 +83,16 @@ def _annotate(figure, axes, points: Sequence[Row]) -> None:
     for row in points:
         x, y = axes.transData.transform((row.bits_per_weight, row.perplexity["perplexity"]))
         taken.append((x - 5, y - 5, x + 5, y + 5))
-    places = [(7, 5, "left"), (7, -12, "left"), (-7, 5, "right"), (-7, -12, "right"), (0, 9, "center"), (0, -16, "center"),
-              (9, 16, "left"), (9, -24, "left"), (-9, 16, "right"), (-9, -24, "right")]  # fmt: skip
     for row in sorted(points, key=lambda row: (-row.bits_per_weight, row.perplexity["perplexity"])):
         point = (row.bits_per_weight, row.perplexity["perplexity"])
-        for dx, dy, side in places:
+        for dx, dy, side in _PLACES:
             text = axes.annotate(
                 row.label, point, xytext=(dx, dy), textcoords="offset points", ha=side, fontsize=8, color="0.15"
             )
             box = text.get_window_extent(renderer).extents
             if not any(_overlap(box, other) for other in taken):
                 break
-            if (dx, dy, side) != places[-1]:
+            if (dx, dy, side) != _PLACES[-1]:
                 text.remove()
         taken.append(tuple(box))
 

@@ -4,6 +4,7 @@ The cache is content-addressed: its key covers the source, the headers, the targ
 version and its options, so nothing in it can be stale. An entry carries its own digest.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -169,6 +170,7 @@ def _read_entry(entry: Path) -> tuple[bytes, dict, str] | None:
 
 def _write_entry(entry: Path, data: bytes, report: dict, log: str) -> None:
     rest = json.dumps({"report": report, "log": log}).encode() + b"\n" + data
+    temporary = None
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=entry.parent)
@@ -176,4 +178,7 @@ def _write_entry(entry: Path, data: bytes, report: dict, log: str) -> None:
             file.write(hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest)
         os.replace(temporary, entry)
     except OSError:
-        return  # a cache that cannot be written (read-only home, full disk) must not fail the build
+        # A cache that cannot be written (read-only home, full disk) must not fail the build.
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
