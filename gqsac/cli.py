@@ -39,29 +39,49 @@ def cli():
     "--calibration", multiple=True, type=click.Path(path_type=Path), metavar="TEXT",
     help="UTF-8 text file to calibrate with; repeatable. Without one, a small built-in text serves.",
 )  # fmt: skip
-@click.option("--samples", type=click.IntRange(min=1), default=None, help="Calibration sequences.")
+@click.option("--samples", type=int, help="Calibration sequences, on which BQPO trains too.")
 @click.option("--seq-len", type=click.IntRange(min=8), default=None, help="Tokens in a calibration sequence.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the calibration sequences.")
 @click.option(
     "--skip", multiple=True, metavar="PATTERN", help="Linears to leave dense, e.g. '*.down_proj'; repeatable."
 )
+@click.option("--pattern", help="What is removed: groups (1xG) or two of every four weights (2:4).")
+@click.option("--allocation", help="Groups compete within a row, a layer, or the whole model: row, layer, global.")
+@click.option("--quant-group-size", type=int, help="Weights that share a scale: a multiple of the group size.")
+@click.option(
+    "--stages", metavar="LIST", help="Comma-separated: one-shot (default), bqpo, distill, e2e-oqp, in this order."
+)
+@click.option("--epochs", type=int, help="BQPO: epochs over the samples.")
+@click.option("--e2e-steps", type=int, help="distill, e2e-oqp: steps. Default: two epochs.")
+@click.option("--train-samples", type=int, help="distill, e2e-oqp: sequences to train on. Default: --samples.")
+@click.option("--batch-tokens", type=int, help="distill, e2e-oqp: tokens in a step.")
+@click.option("--minutes", type=float, help="Training time of each stage at most.")
+@click.option("--distill", type=float, help="e2e-oqp: share of distillation in the loss, 0 to 1.")
+@click.option("--weight-lr", type=float, help="Learning rate of weights, relative to their size.")
+@click.option("--scale-lr", type=float, help="Learning rate of scales, relative to their size.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
-def compress(source, output, as_json, **options):
-    """Makes a compressed checkpoint of a model: calibrate, choose groups, quantise.
+def compress(source, output, as_json, stages, **options):
+    """Makes a compressed checkpoint of a model: calibrate, choose groups, quantise, and train.
 
     SRC is a Hugging Face folder, a hub id, or a .gguf file. Block after block is calibrated,
     its least salient 1xG groups removed and the rest rounded to INT with a scale and a zero each.
+    With more --stages the compressed model is trained: bqpo block by block, distill and e2e-oqp end to end.
     An interrupted run goes on where it stopped when the same command is given again.
+    The folder gets a report of the run, report.json and report.png.
 
     \b
     gqsac compress SmolLM2.gguf -o smollm2/ --sparsity 0.05
-    gqsac compress models/llama-7b -o llama/ --sparsity 0.5 --calibration train.txt
+    gqsac compress models/llama-7b -o llama/ --sparsity 0.5 --calibration train.txt --stages bqpo,e2e-oqp
     """
     from safetensors import SafetensorError
 
+    from gqsac.compress.report import summary
     from gqsac.compress.run import compress as run
 
     chosen = {key: value for key, value in options.items() if value is not None and value != ()}
+    if stages is not None:
+        chosen["stages"] = tuple(stage.strip() for stage in stages.split(","))
     try:
         report = run(source, output, progress=sys.stderr.isatty(), **chosen)
     except SafetensorError as error:  # its writer reports a full disk so
@@ -70,6 +90,8 @@ def compress(source, output, as_json, **options):
         ) from error
     if as_json:
         click.echo(json.dumps(report, indent=1))
+    else:
+        click.echo(summary(report), err=True)
 
 
 @cli.command()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 
 import click
-from gqsa_runtime.doctor import Finding, examine, render
+from gqsa_runtime.doctor import Finding, examine, render, versions
 
 from gqsac import __version__
 from gqsac.errors import GqsaError
@@ -23,21 +22,11 @@ def doctor(as_json) -> None:
     Example:
       gqsac doctor
     """
-    findings = [*examine(), Finding("gqsac", __version__), *_packages(), *_compilers(), _cache()]
+    findings = [*examine(), Finding("gqsac", __version__), *versions(_PACKAGES), *_compilers(), _cache()]
     if as_json:
         click.echo(json.dumps([vars(finding) for finding in findings], indent=2))
     else:
         click.echo(render(findings))
-
-
-def _packages() -> list[Finding]:
-    findings = []
-    for name in _PACKAGES:
-        try:
-            findings.append(Finding(name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            findings.append(Finding(name, "not installed", f"pip install {name}"))
-    return findings
 
 
 def _compilers() -> list[Finding]:

@@ -1,7 +1,10 @@
-"""What a checkpoint's configs say of the model beside its graph: its name and special tokens."""
+"""What a checkpoint says of the model beside its graph: its name, special tokens, tokenizer and chat template."""
+
+from gqsa_runtime.chat import ChatTemplate
+from gqsa_runtime.tokenizer import Tokenizer
 
 from gqsac.checkpoint import Checkpoint
-from gqsac.errors import ModelError
+from gqsac.errors import FormatError, ModelError
 
 
 def model_name(checkpoint: Checkpoint) -> str:
@@ -19,6 +22,27 @@ def bos_token_id(checkpoint: Checkpoint) -> int | None:
 def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     """All tokens that end a text; chat models often have two."""
     return _token_ids(checkpoint, "eos_token_id")
+
+
+def tokenizer_json(checkpoint: Checkpoint) -> str:
+    """Text of tokenizer.json, one that the runtime can use. Raises ModelError if there is none, FormatError."""
+    text = checkpoint.tokenizer_json()
+    try:
+        Tokenizer(text)
+    except FormatError as error:
+        raise FormatError(f"{checkpoint.path / 'tokenizer.json'}: {error}") from error
+    return text
+
+
+def chat_template(checkpoint: Checkpoint) -> str | None:
+    """The chat template if there is one, such that the runtime can use it. Raises FormatError."""
+    template = checkpoint.chat_template()
+    if template is not None:
+        try:
+            ChatTemplate(template)
+        except FormatError as error:
+            raise FormatError(f"{checkpoint.path}: {error}") from error
+    return template
 
 
 def _token_ids(checkpoint: Checkpoint, key: str) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ from gqsac.compiler.passes.trace import trace
 from gqsac.compiler.passes.verify import verify
 from gqsac.compiler.summary import Summary, count_bytes
 from gqsac.errors import InputError
-from gqsac.model_info import bos_token_id, eos_token_ids, model_name
+from gqsac.model_info import bos_token_id, chat_template, eos_token_ids, model_name, tokenizer_json
 from gqsac.rounding import RoundedCheckpoint, Rounding
 
 # Tokens of one prefill launch: enough to keep a GPU busy, few enough that [chunk, vocab] logits for
@@ -78,6 +78,8 @@ def build(
     # The checkpoint names its weights; none is read before the bundle is written.
     checkpoint = open_checkpoint(model, options.rounding)
     name = model_name(checkpoint)
+    # They go into the file as they are: better refused now than after minutes of compiling.
+    tokenizer, template = tokenizer_json(checkpoint), chat_template(checkpoint)
 
     # From the config alone: the model as torch sees it, then as the compiler's own operators.
     progress("trace", 0, 1)
@@ -155,8 +157,8 @@ def build(
         name=name,
         program_json=program.to_json(),
         compiler_json=canonical_json(compiler_identity(targets, options)),
-        tokenizer_json=checkpoint.tokenizer_json(),
-        chat_template=checkpoint.chat_template(),
+        tokenizer_json=tokenizer,
+        chat_template=template,
         tensors=tensors,
         progress=wrote,
     )

@@ -81,17 +81,14 @@ def train(training: Training, file: Path, on_read=lambda step, loss, clock: None
             since.zero_()
             counted = step
             if not np.isfinite(loss):
-                raise ModelError(
-                    f"{t.name}: the loss became {loss} before step {step}; give the same command with a lower "
-                    "--weight-lr and --scale-lr to go on from the last good state"
-                )
+                raise ModelError(_diverged(t, loss, step))
             t.history.append((step, loss))
             on_read(step, loss, clock)
             if step - saved_step >= _SAVE_EVERY and time.monotonic() - saved_at >= _SAVE_EVERY_S:
                 _save(t, optimizer, file, step, clock.spent_s)
                 saved_step, saved_at = step, time.monotonic()
     if t.masks is not None and t.masks.unfinished:
-        t.masks.choose(1.0)
+        t.masks.choose(1.0)  # a clock of minutes may leap from the ramp to the end
     return clock
 
 
@@ -108,7 +105,7 @@ def _step(t: Training, step: int, parameters) -> torch.Tensor:
         tokens = t.tokens[torch.from_numpy(part)].to(t.device, non_blocking=True)
         teacher_logits = None
         if t.share > 0:
-            with torch.no_grad():
+            with torch.no_grad(), autocast(t.device):
                 teacher_logits = t.teacher(tokens, use_cache=False).logits
         with autocast(t.device):
             logits = t.student(tokens, use_cache=False).logits
@@ -133,6 +130,13 @@ def recompute_blocks(blocks: nn.ModuleList) -> None:
         block.forward = lambda *args, _plain=plain, **kwargs: recompute(_plain, *args, use_reentrant=False, **kwargs)
 
 
+def _diverged(t: Training, loss, step: int) -> str:
+    return (
+        f"{t.name}: the loss became {loss} before step {step}; give the same command with a lower --weight-lr and "
+        "--scale-lr to go on from the last good state"
+    )
+
+
 def _state(t: Training) -> dict:
     state = {f"student.{name}": tensor for name, tensor in t.student.named_parameters() if tensor.requires_grad}
     if t.masks is not None:
@@ -143,8 +147,12 @@ def _state(t: Training) -> dict:
 
 def _save(t: Training, optimizer, file: Path, step: int, spent_s: float) -> None:
     whole = {"step": step, "spent_s": spent_s, "history": t.history, "optimizer": optimizer.state_dict()}
+    state = _state(t)
+    if not all(torch.isfinite(tensor).all() for tensor in state.values()):
+        raise ModelError(_diverged(t, "not finite", step))
+    whole["masks_reached"] = t.masks is not None and t.masks.reached
     temporary = file.with_suffix(".tmp")
-    torch.save({**whole, "tensors": _state(t)}, temporary)
+    torch.save({**whole, "tensors": state}, temporary)
     sync(temporary)
     os.replace(temporary, file)
 
@@ -166,5 +174,5 @@ def _restore(t: Training, optimizer, file: Path) -> tuple[int, float]:
         group["peak"] = peak  # the rates of this call count, which may be lower
     t.history.extend(tuple(entry) for entry in saved["history"])
     if t.masks is not None:
-        t.masks.resume()
+        t.masks.reached = saved["masks_reached"]
     return saved["step"], saved["spent_s"]

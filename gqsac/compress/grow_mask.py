@@ -27,14 +27,15 @@ class MaskGrower:
     scores: per linear, f32 [rows, units], the running mean over steps of (w_g . dL/dw_g)^2. By the loss's
     second-order expansion with the empirical Fisher matrix as its Hessian (as in oBERT, arXiv 2203.07259) this is,
     up to a factor common to all, what removing the group would cost; so it compares across layers. Removed
-    groups are scored alike, by the gradient that passes straight through to them.
+    groups are scored alike, by the gradient that passes straight through to them. reached: whether the masks have
+    come to the full sparsity.
     """
 
     def __init__(self, linears: dict[str, GroupLinear], options: Options, already_sparse: bool):
         self._linears, self._options = linears, options
         self._ramp = 0.0 if already_sparse else RAMP
         self.scores = {path: torch.zeros_like(linear.keep, dtype=torch.float32) for path, linear in linears.items()}
-        self._reached = already_sparse
+        self.reached = already_sparse
 
     @torch.no_grad()
     def observe(self) -> None:
@@ -46,21 +47,15 @@ class MaskGrower:
     @property
     def unfinished(self) -> bool:
         """Whether the masks have not yet reached the full sparsity."""
-        return not self._reached and self._options.sparsity > 0
+        return not self.reached and self._options.sparsity > 0
 
     def keeps(self) -> dict[str, torch.Tensor]:
         """The masks, bool [rows, units] each."""
         return {path: linear.keep for path, linear in self._linears.items()}
 
-    def resume(self) -> None:
-        """After scores and masks were put back from a saved state: finds out how far they had come."""
-        removed = sum(int((~keep).sum()) for keep in self.keeps().values())
-        total = sum(keep.numel() for keep in self.keeps().values())
-        self._reached = removed >= round(self._options.sparsity * total) - len(self._linears)
-
     def step(self, step: int, fraction: float) -> None:
         """Chooses the masks anew if it is time to, at the sparsity of this point of the training."""
-        late = not self._reached and fraction >= CHOOSE_UNTIL  # a clock may leap over the end of the ramp
+        late = not self.reached and fraction >= CHOOSE_UNTIL  # a clock may leap over the end of the ramp
         if self._options.sparsity == 0 or step == 0 or not (late or (step % EVERY == 0 and fraction < CHOOSE_UNTIL)):
             return
         self.choose(fraction)
@@ -71,7 +66,7 @@ class MaskGrower:
         sparsity = self._options.sparsity
         if self._ramp > 0:
             sparsity = scheduled_sparsity(sparsity, fraction, self._ramp)
-        self._reached = self._reached or fraction >= self._ramp
+        self.reached = self.reached or fraction >= self._ramp
         scores = self.scores
         if self._options.pattern == "2:4":
             scores = {path: protect_2_of_4(score) for path, score in scores.items()}

@@ -83,6 +83,8 @@ def checked(options: Options) -> Options:
         raise InputError(f"the pattern is {o.pattern!r}, expected one of {', '.join(PATTERNS)}")
     if o.pattern == "2:4" and o.sparsity not in (None, 0.5):
         raise InputError(f"sparsity is {o.sparsity}, but the pattern 2:4 removes exactly 0.5; leave the sparsity out")
+    if o.pattern == "2:4" and o.allocation != "row":
+        raise InputError(f"allocation is {o.allocation!r}, but the pattern 2:4 leaves no choice; leave it out")
     sparsity = (0.5 if o.pattern == "2:4" else DEFAULT_SPARSITY) if o.sparsity is None else o.sparsity
     if not 0 <= sparsity < 1:
         raise InputError(f"sparsity is {sparsity}, expected a share of groups to remove from 0 to below 1")

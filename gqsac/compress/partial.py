@@ -1,6 +1,7 @@
 """The folder OUT.partial: what a compression has finished, so that it can go on after a kill.
 
-It holds state.json (which model, which options) and one file of stored tensors per finished block.
+It holds state.json (which model, which options), per stage one file of stored tensors per finished block
+and facts for the report, and the state of an end-to-end stage under way.
 Every file appears whole or not at all.
 """
 
@@ -16,7 +17,7 @@ from gqsa_runtime.errors import InputError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from gqsac.compress.write import sync
+from gqsac.compress.write import sync, write_json
 
 
 class PartialFolder:
@@ -54,22 +55,40 @@ class PartialFolder:
                     f"{identity.get(key)!r} now; use the same model and options to resume, or delete that folder"
                 )
 
-    def _block(self, index: int) -> Path:
-        return self.path / f"block-{index:05d}.safetensors"
+    def _block(self, stage: str, index: int) -> Path:
+        return self.path / f"{stage}-{index:05d}.safetensors"
 
-    def load_block(self, index: int) -> dict[str, np.ndarray] | None:
-        """Stored tensors of a finished block; None if it is not finished or its file is damaged."""
+    def load_block(self, stage: str, index: int) -> dict[str, np.ndarray] | None:
+        """Stored tensors of a block that a stage has finished; None if it has not or the file is damaged."""
         try:
-            return load_file(str(self._block(index)))
+            return load_file(str(self._block(stage, index)))
         except (OSError, SafetensorError):
             return None
 
-    def save_block(self, index: int, tensors: dict[str, np.ndarray]) -> None:
-        """Keeps a finished block."""
-        temporary = self._block(index).with_suffix(".tmp")
+    def save_block(self, stage: str, index: int, tensors: dict[str, np.ndarray]) -> None:
+        """Keeps a block that a stage has finished."""
+        temporary = self._block(stage, index).with_suffix(".tmp")
         save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, str(temporary))
         sync(temporary)
-        os.replace(temporary, self._block(index))
+        os.replace(temporary, self._block(stage, index))
+
+    def checkpoint(self, stage: str) -> Path:
+        """Where an end-to-end stage keeps its state."""
+        return self.path / f"{stage}.state"
+
+    def load_json(self, name: str) -> dict | None:
+        """What `save_json` kept under that name; None if nothing was, or the file is damaged."""
+        try:
+            return json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def save_json(self, name: str, value: dict) -> None:
+        """Keeps a JSON object."""
+        temporary = self.path / f"{name}.json.tmp"
+        write_json(temporary, value)
+        sync(temporary)
+        os.replace(temporary, self.path / f"{name}.json")
 
     def new_model_folder(self) -> Path:
         """An empty folder for the finished checkpoint; what an earlier run left in it is removed."""

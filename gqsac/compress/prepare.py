@@ -8,31 +8,13 @@ from gqsa_runtime.errors import DeviceError, InputError, ModelError
 from gqsa_runtime.format import MAX_GROUP_COLUMNS
 from tokenizers import Tokenizer
 
-from gqsac.bsr import BITS, GROUP_SIZES
+from gqsac.bsr import GROUP_SIZES
 from gqsac.compress.blocks import is_skipped, linears_of
 from gqsac.compress.calibrate import calibration_tokens
-from gqsac.compress.select import SELECTIONS
+from gqsac.compress.options import Options
 from gqsac.source import Source
 
 DEFAULT_SEQ_LEN = 1024
-
-
-def check_options(bits, group_size, sparsity, samples, seq_len, selection, damping) -> None:
-    """Raises InputError for the first option of `compress` that is out of range."""
-    if bits not in BITS:
-        raise InputError(f"bits is {bits}, expected one of {', '.join(map(str, BITS))}")
-    if group_size not in GROUP_SIZES:
-        raise InputError(f"the group size is {group_size}, expected one of {', '.join(map(str, GROUP_SIZES))}")
-    if not 0 <= sparsity < 1:
-        raise InputError(f"sparsity is {sparsity}, expected a share of groups to remove from 0 to below 1")
-    if samples < 1:
-        raise InputError(f"samples is {samples}, expected at least 1")
-    if seq_len is not None and seq_len < 2:
-        raise InputError(f"the sample length is {seq_len} tokens, expected at least 2")
-    if selection not in SELECTIONS:
-        raise InputError(f"selection is {selection!r}, expected one of {', '.join(SELECTIONS)}")
-    if not 0 < damping <= 1:
-        raise InputError(f"damping is {damping}, expected above 0 and at most 1")
 
 
 def choose_device(device: str) -> torch.device:
@@ -46,33 +28,42 @@ def choose_device(device: str) -> torch.device:
         raise DeviceError(f"torch cannot use the device {device!r} ({reason}); use the device cpu") from error
 
 
-def compressed_shapes(source: Source, block_path: str, blocks, skip, group_size) -> dict[str, tuple[int, int]]:
+def compressed_shapes(source: Source, block_path: str, blocks, options: Options) -> dict[str, tuple[int, int]]:
     """Full path -> (rows, columns) of every linear to compress. Raises errors that name the layer."""
     shapes, passed = {}, []
     for index, block in enumerate(blocks):
         name = f"{block_path}.{index}"
         passed += [f"{name}.{path}" for path, module in block.named_modules() if isinstance(module, torch.nn.Linear)]
-        for path, linear in linears_of(block, name, skip).items():
+        for path, linear in linears_of(block, name, options.skip).items():
             rows, columns = linear.weight.shape
-            if columns % group_size:
-                fitting = [size for size in GROUP_SIZES if columns % size == 0]
-                raise InputError(
-                    f"{name}.{path} has {columns} input columns, which groups of {group_size} do not divide; "
-                    f"use a group size of {' or '.join(map(str, fitting)) or 'none: skip it'}, or skip the layer"
-                )
-            if columns // group_size > MAX_GROUP_COLUMNS:
-                raise InputError(
-                    f"{name}.{path} has {columns // group_size} groups in a row, and the format holds at most "
-                    f"{MAX_GROUP_COLUMNS}; use a larger group size than {group_size}"
-                )
+            _check_columns(f"{name}.{path}", columns, options)
             shapes[f"{name}.{path}"] = (rows, columns)
-    for pattern in skip:
+    for pattern in options.skip:
         if not any(is_skipped(path, (pattern,)) for path in passed):
             example = f"; one of them is {passed[0]}" if passed else ""
             raise InputError(f"the pattern {pattern!r} to skip matches no linear of the blocks{example}")
     if not shapes:
         raise InputError(f"{source.name} has no linear left to compress in {block_path}")
     return shapes
+
+
+def _check_columns(path: str, columns: int, options: Options) -> None:
+    if columns % options.group_size:
+        fitting = [size for size in GROUP_SIZES if columns % size == 0]
+        raise InputError(
+            f"{path} has {columns} input columns, which groups of {options.group_size} do not divide; "
+            f"use a group size of {' or '.join(map(str, fitting)) or 'none: skip it'}, or skip the layer"
+        )
+    if columns % options.quant_group_size:
+        raise InputError(
+            f"{path} has {columns} input columns, which quantisation groups of {options.quant_group_size} do not "
+            "divide; use smaller ones, or skip the layer"
+        )
+    if columns // options.group_size > MAX_GROUP_COLUMNS:
+        raise InputError(
+            f"{path} has {columns // options.group_size} groups in a row, and the format holds at most "
+            f"{MAX_GROUP_COLUMNS}; use a larger group size than {options.group_size}"
+        )
 
 
 def source_tokens(source: Source, texts, samples: int, seq_len: int | None, seed: int) -> np.ndarray:

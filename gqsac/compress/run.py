@@ -1,201 +1,278 @@
-"""Compresses a model: calibrate, then block by block Hessian, saliency, select, quantise; then write.
+"""Compresses a model: its stages in order, then the checkpoint. `compress` is the table of contents of the method.
 
-This is the one-shot part of GQSA (arXiv 2412.17560): no training. Blocks run in float32 one at a time, so
-memory holds the model as it is stored, one block's Hessians and the calibration samples' activations.
+    one-shot   block by block: Hessian, saliency, select, quantise; no training
+    bqpo       block by block: weights, scales, zeros and masks learn each block's outputs (starts from one-shot)
+    distill    end to end: everything learns the uncompressed model's distribution (not in the paper)
+    e2e-oqp    end to end: scales learn the language-model loss
+
+GQSA: arXiv 2412.17560. What every stage has finished is kept in OUT.partial, so that a run can go on after a kill.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from gqsa_runtime.errors import GqsaError, InputError
-from tqdm import tqdm
+from gqsa_runtime.errors import DeviceError, InputError
 
 import gqsac
-from gqsac.bsr import BsrStream
-from gqsac.compress.blocks import BlockRunner, find_blocks, linears_of
+from gqsac.compress.blocks import find_blocks
+from gqsac.compress.blockwise import BlockwiseStage
 from gqsac.compress.calibrate import BUILT_IN
-from gqsac.compress.hessian import collect_hessians, inverse
+from gqsac.compress.end_to_end import train
+from gqsac.compress.options import Options, checked
 from gqsac.compress.partial import PartialFolder
-from gqsac.compress.prepare import check_options, choose_device, compressed_shapes, source_tokens
-from gqsac.compress.quantize import quantize
-from gqsac.compress.saliency import group_saliency
-from gqsac.compress.select import select_groups
-from gqsac.compress.store import dense_names, load_linears, stored_block, to_numpy, to_stream
+from gqsac.compress.prepare import choose_device, compressed_shapes, source_tokens
+from gqsac.compress.progress import Meter, block_bar, step_bar
+from gqsac.compress.report import sizes, stored_counts, write_report
+from gqsac.compress.sensitivity import allocate
+from gqsac.compress.store import dense_names, from_stored, load_dense, load_linears, to_numpy
+from gqsac.compress.tune import prepare_training, store_trained
 from gqsac.compress.write import ShardWriter, dense_tensor, write_json
 from gqsac.quantization_config import QuantizationConfig
 from gqsac.source import load_source
+
+_BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 
 
 def compress(
     src,
     out,
     *,
-    bits: int = 4,
-    group_size: int = 16,
-    sparsity: float = 0.02,
     calibration=None,
-    samples: int = 8,
-    seq_len: int | None = None,
-    seed: int = 0,
-    skip: tuple[str, ...] = (),
-    selection: str = "row",
-    damping: float = 0.01,
     device: str = "auto",
     progress: bool = True,
+    after_stage: Callable | None = None,
+    **options,
 ) -> dict:
     """Writes the compressed checkpoint of `src` to the folder `out` and returns a report for people and tools.
 
-    src: model folder, hub id or .gguf file. bits: 2, 3, 4 or 8 (symmetric). group_size: 8, 16, 32, 64 or 128
-    columns. sparsity: share of all groups to remove, 0 to below 1. calibration: UTF-8 text file or files, None
-    for the built-in text. samples, seq_len: how many windows of how many tokens (default 1024, or the model's
-    context if that is shorter). skip: patterns of linears to leave dense, such as "down_proj" or
-    "model.layers.0.*"; output head and embeddings always stay dense. selection: "row" or "layer", see select.py.
-    damping: added to the Hessian's diagonal, relative to its mean. device: "auto", "cpu", "cuda".
+    src: model folder, hub id or .gguf file. calibration: UTF-8 text file or files, None for the built-in text.
+    device: "auto", "cpu", "cuda". after_stage: called with a stage's name and a function that makes the dequantised
+    model (f32, on the CPU) as that stage left it. The options, see compress/options.py for the defaults:
+
+    bits: 2, 3, 4 or 8 (symmetric). group_size: 8, 16, 32, 64 or 128 columns that are removed together.
+    quant_group_size: columns that share a scale and a zero, a multiple of group_size. sparsity: share of all groups
+    to remove, 0 to below 1. pattern: "1xG", or "2:4" for two of every four weights. allocation: "row", "layer" or
+    "global", see select.py. skip: patterns of linears to leave dense, such as "down_proj" or "model.layers.0.*";
+    output head and embeddings always stay dense. damping: added to the Hessian's diagonal, relative to its mean.
+    samples, seq_len: how many windows of how many tokens (1024, or the model's context if shorter) calibrate and
+    train blocks. stages: some of "one-shot", "bqpo", "distill", "e2e-oqp", in that order. epochs: of BQPO.
+    e2e_steps: of each end-to-end stage; by default two epochs. minutes: of training at most, for each stage.
+    train_samples: windows for the end-to-end stages. batch_tokens: tokens a step there. distill: share of
+    distillation in the loss of E2E-OQP. weight_lr, scale_lr: learning rates in place of options.RATES.
 
     A run that was stopped goes on where it was when called again with the same arguments, and makes the same
-    bytes. Raises InputError, ModelError and their kin.
+    weights; with `minutes` they depend on the machine's speed. Raises InputError, ModelError and their kin.
     """
-    started = time.monotonic()
+    unknown = set(options) - set(Options.__dataclass_fields__)
+    if unknown:
+        raise TypeError(f"compress() has no option {sorted(unknown)[0]!r}")
+    chosen = checked(Options(**{key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}))
     out = Path(out)
-    check_options(bits, group_size, sparsity, samples, seq_len, selection, damping)
     if out.exists():
         raise InputError(f"{out} exists already; choose another output folder or delete it first")
     texts = [calibration] if isinstance(calibration, (str, Path)) else list(calibration or [])
-    target = choose_device(device)
+    run = _Run(src, out, texts, chosen, choose_device(device), progress, after_stage)
+    try:
+        return run.all()
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"the GPU has too little memory ({str(error).split('. ')[0]}); use --device cpu, shorter samples "
+            "(--seq-len) or smaller steps (--batch-tokens)"
+        ) from error
+    except torch.AcceleratorError as error:
+        raise DeviceError(
+            f"the GPU failed ({str(error).splitlines()[0]}); give the same command again to go on"
+        ) from error
 
-    source = load_source(src)
-    model = source.model
-    block_path, blocks = find_blocks(model)
-    shapes = compressed_shapes(source, block_path, blocks, tuple(skip), group_size)
-    tokens = source_tokens(source, texts, samples, seq_len, seed)
-    described = ", ".join(Path(text).name for text in texts) or BUILT_IN
-    options = {
-        "bits": bits,
-        "group_size": group_size,
-        "sparsity": sparsity,
-        "skip": list(skip),
-        "selection": selection,
-        "damping": damping,
-        "seed": seed,
-        "calibration": described,
-        "samples": tokens.shape[0],
-        "seq_len": tokens.shape[1],
-    }
-    identity = {"model": source.fingerprint(), "tokens": _digest(tokens), "gqsac": gqsac.__version__, **options}
-    partial = PartialFolder(out, identity)
 
-    dense = dense_names(model)
-    runner = BlockRunner(model, blocks, torch.from_numpy(tokens), target)
-    kept = groups = resumed = 0
-    bar = tqdm(
-        total=len(blocks),
-        desc=f"compress (calibrating on {described})",
-        unit="block",
-        disable=None if progress else True,
-    )
-    with bar:
-        for index, block in enumerate(blocks):
-            name = f"{block_path}.{index}"
-            block.float().to(target)
-            linears = linears_of(block, name, tuple(skip))
-            stored = partial.load_block(index)
-            resumed += stored is not None
-            if stored is None:
-                try:
-                    streams = _compress_block(runner, index, block, linears, options)
-                except GqsaError as error:
-                    raise type(error)(f"{name}: {error}") from error
-                stored = stored_block(name, block, streams, dense)
-                partial.save_block(index, stored)
-            load_linears(name, linears, stored, group_size)
-            if index + 1 < len(blocks):
-                runner.run(index, block, keep=True)
-                runner.check(name)
-            for linear in linears:
-                groups += shapes[f"{name}.{linear}"][0] * shapes[f"{name}.{linear}"][1] // group_size
-                kept += len(stored[f"{name}.{linear}.streams.0.col_indices"])
-            block.to("meta")  # its memory is not needed any more
-            bar.update()
-            bar.set_postfix_str(f"peak {_peak_gib():.1f} GiB")
+class _Run:
+    """One compression, from the source to the finished folder."""
 
-    quantization = QuantizationConfig(
-        bits=bits,
-        group_size=group_size,
-        sparsity=sparsity,
-        skip=tuple(skip),
-        shapes=shapes,
-        details={
-            "name": source.name,
-            "gqsac": gqsac.__version__,
-            **{key: options[key] for key in ("selection", "damping", "seed", "calibration", "samples", "seq_len")},
-        },
-    )
-    folder = partial.new_model_folder()
-    writer = ShardWriter(folder)
-    inside = f"{block_path}."
-    for name in dense:
-        if not name.startswith(inside):
-            writer.add({name: dense_tensor(name, to_numpy(model.state_dict()[name]))})
-    for index in range(len(blocks)):
-        writer.add(partial.load_block(index))
-    writer.finish()
-    write_json(folder / "config.json", {**source.config, "quantization_config": quantization.to_dict()})
-    for name, content in source.files.items():
-        (folder / name).write_bytes(content)
-    total_bytes = sum(file.stat().st_size for file in folder.iterdir())
-    partial.publish(folder)
+    def __init__(self, src, out, texts, options: Options, device, progress, after_stage):
+        self._src, self._out, self._options, self._device = src, out, options, device
+        self._progress, self._after_stage = progress, after_stage
+        self._started = time.monotonic()
+        self._described = ", ".join(Path(text).name for text in texts) or BUILT_IN
+        source = load_source(src)
+        self._source, self._model = source, source.model
+        self._block_path, blocks = find_blocks(source.model)
+        self._count = len(blocks)
+        self._shapes = compressed_shapes(source, self._block_path, blocks, options)
+        self._tokens = source_tokens(source, texts, options.samples, options.seq_len, options.seed)
+        self._train_tokens = self._tokens
+        if {"distill", "e2e-oqp"} & set(options.stages) and options.train_samples != options.samples:
+            self._train_tokens = source_tokens(source, texts, options.train_samples, options.seq_len, options.seed)
+        self._batch_tokens = options.batch_tokens or _BATCH_TOKENS[device.type]
+        self._identity = options.identity() | {
+            "seq_len": self._tokens.shape[1],
+            "batch_tokens": self._batch_tokens,
+            "calibration": self._described,
+        }
+        digests = {"tokens": _digest(self._tokens), "train_tokens": _digest(self._train_tokens)}
+        identity = {"model": source.fingerprint(), **digests, "gqsac": gqsac.__version__, **self._identity}
+        self._partial = PartialFolder(out, identity)
+        self._dense = dense_names(source.model)
+        self._stages: dict[str, dict] = {}  # name -> facts for the report
 
-    parameters = sum(rows * columns for rows, columns in shapes.values())
-    packed = kept * (group_size * bits // 8 + 4) + sum(4 * (rows + 1) for rows, _ in shapes.values())
+    def all(self) -> dict:
+        """Every stage, then the checkpoint. The report."""
+        last = self._blockwise()
+        for stage in self._options.training:
+            if stage != "bqpo":
+                last = self._end_to_end(stage, last)
+        return self._write(last)
+
+    def _blockwise(self) -> str:
+        """Runs the stage that goes block by block. Its name: "start" is a one-shot pass that removes nothing,
+        from which `distill` begins, since it removes groups itself."""
+        training = self._options.training
+        name = "bqpo" if "bqpo" in training else "start" if training[:1] == ("distill",) else "one-shot"
+        rates = self._rates() if name != "start" else dict.fromkeys(self._shapes, 0.0)
+        meter = Meter(self._device)
+        stage = BlockwiseStage(
+            name=name,
+            model=self._model,
+            block_path=self._block_path,
+            blocks=self._model.get_submodule(self._block_path),
+            tokens=torch.from_numpy(self._tokens),
+            rates=rates,
+            dense=self._dense,
+            options=self._options,
+            device=self._device,
+            partial=self._partial,
+            keep_master="distill" in training,
+            seconds=None if self._options.minutes is None or name != "bqpo" else 60 * self._options.minutes,
+        )
+        with block_bar(f"{name} (calibrating on {self._described})", self._count, self._progress, meter) as on_block:
+            facts = stage.run(on_block)
+        self._finish(name, {"blocks": facts, **meter.facts()})
+        return name
+
+    def _rates(self) -> dict[str, float]:
+        """Share of the units to remove of each linear."""
+        if self._options.allocation != "global" or self._options.sparsity == 0:
+            return dict.fromkeys(self._shapes, self._options.sparsity)
+        known = self._partial.load_json("allocation")
+        if known is None:
+            model = load_source(self._src).model.float()
+            known = allocate(model, list(self._shapes), torch.from_numpy(self._tokens), self._options, self._device)
+            self._partial.save_json("allocation", known)
+        return known
+
+    def _end_to_end(self, stage: str, previous: str) -> str:
+        facts = self._partial.load_json(f"{stage}-facts")
+        if facts is None:
+            meter = Meter(self._device)
+            training = prepare_training(
+                stage, previous, load_source(self._src).model, self._block_path, self._train_tokens, self._options,
+                self._device, self._partial, self._batch_tokens,
+            )  # fmt: skip
+            with step_bar(stage, training.steps, self._progress, meter) as on_read:
+                clock = train(training, self._partial.checkpoint(stage), on_read)
+            store_trained(training, self._block_path, self._dense, self._options, self._partial)
+            facts = {
+                "curve": training.history,
+                "steps": training.history[-1][0],
+                "tokens_per_step": training.batch * self._train_tokens.shape[1],
+                "train_seconds": round(clock.spent_s, 2),
+                "rates": list(self._options.rates(stage)),
+                **meter.facts(),
+            }
+            self._partial.save_json(f"{stage}-facts", facts)
+            self._partial.checkpoint(stage).unlink(missing_ok=True)
+        self._finish(stage, facts)
+        return stage
+
+    def _finish(self, stage: str, facts: dict) -> None:
+        self._stages[stage] = facts
+        if self._after_stage is not None:
+            self._after_stage(stage, lambda: self._dequantised(stage))
+
+    def _dequantised(self, stage: str):
+        """The model in f32 on the CPU as a stage has left it."""
+        model = load_source(self._src).model.float()
+        blocks = model.get_submodule(self._block_path)
+        for index in range(self._count):
+            stored, name = self._partial.load_block(stage, index), f"{self._block_path}.{index}"
+            paths = [path[len(name) + 1 :] for path in self._shapes if path.startswith(f"{name}.")]
+            linears = {path: blocks[index].get_submodule(path) for path in paths}
+            load_linears(name, linears, stored, self._options.group_size)
+            load_dense(model, stored)
+        load_dense(model, self._outside(stage))
+        return model
+
+    def _outside(self, stage: str) -> dict[str, np.ndarray]:
+        """Tensors outside the blocks as the last stage up to `stage` that trains them has left them."""
+        found = None
+        if stage in ("distill", "e2e-oqp"):
+            found = self._partial.load_block(f"{stage}-outside", 0)
+        return found or {}
+
+    def _write(self, last: str) -> dict:
+        """The checkpoint folder with its report, whole or not at all."""
+        options = self._options
+        config = QuantizationConfig(
+            bits=options.bits,
+            group_size=options.group_size,
+            sparsity=options.sparsity,
+            skip=options.skip,
+            shapes=self._shapes,
+            details={"name": self._source.name, "gqsac": gqsac.__version__, **_details(self._identity)},
+        )
+        folder = self._partial.new_model_folder()
+        writer = ShardWriter(folder)
+        outside = self._outside(last)
+        state = self._model.state_dict()  # the blocks are on meta by now, the rest is as it was
+        for name in self._dense:
+            if not name.startswith(f"{self._block_path}."):
+                tensor = outside[name] if name in outside else dense_tensor(name, to_numpy(state[name]))
+                writer.add({name: tensor})
+        counts: dict[str, tuple[int, int]] = {}
+        for index in range(self._count):
+            stored = self._partial.load_block(last, index)
+            writer.add(stored)
+            for path, shape in self._shapes.items():
+                if path.startswith(f"{self._block_path}.{index}."):
+                    stream = from_stored(path, stored, shape, options.group_size)
+                    counts[path] = stored_counts(stream, options.quant_group_size)
+        writer.finish()
+        write_json(folder / "config.json", {**self._source.config, "quantization_config": config.to_dict()})
+        for name, content in self._source.files.items():
+            (folder / name).write_bytes(content)
+        report = {
+            "out": str(self._out),
+            "model": self._source.name,
+            **sizes(self._shapes, counts, options),
+            "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+            "calibration": f"{self._described}: {self._tokens.shape[0]} samples of {self._tokens.shape[1]} tokens",
+            "resumed_blocks": sum(
+                fact["resumed"] for facts in self._stages.values() for fact in facts.get("blocks", ())
+            ),
+            "seconds": round(time.monotonic() - self._started, 1),
+            "device": str(self._device),
+            "options": self._identity,
+            "stages": self._stages,
+        }
+        write_report(folder, report)
+        self._partial.publish(folder)
+        return report
+
+
+def _details(identity: dict) -> dict:
+    """What config.json says of how a checkpoint was made, besides what stands elsewhere in it."""
+    elsewhere = ("bits", "group_size", "sparsity", "skip")
     return {
-        "out": str(out),
-        "model": source.name,
-        "linears": len(shapes),
-        "parameters": parameters,
-        "groups": groups,
-        "kept_groups": kept,
-        "bits_per_weight": round(8 * packed / parameters, 4),  # as `gqsac build` packs them
-        "bytes": total_bytes,
-        "calibration": f"{described}: {tokens.shape[0]} samples of {tokens.shape[1]} tokens",
-        "resumed_blocks": resumed,
-        "seconds": round(time.monotonic() - started, 1),
-        "options": options,
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in identity.items()
+        if key not in elsewhere and value is not None
     }
-
-
-def _compress_block(runner, index, block, linears, options) -> dict[str, BsrStream]:
-    """Steps 2 to 5 for one block: path within the block -> its one stream."""
-    bits = options["bits"]
-    hessians = collect_hessians(linears, lambda: runner.run(index, block, keep=False))
-    siblings: dict[int, list[str]] = {}  # linears with the same inputs, which share a Hessian and all its factors
-    for path in linears:
-        siblings.setdefault(id(hessians[path]), []).append(path)
-    streams = {}
-    for paths in siblings.values():
-        hessian = hessians[paths[0]]
-        hessian_inverse = inverse(hessian, options["damping"])
-        weights = [linears[path].weight.detach() for path in paths]
-        saliencies = [group_saliency(weight, hessian_inverse, options["group_size"]) for weight in weights]
-        keeps = [select_groups(saliency, options["sparsity"], options["selection"]) for saliency in saliencies]
-        quantized = quantize(torch.cat(weights), torch.cat(keeps), hessian_inverse, hessian.diagonal(), bits)
-        for path, part in zip(paths, quantized.split([len(weight) for weight in weights]), strict=True):
-            streams[path] = to_stream(part, bits)
-    return streams
 
 
 def _digest(tokens: np.ndarray) -> str:
     return hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
-
-
-def _peak_gib() -> float:
-    """Peak resident memory of this process."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)

@@ -90,7 +90,7 @@ def series_of(label: str) -> str:
     """The series that a label such as "fp16", "W3 g64", "2:4 + W4" or "W4 S50" speaks of."""
     if re.search(r"2[:_-]4", label):
         return TWO_FOUR
-    if re.search(r"(?<![A-Za-z])[Ss]0*[1-9]\d*", label):
+    if re.search(r"(?<![A-Za-z])[Ss]\d|1x\d", label):
         return GQSA
     if re.search(r"(?<![A-Za-z])([Ww]|INT|int)\d", label):
         return UNIFORM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,11 @@ from gqsac.evaluate.compare import REFERENCE, Row
 
 _TICKS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12, 16)
 _MARKERS = "osD^vP*X"
+_LINE_STEPS = 100  # places along a line that labels keep clear of
 # Where a label may stand, in points from its own: (right, up, which side of the label is there).
 _PLACES = (
-    (7, 5, "left"), (7, -12, "left"), (-7, 5, "right"), (-7, -12, "right"), (0, 9, "center"), (0, -16, "center"),
-    (9, 16, "left"), (9, -24, "left"), (-9, 16, "right"), (-9, -24, "right"),
+    (7, 5, "left"), (7, -12, "left"), (-7, 5, "right"), (9, 16, "left"), (-7, -12, "right"), (0, 10, "center"),
+    (0, -16, "center"), (-9, 16, "right"), (9, -24, "left"), (-9, -24, "right"),
 )  # fmt: skip
 
 
@@ -25,6 +27,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     Raises InputError where no row is left, DeviceError where matplotlib is missing.
     """
     try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure  # no pyplot: no display and no global state
     except ImportError as error:
         raise DeviceError(f"the plot needs matplotlib ({error}); install it with pip install matplotlib") from None
@@ -33,6 +36,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     if not drawn:
         raise InputError(f"no row has a perplexity, so there is nothing to draw in {path}")
     figure = Figure(figsize=(9, 5.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -76,13 +80,19 @@ def _scale(axes, points: Sequence[Row], drawn: Sequence[Row]) -> None:
 
 
 def _annotate(figure, axes, points: Sequence[Row]) -> None:
-    """Labels beside their points, each at the first of some places where it covers no label and no point."""
+    """Labels beside their points, each at the first of some places where it covers no label, point or line."""
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     taken = []
     for row in points:
         x, y = axes.transData.transform((row.bits_per_weight, row.perplexity["perplexity"]))
         taken.append((x - 5, y - 5, x + 5, y + 5))
+    for line in axes.get_lines():
+        corners = line.get_transform().transform(line.get_xydata())
+        for (x0, y0), (x1, y1) in itertools.pairwise(corners):
+            for step in range(_LINE_STEPS):
+                x, y = x0 + (x1 - x0) * step / _LINE_STEPS, y0 + (y1 - y0) * step / _LINE_STEPS
+                taken.append((x, y, x + 1, y + 1))
     for row in sorted(points, key=lambda row: (-row.bits_per_weight, row.perplexity["perplexity"])):
         point = (row.bits_per_weight, row.perplexity["perplexity"])
         for dx, dy, side in _PLACES:

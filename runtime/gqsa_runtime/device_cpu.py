@@ -16,8 +16,7 @@ from gqsa_runtime.errors import DeviceError
 from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Program, Step
 from gqsa_runtime.rope import rope_table
 
-ALIGNMENT = 64  # bytes: a cache line, and the widest vector
-HEADROOM_BYTES = 64 << 20  # of memory left free beside the arena
+ALIGNMENT = 64  # of everything in the arena: a cache line
 # Chooses a binary by its target's name, e.g. x86_64_v3 on a machine with AVX-512. For tests and comparisons.
 TARGET_VARIABLE = "GQSA_CPU_TARGET"
 
@@ -177,7 +176,6 @@ class CpuDevice:
         for name, rope in program.ropes.items():
             sizes["rope", name] = context * rope.rotary_dim * DTYPE_BYTES["f32"]
         total = ALIGNMENT + sum(_align(size) for size in sizes.values())
-        self._check_memory(program, total)
         try:
             raw = np.zeros(total, np.uint8)
         except MemoryError as error:
@@ -200,19 +198,6 @@ class CpuDevice:
             b.name: arena[b.offset : b.offset + b.elements * DTYPE_BYTES[b.dtype]].view(NUMPY_DTYPES[b.dtype])
             for b in program.buffers
         }
-
-    def _check_memory(self, program: Program, total: int) -> None:
-        free = _available_bytes()
-        if total + HEADROOM_BYTES <= free:
-            return
-        rope_bytes = sum(rope.rotary_dim * DTYPE_BYTES["f32"] for rope in program.ropes.values())
-        per_token = program.kv_bytes_per_token() + rope_bytes
-        rest = free - HEADROOM_BYTES - (total - self._context * per_token)
-        fits = f"a context of {rest // per_token} fits" if 0 < per_token <= rest else "not even one position fits"
-        raise DeviceError(
-            f"context {self._context} needs {total / 1e9:.2f} GB of memory and {free / 1e9:.2f} GB is free; {fits}: "
-            "choose --context accordingly"
-        )
 
     def _use_tensors(self, program: Program, tensors: Mapping[str, np.ndarray]) -> None:
         """Takes the addresses of the tensors that the steps name."""
@@ -248,19 +233,6 @@ class CpuDevice:
 
 def _align(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _available_bytes() -> int:
-    """Memory that can be had without swapping: of the machine, and of this process's control group."""
-    with open("/proc/meminfo") as lines:
-        fields = dict(line.split(":") for line in lines)
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
-            free = min(free, int(limit.read()) - int(current.read()))
-    except (OSError, ValueError):  # no control group, or one without a limit ("max")
-        pass
-    return free
 
 
 def _load_library(data: bytes) -> ctypes.CDLL:

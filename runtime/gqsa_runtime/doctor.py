@@ -6,9 +6,10 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gqsa_runtime import device_cpu, device_cuda, memory
+from gqsa_runtime import __version__, device_cpu, device_cuda, memory
 from gqsa_runtime.errors import DeviceError
 
 _PACKAGES = ("numpy", "cuda-bindings", "tokenizers", "jinja2", "click", "tqdm")
@@ -25,7 +26,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything worth knowing, in the order of the report. Raises nothing for what is missing."""
-    return [_python(), *_versions(), _cpu(), _ram(), *_gpus()]
+    return [_python(), Finding("gqsa-runtime", __version__), *versions(_PACKAGES), _cpu(), _ram(), *_gpus()]
 
 
 def render(findings: list[Finding]) -> str:
@@ -44,11 +45,10 @@ def _python() -> Finding:
     return Finding("python", found, None if sys.version_info >= (3, 10) else "install Python 3.10 or newer")
 
 
-def _versions() -> list[Finding]:
-    from gqsa_runtime import __version__
-
-    findings = [Finding("gqsa-runtime", __version__)]
-    for name in _PACKAGES:
+def versions(names: Sequence[str]) -> list[Finding]:
+    """The installed version of each distribution, or how to install it."""
+    findings = []
+    for name in names:
         try:
             findings.append(Finding(name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:

@@ -15,6 +15,7 @@ from gqsa_runtime import cuda_errors, device_cpu, device_cuda, memory
 from gqsa_runtime.reader import ArtifactFile
 from safetensors.numpy import load_file, save_file
 
+from gqsac.compiler import pipeline
 from gqsac.compiler.passes import compile_cpu
 from tests.e2e.checkpoints import save_checkpoint
 from tests.e2e.command import gqsac, refusal, spawn, succeed
@@ -164,11 +165,29 @@ def test_compressed_or_not(tmp_path, source, compressed):
     assert "already compressed" in refusal(gqsac("compress", compressed, "-o", tmp_path / "out"))
 
 
-def test_a_folder_without_tokenizer(tmp_path, compressed):
+def test_tokenizers_and_templates_that_will_not_do(tmp_path, compressed):
     model = shutil.copytree(compressed, tmp_path / "model")
+    build = ("build", model, "-o", tmp_path / "out.gqsa", "--target", "cpu")
+    (model / "chat_template.jinja").write_text("{% for message in messages %}")
+    assert "chat template cannot be compiled" in refusal(gqsac(*build))
+    (model / "tokenizer.json").write_text('{"model": 5}')
+    assert f"{model / 'tokenizer.json'}: the file's tokenizer cannot be read" in refusal(gqsac(*build))
     (model / "tokenizer.json").unlink()
+    assert "holds no tokenizer.json" in refusal(gqsac(*build))
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_nothing_is_compiled_for_weights_that_will_not_do(tmp_path, edited, compressed, monkeypatch):
+    def compile_nothing(*args):
+        raise AssertionError("the weights' headers should have been looked at first")
+
+    monkeypatch.setattr(pipeline, "compile_all", compile_nothing)
+    assert "no tensor model.layers.2" in refusal(gqsac(*build(edited(num_hidden_layers=3), tmp_path)))
+    model = shutil.copytree(compressed, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 4}))
     message = refusal(gqsac("build", model, "-o", tmp_path / "out.gqsa", "--target", "cpu"))
-    assert "tokenizer.json" in message and not list(tmp_path.glob("*out*"))
+    assert re.search(r"layers\.0\.self_attn\.[kv]_proj.* 32x64.* 64x64", message)
 
 
 # Options

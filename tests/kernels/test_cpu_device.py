@@ -198,23 +198,6 @@ def test_non_contiguous_tensor_is_refused():
         open_device(tensors)
 
 
-def test_memory_error_says_which_context_fits(monkeypatch):
-    program, huge = make_program(), 1 << 20
-    # One layer of k and v in f16, and a rope row in f32.
-    per_token = 2 * WIDTH * 2 + HEAD_DIM * 4
-    assert program.kv_bytes_per_token() + HEAD_DIM * 4 == per_token
-    monkeypatch.setattr(device_cpu, "_available_bytes", lambda: device_cpu.HEADROOM_BYTES + 100 * per_token)
-    with pytest.raises(DeviceError, match=r"context 1048576 .* a context of (9\d) fits: choose --context") as caught:
-        open_device(context=huge)
-    fits = int(str(caught.value).split("a context of ")[1].split()[0])
-    open_device(context=fits).close()
-    with pytest.raises(DeviceError):
-        open_device(context=fits + 2)
-    monkeypatch.setattr(device_cpu, "_available_bytes", lambda: 0)
-    with pytest.raises(DeviceError, match="not even one position fits"):
-        open_device()
-
-
 def test_best_supported_target_is_chosen(monkeypatch):
     monkeypatch.setattr(device_cpu, "supported_targets", lambda: ("x86_64_v4", "x86_64_v3"))
     assert choose_binary(make_program().binaries).target == "x86_64_v4"

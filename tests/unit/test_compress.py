@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gqsac.checkpoint import Checkpoint
-from gqsac.compress import run
+from gqsac.compress import blockwise, run
 from gqsac.compress.run import compress
 from gqsac.errors import InputError, ModelError, UnsupportedError
 from tests.unit.compress_models import CONFIGS, TEXT, folder_bytes, save_model
@@ -75,7 +75,7 @@ def test_a_stopped_run_goes_on_and_makes_the_same_bytes(tmp_path, llama, monkeyp
     reference = compress(llama, tmp_path / "whole", **SMALL)
     assert reference["resumed_blocks"] == 0
     calls = []
-    real = run.collect_hessians
+    real = blockwise.collect_hessians
 
     def stop_at_second(*args):
         calls.append(args)
@@ -83,7 +83,7 @@ def test_a_stopped_run_goes_on_and_makes_the_same_bytes(tmp_path, llama, monkeyp
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(run, "collect_hessians", stop_at_second)
+    monkeypatch.setattr(blockwise, "collect_hessians", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
         compress(llama, tmp_path / "out", **SMALL)
     assert not (tmp_path / "out").exists()
@@ -108,7 +108,7 @@ def test_a_damaged_block_file_is_made_again(tmp_path, llama, monkeypatch):
         patch.setattr(run.PartialFolder, "new_model_folder", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(llama, tmp_path / "out", **SMALL)
-    block = tmp_path / "out.partial" / "block-00001.safetensors"
+    block = tmp_path / "out.partial" / "one-shot-00001.safetensors"
     block.write_bytes(block.read_bytes()[:100])
     assert compress(llama, tmp_path / "out", **SMALL)["resumed_blocks"] == 1
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
@@ -126,8 +126,8 @@ def test_skipped_linears_stay_dense(tmp_path, llama):
         compress(llama, tmp_path / "other", skip=("*",), **SMALL)
 
 
-def test_selection_by_layer_lets_rows_differ(tmp_path, llama):
-    compress(llama, tmp_path / "out", sparsity=0.5, selection="layer", **SMALL)
+def test_allocation_by_layer_lets_rows_differ(tmp_path, llama):
+    compress(llama, tmp_path / "out", sparsity=0.5, allocation="layer", **SMALL)
     (stream,) = Checkpoint.open(tmp_path / "out").streams("model.layers.0.mlp.up_proj")
     assert stream.nnz == 96 * 4 // 2
     assert len(set(np.diff(stream.crow_indices))) > 2
@@ -140,7 +140,7 @@ def test_options_out_of_range_are_refused(tmp_path, llama, text):
         ({"sparsity": 1.0}, "sparsity is 1.0"),
         ({"sparsity": float("nan")}, "sparsity is nan"),
         ({"samples": 0}, "samples is 0"),
-        ({"selection": "column"}, "selection is 'column'"),
+        ({"allocation": "column"}, "allocation is 'column'"),
         ({"damping": 0}, "damping is 0"),
         ({"seq_len": 65}, "context of 64"),
         ({"group_size": 64}, "down_proj has 96 input columns.*group size of 8 or 16 or 32"),

@@ -144,10 +144,21 @@ class _Packer:
     def stored(self, parameter: str) -> str:
         return self.graph.aliases.get(parameter, parameter)
 
+    def check(self, parameter: str, shape: tuple[int, ...]) -> None:
+        """From the header alone: what is missing or misshapen is refused before anything is compiled."""
+        found = self.checkpoint.shape(self.stored(parameter))
+        if found != shape:
+            raise ModelError(f"{parameter}: the checkpoint holds shape {found}, the model's config needs {shape}")
+
+    def check_streams(self, weight: str, rows: int, k: int) -> None:
+        for header in self.checkpoint.stream_headers(module_of(self.stored(weight))):
+            if (header.rows, header.columns) != (rows, k):
+                found = f"{header.rows}x{header.columns}"
+                raise ModelError(f"{weight}: the checkpoint holds {found}, the model's config needs {rows}x{k}")
+
     def read(self, parameter: str, shape: tuple[int, ...]) -> np.ndarray:
+        self.check(parameter, shape)
         array = self.checkpoint.read(self.stored(parameter))
-        if array.shape != shape:
-            raise ModelError(f"{parameter}: the checkpoint holds shape {array.shape}, the model's config needs {shape}")
         if not np.isfinite(array).all():
             raise ModelError(f"{parameter}: the checkpoint holds NaN or infinite weights; convert the model again")
         return array
@@ -164,11 +175,13 @@ class _Packer:
 
     def table(self, op: ir.Embedding) -> None:
         shape = (op.rows, op.width)
+        self.check(op.table, shape)
         self.tables[op.table] = self.add(
             _short(self.stored(op.table)), "f16", shape, lambda: self.read_f16(op.table, shape)
         )
 
     def vector(self, parameter: str, width: int, offset: float = 0.0) -> None:
+        self.check(parameter, (width,))
         self.vectors[parameter] = self.add(
             _short(self.stored(parameter)),
             "f32",
@@ -189,6 +202,13 @@ class _Packer:
 
     def linear(self, op: ir.Linear, patterns: tuple[StreamPattern, ...]) -> None:
         stem = _stacked_name([self.stored(weight) for weight in op.weights])
+        for weight, own_bias, rows in zip(op.weights, op.biases, op.rows, strict=True):
+            if patterns:
+                self.check_streams(weight, rows, op.k)
+            else:
+                self.check(weight, (rows, op.k))
+            if own_bias:
+                self.check(own_bias, (rows,))
         bias = None
         if any(op.biases):
             bias = self.add(f"{stem}.bias", "f32", (op.width,), lambda: self._stack_biases(op))
@@ -219,12 +239,6 @@ class _Packer:
         def stream(last: bool = False) -> BsrStream:
             if "stream" not in memory:
                 parts = [self.checkpoint.streams(module_of(self.stored(weight)))[index] for weight in op.weights]
-                for part, rows, weight in zip(parts, op.rows, op.weights, strict=True):
-                    if (part.rows, part.columns) != (rows, op.k):
-                        raise ModelError(
-                            f"{weight}: the checkpoint holds {part.rows}x{part.columns}, "
-                            f"the model's config needs {rows}x{op.k}"
-                        )
                 memory["stream"] = stack_streams(parts)
             return memory.pop("stream") if last else memory["stream"]
 

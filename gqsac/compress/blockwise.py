@@ -1,0 +1,117 @@
+"""The stages that go block by block: one-shot, and BQPO, which starts from it.
+
+Blocks run one at a time, so memory holds the model as it is stored, one block with its Hessians and optimiser
+state, and the calibration samples' activations (on the CPU).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from gqsa_runtime.errors import GqsaError
+
+from gqsac.compress.blocks import BlockRunner, linears_of
+from gqsac.compress.bqpo import BlockTrainer
+from gqsac.compress.hessian import collect_hessians
+from gqsac.compress.one_shot import quantize_block, siblings_of
+from gqsac.compress.options import Options
+from gqsac.compress.partial import PartialFolder
+from gqsac.compress.store import load_linears, stored_block, to_numpy, to_stream
+from gqsac.compress.trainable import autocast, install
+
+
+@dataclass
+class BlockwiseStage:
+    """One pass over all blocks. name: "one-shot", "bqpo", or "start" (see `start_sparsity` in run.py).
+
+    rates: full path of each linear -> share of its units to remove. keep_master: also store what a distillation
+    stage goes on from. seconds: of training at most, for all blocks, or None.
+    """
+
+    name: str
+    model: object
+    block_path: str
+    blocks: torch.nn.ModuleList
+    tokens: torch.Tensor
+    rates: dict[str, float]
+    dense: list[str]
+    options: Options
+    device: torch.device
+    partial: PartialFolder
+    keep_master: bool
+    seconds: float | None
+
+    def run(self, on_block=lambda index, note: None) -> list[dict]:
+        """Compresses every block that is not finished yet. Per block: what the report says of it.
+
+        Raises errors that begin with the block's name.
+        """
+        trains = self.name == "bqpo"
+        runner = BlockRunner(self.model, self.blocks, self.tokens, self.device, reference=trains)
+        facts = []
+        for index, block in enumerate(self.blocks):
+            name = f"{self.block_path}.{index}"
+            block.float().to(self.device)
+            linears = linears_of(block, name, self.options.skip)
+            stored = self.partial.load_block(self.name, index)
+            fact = self.partial.load_json(f"{self.name}-{index:05d}")
+            if self.keep_master and self.partial.load_block(f"{self.name}-master", index) is None:
+                stored = None
+            if stored is None or fact is None:
+                try:
+                    stored, fact = self._compress(runner, index, block, linears)
+                except GqsaError as error:
+                    raise type(error)(f"{name}: {error}") from error
+                fact["resumed"] = False
+            else:
+                fact["resumed"] = True
+                if trains:
+                    with autocast(self.device):
+                        runner.run_reference(index, block)
+            facts.append(fact)
+            load_linears(name, linears, stored, self.options.group_size)
+            if index + 1 < len(self.blocks):
+                runner.run(index, block, keep=True)
+                runner.check(name)
+            block.to("meta")  # its memory is not needed any more
+            on_block(index, f"error {fact['after']:.4f}" if trains else "")
+        return facts
+
+    def _compress(self, runner, index, block, linears) -> tuple[dict[str, np.ndarray], dict]:
+        name, options = f"{self.block_path}.{index}", self.options
+        hessians = collect_hessians(linears, lambda: runner.run(index, block, keep=False))
+        siblings = siblings_of(hessians, options)
+        del hessians
+        rates = {path: self.rates[f"{name}.{path}"] for path in linears}
+        fact = {"block": name}
+        if self.name == "bqpo":
+            with autocast(self.device):
+                runner.run_reference(index, block)
+            trainer = BlockTrainer(index, block, linears, runner, siblings, rates, options)
+            result = trainer.train(None if self.seconds is None else self.seconds / len(self.blocks))
+            install(block, linears)  # the plain ones again, for the stored weights
+            quantized = result.linears
+            fact |= {
+                "before": result.before,
+                "after": result.after,
+                "kept": result.kept,
+                "epochs": result.epochs,
+                "seconds": round(result.seconds, 2),
+                "curve": [round(loss, 6) for loss in result.curve],
+                "rates": list(options.rates("bqpo")),
+            }
+        else:
+            quantized = quantize_block({p: m.weight.detach() for p, m in linears.items()}, siblings, rates, options)
+        streams = {path: to_stream(quantized[path], options.bits, options.group_size) for path in linears}
+        stored = stored_block(name, block, streams, self.dense)
+        if self.keep_master:
+            master = {}
+            for path, part in quantized.items():
+                for tensor in ("adjusted", "scales", "zeros", "keep"):
+                    master[f"{name}.{path}.{tensor}"] = to_numpy(getattr(part, tensor))
+            self.partial.save_block(f"{self.name}-master", index, master)
+        self.partial.save_json(f"{self.name}-{index:05d}", fact)
+        self.partial.save_block(self.name, index, stored)
+        return stored, fact

@@ -1,0 +1,128 @@
+"""The end-to-end stages: `distill` trains everything against the uncompressed model, E2E-OQP scales alone.
+
+E2E-OQP (GQSA, arXiv 2412.17560, section 3.4): masks and levels are frozen, and the scales learn on the
+language-model loss, with as much distillation mixed in as asked for. `distill` is no part of the paper: all
+weights of the linears (with straight-through rounding), scales, zeros, norms and biases learn to give the
+uncompressed model's distribution of next tokens, while groups are removed gradually.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+
+from gqsac.compress.blocks import linears_of
+from gqsac.compress.end_to_end import Training, recompute_blocks
+from gqsac.compress.fake_quant import FrozenLinear, GroupLinear
+from gqsac.compress.grow_mask import MaskGrower
+from gqsac.compress.options import Options
+from gqsac.compress.partial import PartialFolder
+from gqsac.compress.store import from_stored, from_stream, load_dense, stored_block, to_stream
+from gqsac.compress.trainable import install, parameter_groups, trainable_linears
+from gqsac.compress.write import dense_tensor
+
+_RECOMPUTE_FROM = 1 << 30  # parameters from which blocks are recomputed in the backward pass, to save memory
+
+
+def prepare_training(
+    stage: str,
+    previous: str,
+    model,
+    block_path: str,
+    tokens: np.ndarray,
+    options: Options,
+    device: torch.device,
+    partial: PartialFolder,
+    batch_tokens: int,
+) -> Training:
+    """The stage's student, made of `model` (the uncompressed one, which it takes over) and what `previous` stored."""
+    share = 1.0 if stage == "distill" else options.distill
+    teacher = None
+    if share > 0:
+        teacher = _teacher(model, device)
+    model.float().requires_grad_(False)
+    blocks = model.get_submodule(block_path)
+    for index, block in enumerate(blocks):
+        stored = partial.load_block(previous, index)
+        load_dense(model, stored)
+        master = partial.load_block(f"{previous}-master", index) if stage == "distill" else None
+        name = f"{block_path}.{index}"
+        modules = {}
+        for path, linear in linears_of(block, name, options.skip).items():
+            if master is not None:
+                tensors = [
+                    torch.from_numpy(master[f"{name}.{path}.{tensor}"])
+                    for tensor in ("adjusted", "scales", "zeros", "keep")
+                ]
+                modules[path] = GroupLinear(options.bits, *tensors, linear.bias)
+            else:
+                stream = from_stored(f"{name}.{path}", stored, linear.weight.shape, options.group_size)
+                quantized = from_stream(stream, options.quant_group_size)
+                modules[path] = FrozenLinear(options.bits, quantized, linear.bias)
+        install(block, modules)
+    outside = partial.load_block(f"{previous}-outside", 0)
+    if outside is not None:
+        load_dense(model, outside)
+    model.to(device)
+    linears = trainable_linears(model)
+    others, masks = [], None
+    if stage == "distill":
+        others = [parameter.requires_grad_(True) for parameter in vectors(model)]
+        masks = MaskGrower(linears, options, already_sparse=previous == "bqpo")
+    if device.type == "cuda" and sum(p.numel() for p in model.parameters()) >= _RECOMPUTE_FROM:
+        recompute_blocks(blocks)
+    batch = max(1, batch_tokens // tokens.shape[1])
+    steps = options.e2e_steps
+    if steps is None and options.minutes is None:
+        steps = max(1, 2 * len(tokens) // batch)  # two epochs, as in the paper
+    return Training(
+        name=stage,
+        student=model,
+        teacher=teacher,
+        tokens=torch.from_numpy(tokens),
+        groups=parameter_groups(linears, options.rates(stage), others),
+        share=share,
+        batch=batch,
+        steps=steps,
+        seconds=None if options.minutes is None else 60 * options.minutes,
+        seed=options.seed,
+        device=device,
+        masks=masks,
+    )
+
+
+def _teacher(model, device: torch.device):
+    """A frozen copy on the device: f32, run under autocast, or bf16 where f32 would be large."""
+    teacher = copy.deepcopy(model).requires_grad_(False).to(device)
+    size = sum(parameter.numel() for parameter in teacher.parameters())
+    dtype = torch.bfloat16 if device.type == "cuda" and size >= _RECOMPUTE_FROM else torch.float32
+    for parameter in teacher.parameters():  # not buffers: the angles of rotary embeddings stay exact
+        parameter.data = parameter.data.to(dtype)
+    return teacher
+
+
+def vectors(model: nn.Module) -> list[nn.Parameter]:
+    """Norm weights and biases: the parameters of one dimension."""
+    return [parameter for parameter in model.parameters() if parameter.ndim == 1]
+
+
+def store_trained(training: Training, block_path: str, dense: list[str], options: Options, partial: PartialFolder):
+    """Writes what a finished stage has made: every block's tensors, and trained tensors outside the blocks."""
+    model = training.student
+    linears = trainable_linears(model)
+    for index, block in enumerate(model.get_submodule(block_path)):
+        name = f"{block_path}.{index}"
+        inside = {path[len(name) + 1 :]: module for path, module in linears.items() if path.startswith(f"{name}.")}
+        streams = {
+            path: to_stream(module.export(), options.bits, options.group_size) for path, module in inside.items()
+        }
+        partial.save_block(training.name, index, stored_block(name, block, streams, dense))
+    outside = {
+        name: dense_tensor(name, parameter.detach().cpu().numpy())
+        for name, parameter in model.named_parameters()
+        if name in dense and not name.startswith(f"{block_path}.") and parameter.ndim == 1
+    }
+    partial.save_block(f"{training.name}-outside", 0, outside)
