@@ -1,32 +1,35 @@
 # Everything happens in a virtual environment under .venv; nothing outside the checkout is touched
-# but pip's and the compiler's caches.
+# but pip's and the compilers' caches.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The release that the tests are run with. Any torch that pyproject.toml allows will do.
 TORCH := torch==2.13.0
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint clean
 
-setup: $(STAMP)
-
-$(STAMP): pyproject.toml runtime/pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ./runtime --editable ".[dev]"
-	touch $@
-
-demo: setup
+demo: $(VENV)/.installed
 	$(BIN)/python examples/smollm2_demo.py
 
-test: setup
-	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
-
-lint: setup
+test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.installed: pyproject.toml runtime/pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	$(PIP) --editable ./runtime --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable ./runtime --editable ".[dev]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .ruff_cache

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from gqsa_runtime.cli import progress, read_text
-from gqsa_runtime.errors import GqsaError
+from gqsa_runtime.errors import GqsaError, InputError
 
 from gqsac.evaluate import compare
 from gqsac.evaluate.load import open_scorer
@@ -47,7 +47,9 @@ def measure(row: compare.Row, entry: compare.Entry, text: str, rows: dict[str, l
         return None
 
     if row.bits_per_weight is None:
-        row.bits_per_weight = entry.bits_per_weight or stage("bits", lambda: compare.bits_per_weight(entry.path))
+        row.bits_per_weight = entry.bits_per_weight or stage(
+            "bits", lambda: compare.bits_per_weight(entry.path, args.bits)
+        )
     scorer = stage("load", lambda: open_scorer(entry.path, args.device, args.context, args.threads))
     if scorer is None:
         return
@@ -83,9 +85,12 @@ def run(args) -> int:
         check_harness()
     settings = {
         "text": f"{Path(args.text).name}, {len(text):,} characters, CRC-32 {zlib.crc32(text.encode()):08x}",
-        "window": args.window, "max_windows": args.max_windows, "limit": args.limit,
+        "window": args.window, "max_windows": args.max_windows, "limit": args.limit, "bits": args.bits,
     }  # fmt: skip
-    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the output folder {args.output} cannot be made: {error.strerror}; choose another") from None
     results = args.output / "results.json"
     known = compare.load(results, settings)
 
@@ -130,6 +135,10 @@ def main(argv=None) -> int:
     parser.add_argument("--task", action="append", default=[], help="zero-shot task; repeatable (default: none)")
     parser.add_argument("--data", default=".", help="folder of the tasks' files")
     parser.add_argument("--limit", type=int, help="only the first so many rows of each task")
+    parser.add_argument(
+        "--bits", choices=("built", "coded"), default="built",
+        help="count them as `gqsac build` packs (default), or as the method needs, by each folder's report.json",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--context", type=int, help="tokens that fit at once")
     parser.add_argument("--threads", type=int, help="CPU threads")
@@ -139,6 +148,9 @@ def main(argv=None) -> int:
     except GqsaError as error:
         tell(f"error: {error}")
         return 1
+    except KeyboardInterrupt:
+        tell("interrupted; the same command goes on")
+        return 130
 
 
 if __name__ == "__main__":

@@ -77,9 +77,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def random_checkpoint(
-    model: str, out, *, bits=4, group_size=16, sparsity=0.5, skew=0.0, seed=0, progress=True
-) -> Path:
+def random_checkpoint(model: str, out, *, bits=4, group_size=16, sparsity=0.5, skew=0.0, seed=0, progress=True) -> Path:
     """Writes the folder `out` whole or not at all and returns its path.
 
     model: a key of CONFIGS or the path of a config.json. skew: standard deviation of the logarithm of a row's

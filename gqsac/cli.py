@@ -55,13 +55,13 @@ def cli():
 @click.option("--e2e-steps", type=int, help="distill, e2e-oqp: steps. Default: two epochs.")
 @click.option("--train-samples", type=int, help="distill, e2e-oqp: sequences to train on. Default: --samples.")
 @click.option("--batch-tokens", type=int, help="distill, e2e-oqp: tokens in a step.")
-@click.option("--minutes", type=float, help="Training time of each stage at most.")
+@click.option("--minutes", metavar="LIST", help="Training time at most: of every stage, or comma-separated of each.")
 @click.option("--distill", type=float, help="e2e-oqp: share of distillation in the loss, 0 to 1.")
 @click.option("--weight-lr", type=float, help="Learning rate of weights, relative to their size.")
 @click.option("--scale-lr", type=float, help="Learning rate of scales, relative to their size.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
-def compress(source, output, as_json, stages, **options):
+def compress(source, output, as_json, stages, minutes, **options):
     """Makes a compressed checkpoint of a model: calibrate, choose groups, quantise, and train.
 
     SRC is a Hugging Face folder, a hub id, or a .gguf file. Block after block is calibrated,
@@ -82,6 +82,8 @@ def compress(source, output, as_json, stages, **options):
     chosen = {key: value for key, value in options.items() if value is not None and value != ()}
     if stages is not None:
         chosen["stages"] = tuple(stage.strip() for stage in stages.split(","))
+    if minutes is not None:
+        chosen["minutes"] = _numbers("--minutes", minutes)
     try:
         report = run(source, output, progress=sys.stderr.isatty(), **chosen)
     except SafetensorError as error:  # its writer reports a full disk so
@@ -92,6 +94,15 @@ def compress(source, output, as_json, stages, **options):
         click.echo(json.dumps(report, indent=1))
     else:
         click.echo(summary(report), err=True)
+
+
+def _numbers(option: str, text: str) -> float | tuple[float, ...]:
+    """One number, or comma-separated ones."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise click.UsageError(f"{option} is {text!r}, expected a number or numbers separated by commas") from None
+    return values[0] if len(values) == 1 else values
 
 
 @cli.command()

@@ -160,11 +160,10 @@ def build(
         tokenizer_json=tokenizer,
         chat_template=template,
         tensors=tensors,
+        # Before the file gets its name, as a stranger would meet it: read back by the runtime's own rules.
+        check=verify,
         progress=wrote,
     )
-
-    # The file as a stranger would meet it: read back and checked by the runtime's own rules.
-    verify(Path(output))
     return Summary.make(program, counts, compiled, targets, size, time.perf_counter() - started)
 
 

@@ -29,7 +29,8 @@ from gqsac.compress.trainable import adamw, autocast, install, parameter_groups,
 RAMP = 0.5  # share of the training over which groups are removed
 CHOOSE_UNTIL = 0.75  # after this share the mask stays
 _MASKS = 40  # masks chosen during a training
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = 4096  # of a step at most
+_STEPS_PER_EPOCH = 32  # wished for: few samples make small steps
 _LEAST_GAIN = 1e-3  # an epoch that gains less than this share of the loss is the last
 
 
@@ -70,7 +71,7 @@ class BlockTrainer:
         count = len(runner.hidden)
         held_out = count // 8
         self._train, self._check = np.arange(count - held_out), np.arange(count - held_out if held_out else 0, count)
-        self._batch = max(1, min(len(self._train), _BATCH_TOKENS // runner.hidden.shape[1]))
+        self._batch = max(1, min(len(self._train) // _STEPS_PER_EPOCH, _BATCH_TOKENS // runner.hidden.shape[1]))
 
     def train(self, seconds: float | None) -> BlockResult:
         """Runs the block's epochs, at most for `seconds`. Raises ModelError when the loss is not finite."""

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from gqsa_runtime.errors import ModelError
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from gqsac.compress.clock import Clock, learning_rate_factor
 from gqsac.compress.grow_mask import MaskGrower
@@ -121,13 +120,6 @@ def batch_rows(samples: int, batch: int, step: int, seed: int) -> np.ndarray:
     positions = np.arange(step * batch, (step + 1) * batch)
     epochs = {epoch: np.random.default_rng((seed, epoch)).permutation(samples) for epoch in set(positions // samples)}
     return np.array([epochs[position // samples][position % samples] for position in positions], np.int64)
-
-
-def recompute_blocks(blocks: nn.ModuleList) -> None:
-    """Makes each block run again in the backward pass in place of keeping its activations."""
-    for block in blocks:
-        plain = block.forward
-        block.forward = lambda *args, _plain=plain, **kwargs: recompute(_plain, *args, use_reentrant=False, **kwargs)
 
 
 def _diverged(t: Training, loss, step: int) -> str:

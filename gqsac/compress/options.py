@@ -27,7 +27,7 @@ class Options:
     quant_group_size: int | None = None
     sparsity: float | None = None
     pattern: str = "1xG"
-    allocation: str = "row"
+    allocation: str | None = None
     skip: tuple[str, ...] = ()
     damping: float = 0.01
     seed: int = 0
@@ -36,7 +36,7 @@ class Options:
     stages: tuple[str, ...] = ("one-shot",)
     epochs: int = 5
     e2e_steps: int | None = None
-    minutes: float | None = None
+    minutes: float | tuple[float, ...] | None = None
     train_samples: int | None = None
     batch_tokens: int | None = None
     distill: float = 0.0
@@ -61,6 +61,10 @@ class Options:
             scales if self.scale_lr is None else self.scale_lr,
         )
 
+    def seconds(self, stage: str) -> float | None:
+        """Training time of a stage at most."""
+        return None if self.minutes is None else 60 * self.minutes[self.training.index(stage)]
+
     def identity(self) -> dict:
         """What a resumed run must share with the one that was stopped. Learning rates are left out, so
         that a run that diverged can go on with lower ones."""
@@ -83,13 +87,14 @@ def checked(options: Options) -> Options:
         raise InputError(f"the pattern is {o.pattern!r}, expected one of {', '.join(PATTERNS)}")
     if o.pattern == "2:4" and o.sparsity not in (None, 0.5):
         raise InputError(f"sparsity is {o.sparsity}, but the pattern 2:4 removes exactly 0.5; leave the sparsity out")
-    if o.pattern == "2:4" and o.allocation != "row":
+    if o.pattern == "2:4" and o.allocation not in (None, "row"):
         raise InputError(f"allocation is {o.allocation!r}, but the pattern 2:4 leaves no choice; leave it out")
     sparsity = (0.5 if o.pattern == "2:4" else DEFAULT_SPARSITY) if o.sparsity is None else o.sparsity
     if not 0 <= sparsity < 1:
         raise InputError(f"sparsity is {sparsity}, expected a share of groups to remove from 0 to below 1")
-    if o.allocation not in ALLOCATIONS:
-        raise InputError(f"allocation is {o.allocation!r}, expected one of {', '.join(ALLOCATIONS)}")
+    allocation = ("global" if o.training and o.pattern == "1xG" else "row") if o.allocation is None else o.allocation
+    if allocation not in ALLOCATIONS:
+        raise InputError(f"allocation is {allocation!r}, expected one of {', '.join(ALLOCATIONS)}")
     if o.seq_len is not None and o.seq_len < 2:
         raise InputError(f"the sample length is {o.seq_len} tokens, expected at least 2")
     if not 0 < o.damping <= 1:
@@ -103,11 +108,27 @@ def checked(options: Options) -> Options:
                         ("e2e_steps", o.e2e_steps), ("batch_tokens", o.batch_tokens)):  # fmt: skip
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}, expected at least 1")
-    for name, value in (("minutes", o.minutes), ("weight_lr", o.weight_lr), ("scale_lr", o.scale_lr)):
+    minutes = o.minutes
+    if isinstance(minutes, (int, float)):
+        minutes = (minutes,) * len(o.training)
+    if minutes is not None and len(minutes) != len(o.training):
+        raise InputError(
+            f"minutes has {len(minutes)} values, expected one, or one for each of the {len(o.training)} training stages"
+        )
+    rates = (("weight_lr", o.weight_lr), ("scale_lr", o.scale_lr))
+    for name, value in (*(("minutes", value) for value in minutes or ()), *rates):
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"{name} is {value}, expected a number above 0")
-    filled = {"quant_group_size": quant_group_size, "sparsity": float(sparsity), "samples": samples,
-              "train_samples": train_samples, "skip": tuple(o.skip), "stages": tuple(o.stages)}  # fmt: skip
+    filled = {
+        "allocation": allocation,
+        "minutes": minutes,
+        "quant_group_size": quant_group_size,
+        "samples": samples,
+        "skip": tuple(o.skip),
+        "sparsity": float(sparsity),
+        "stages": tuple(o.stages),
+        "train_samples": train_samples,
+    }
     return Options(**{**asdict(o), **filled})
 
 

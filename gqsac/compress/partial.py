@@ -56,7 +56,8 @@ class PartialFolder:
                 )
 
     def _block(self, stage: str, index: int) -> Path:
-        return self.path / f"{stage}-{index:05d}.safetensors"
+        prefix = "" if stage == "one-shot" else f"{stage}-"
+        return self.path / f"{prefix}block-{index:05d}.safetensors"
 
     def load_block(self, stage: str, index: int) -> dict[str, np.ndarray] | None:
         """Stored tensors of a block that a stage has finished; None if it has not or the file is damaged."""

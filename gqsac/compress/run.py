@@ -10,6 +10,7 @@ GQSA: arXiv 2412.17560. What every stage has finished is kept in OUT.partial, so
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from collections.abc import Callable
@@ -34,8 +35,9 @@ from gqsac.compress.store import dense_names, from_stored, load_dense, load_line
 from gqsac.compress.tune import prepare_training, store_trained
 from gqsac.compress.write import ShardWriter, dense_tensor, write_json
 from gqsac.quantization_config import QuantizationConfig
-from gqsac.source import load_source
+from gqsac.source import Source, load_source
 
+_COPIED_BELOW = 1 << 30  # parameters
 _BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 
 
@@ -51,7 +53,8 @@ def compress(
 ) -> dict:
     """Writes the compressed checkpoint of `src` to the folder `out` and returns a report for people and tools.
 
-    src: model folder, hub id or .gguf file. calibration: UTF-8 text file or files, None for the built-in text.
+    src: model folder, hub id or .gguf file, or a gqsac.source.Source, which is left as it is.
+    calibration: UTF-8 text file or files, None for the built-in text.
     device: "auto", "cpu", "cuda". after_stage: called with a stage's name and a function that makes the dequantised
     model (f32, on the CPU) as that stage left it. The options, see compress/options.py for the defaults:
 
@@ -62,7 +65,8 @@ def compress(
     output head and embeddings always stay dense. damping: added to the Hessian's diagonal, relative to its mean.
     samples, seq_len: how many windows of how many tokens (1024, or the model's context if shorter) calibrate and
     train blocks. stages: some of "one-shot", "bqpo", "distill", "e2e-oqp", in that order. epochs: of BQPO.
-    e2e_steps: of each end-to-end stage; by default two epochs. minutes: of training at most, for each stage.
+    e2e_steps: of each end-to-end stage; by default two epochs. minutes: of training at most, for each training stage
+    or, in a tuple, stage by stage.
     train_samples: windows for the end-to-end stages. batch_tokens: tokens a step there. distill: share of
     distillation in the loss of E2E-OQP. weight_lr, scale_lr: learning rates in place of options.RATES.
 
@@ -99,8 +103,10 @@ class _Run:
         self._progress, self._after_stage = progress, after_stage
         self._started = time.monotonic()
         self._described = ", ".join(Path(text).name for text in texts) or BUILT_IN
-        source = load_source(src)
-        self._source, self._model = source, source.model
+        source = src if isinstance(src, Source) else load_source(src)
+        small = sum(parameter.numel() for parameter in source.model.parameters()) < _COPIED_BELOW
+        self._original = source.model if small or isinstance(src, Source) else None
+        self._source, self._model = source, copy.deepcopy(source.model) if self._original else source.model
         self._block_path, blocks = find_blocks(source.model)
         self._count = len(blocks)
         self._shapes = compressed_shapes(source, self._block_path, blocks, options)
@@ -119,6 +125,10 @@ class _Run:
         self._partial = PartialFolder(out, identity)
         self._dense = dense_names(source.model)
         self._stages: dict[str, dict] = {}  # name -> facts for the report
+
+    def _fresh_model(self):
+        """The uncompressed model, anew; large ones are read again rather than held twice."""
+        return load_source(self._src).model if self._original is None else copy.deepcopy(self._original)
 
     def all(self) -> dict:
         """Every stage, then the checkpoint. The report."""
@@ -147,7 +157,7 @@ class _Run:
             device=self._device,
             partial=self._partial,
             keep_master="distill" in training,
-            seconds=None if self._options.minutes is None or name != "bqpo" else 60 * self._options.minutes,
+            seconds=self._options.seconds(name) if name == "bqpo" else None,
         )
         with block_bar(f"{name} (calibrating on {self._described})", self._count, self._progress, meter) as on_block:
             facts = stage.run(on_block)
@@ -160,8 +170,9 @@ class _Run:
             return dict.fromkeys(self._shapes, self._options.sparsity)
         known = self._partial.load_json("allocation")
         if known is None:
-            model = load_source(self._src).model.float()
-            known = allocate(model, list(self._shapes), torch.from_numpy(self._tokens), self._options, self._device)
+            model = self._fresh_model()
+            blocks, tokens = model.get_submodule(self._block_path), torch.from_numpy(self._tokens)
+            known = allocate(model, blocks, list(self._shapes), tokens, self._options, self._device)
             self._partial.save_json("allocation", known)
         return known
 
@@ -170,7 +181,7 @@ class _Run:
         if facts is None:
             meter = Meter(self._device)
             training = prepare_training(
-                stage, previous, load_source(self._src).model, self._block_path, self._train_tokens, self._options,
+                stage, previous, self._fresh_model(), self._block_path, self._train_tokens, self._options,
                 self._device, self._partial, self._batch_tokens,
             )  # fmt: skip
             with step_bar(stage, training.steps, self._progress, meter) as on_read:
@@ -196,7 +207,7 @@ class _Run:
 
     def _dequantised(self, stage: str):
         """The model in f32 on the CPU as a stage has left it."""
-        model = load_source(self._src).model.float()
+        model = self._fresh_model().float()
         blocks = model.get_submodule(self._block_path)
         for index in range(self._count):
             stored, name = self._partial.load_block(stage, index), f"{self._block_path}.{index}"

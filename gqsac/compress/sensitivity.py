@@ -15,17 +15,18 @@ import torch
 from gqsac.compress.losses import token_loss
 from gqsac.compress.options import Options
 from gqsac.compress.select import protect_rows, select_globally
-from gqsac.compress.trainable import autocast
+from gqsac.compress.trainable import autocast, prepare_large
 
 _SAMPLES = 16
 _LEAST_SHARE = 0.1  # of its groups each row keeps, so that no linear is emptied
 
 
-def allocate(model, paths: list[str], tokens: torch.Tensor, options: Options, device) -> dict[str, float]:
+def allocate(model, blocks, paths: list[str], tokens: torch.Tensor, options: Options, device) -> dict[str, float]:
     """Path -> share of the linear's groups to remove; over all, round(sparsity * groups) of them.
 
-    model: in f32, moved to the device. tokens: int64 [samples, seq_len], of which the first 16 are used.
+    model: is taken over. blocks: its decoder blocks. tokens: int64 [samples, seq_len], of which the first 16 are used.
     """
+    prepare_large(model, blocks, device)
     scores = group_scores(model.to(device), paths, tokens[:_SAMPLES], options.group_size)
     share = min(_LEAST_SHARE, 1 - options.sparsity)
     keeps = select_globally({path: protect_rows(score, share) for path, score in scores.items()}, options.sparsity)
@@ -33,18 +34,28 @@ def allocate(model, paths: list[str], tokens: torch.Tensor, options: Options, de
 
 
 def group_scores(model, paths: list[str], tokens: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
-    """Path -> f32 [rows, n_groups], see above."""
+    """Path -> f32 [rows, n_groups], see above. No more than one linear's gradient is held at a time."""
+    scores: dict[str, torch.Tensor] = {}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    weights = {path: model.get_submodule(path).weight.requires_grad_(True) for path in paths}
-    device = next(iter(weights.values())).device
-    scores: dict[str, torch.Tensor] = {}
-    for row in tokens:
-        row = row[None].to(device)
-        with autocast(device):
-            logits = model(row, use_cache=False).logits
-        gradients = torch.autograd.grad(token_loss(logits, row), list(weights.values()))
-        for (path, weight), gradient in zip(weights.items(), gradients, strict=True):
-            product = (weight.detach() * gradient).float().view(len(weight), -1, group_size).sum(2).square()
+    handles = []
+    for path in paths:
+        weight = model.get_submodule(path).weight.requires_grad_(True)
+
+        def take(weight, path=path):
+            product = (weight.detach() * weight.grad).float().view(len(weight), -1, group_size).sum(2).square()
             scores[path] = scores[path] + product if path in scores else product
-    return {path: score / len(tokens) for path, score in scores.items()}
+            weight.grad = None
+
+        handles.append(weight.register_post_accumulate_grad_hook(take))
+    device = weight.device
+    try:
+        for row in tokens:
+            row = row[None].to(device)
+            with autocast(device):
+                logits = model(row, use_cache=False).logits
+            token_loss(logits, row).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: scores[path] / len(tokens) for path in paths}

@@ -6,8 +6,11 @@ import contextlib
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from gqsac.compress.fake_quant import FrozenLinear, GroupLinear
+
+_LARGE = 1 << 30  # parameters
 
 
 def install(parent: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -70,3 +73,24 @@ def autocast(device: torch.device):
 def trainable_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> GroupLinear or FrozenLinear, in module order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, GroupLinear | FrozenLinear)}
+
+
+def prepare_large(model: nn.Module, blocks: nn.ModuleList, device: torch.device) -> None:
+    """Readies a model for a backward pass: in f32; on a GPU, large ones in bf16 and with recomputed blocks."""
+    large = device.type == "cuda" and is_large(model)
+    for parameter in model.parameters():  # not buffers: the angles of rotary embeddings stay exact
+        parameter.data = parameter.data.to(torch.bfloat16 if large else torch.float32)
+    if large:
+        recompute_blocks(blocks)
+
+
+def is_large(model: nn.Module) -> bool:
+    """Whether a model has too many parameters to be generous with memory."""
+    return sum(parameter.numel() for parameter in model.parameters()) >= _LARGE
+
+
+def recompute_blocks(blocks: nn.ModuleList) -> None:
+    """Makes each block run again in the backward pass in place of keeping its activations."""
+    for block in blocks:
+        plain = block.forward
+        block.forward = lambda *args, _plain=plain, **kwargs: recompute(_plain, *args, use_reentrant=False, **kwargs)

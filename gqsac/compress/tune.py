@@ -15,16 +15,21 @@ import torch
 from torch import nn
 
 from gqsac.compress.blocks import linears_of
-from gqsac.compress.end_to_end import Training, recompute_blocks
+from gqsac.compress.end_to_end import Training
 from gqsac.compress.fake_quant import FrozenLinear, GroupLinear
 from gqsac.compress.grow_mask import MaskGrower
 from gqsac.compress.options import Options
 from gqsac.compress.partial import PartialFolder
 from gqsac.compress.store import from_stored, from_stream, load_dense, stored_block, to_stream
-from gqsac.compress.trainable import install, parameter_groups, trainable_linears
+from gqsac.compress.trainable import (
+    install,
+    is_large,
+    parameter_groups,
+    prepare_large,
+    recompute_blocks,
+    trainable_linears,
+)
 from gqsac.compress.write import dense_tensor
-
-_RECOMPUTE_FROM = 1 << 30  # parameters from which blocks are recomputed in the backward pass, to save memory
 
 
 def prepare_training(
@@ -43,6 +48,7 @@ def prepare_training(
     teacher = None
     if share > 0:
         teacher = _teacher(model, device)
+    large = device.type == "cuda" and is_large(model)  # asked before the weights become levels
     model.float().requires_grad_(False)
     blocks = model.get_submodule(block_path)
     for index, block in enumerate(blocks):
@@ -72,7 +78,7 @@ def prepare_training(
     if stage == "distill":
         others = [parameter.requires_grad_(True) for parameter in vectors(model)]
         masks = MaskGrower(linears, options, already_sparse=previous == "bqpo")
-    if device.type == "cuda" and sum(p.numel() for p in model.parameters()) >= _RECOMPUTE_FROM:
+    if large:
         recompute_blocks(blocks)
     batch = max(1, batch_tokens // tokens.shape[1])
     steps = options.e2e_steps
@@ -87,7 +93,7 @@ def prepare_training(
         share=share,
         batch=batch,
         steps=steps,
-        seconds=None if options.minutes is None else 60 * options.minutes,
+        seconds=options.seconds(stage),
         seed=options.seed,
         device=device,
         masks=masks,
@@ -96,12 +102,9 @@ def prepare_training(
 
 def _teacher(model, device: torch.device):
     """A frozen copy on the device: f32, run under autocast, or bf16 where f32 would be large."""
-    teacher = copy.deepcopy(model).requires_grad_(False).to(device)
-    size = sum(parameter.numel() for parameter in teacher.parameters())
-    dtype = torch.bfloat16 if device.type == "cuda" and size >= _RECOMPUTE_FROM else torch.float32
-    for parameter in teacher.parameters():  # not buffers: the angles of rotary embeddings stay exact
-        parameter.data = parameter.data.to(dtype)
-    return teacher
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    prepare_large(teacher, nn.ModuleList(), device)
+    return teacher.to(device)
 
 
 def vectors(model: nn.Module) -> list[nn.Parameter]:

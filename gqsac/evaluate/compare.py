@@ -109,13 +109,17 @@ def fingerprint(path: str) -> str:
     return " ".join(facts)
 
 
-def bits_per_weight(path: str) -> float:
+def bits_per_weight(path: str, count: str = "built") -> float:
     """Bits per weight of the compressed linears, scales, zeros and indices counted.
 
-    Of a .gqsa file as it is stored; of a compressed folder what its report.json says, else as `gqsac build`
-    would pack it; DENSE_BITS for anything else. Raises FormatError or ModelError where the source is damaged.
+    count: "built" is what a .gqsa file stores, or what `gqsac build` would make of a folder; "coded" is what the
+    method itself needs by the usual count, as a compressed folder's report.json has it: the fair one for formats
+    that no kernel here packs, such as 2:4. DENSE_BITS for a source that is not compressed. Raises FormatError
+    or ModelError where the source is damaged or does not know the count.
     """
     if is_artifact(path):
+        if count == "coded":
+            raise ModelError(f"{path} is compiled, so its bits are those that it stores; count them as built")
         from gqsa_runtime.inspect_ import describe
         from gqsa_runtime.reader import ArtifactFile
         from gqsa_runtime.validate import validate
@@ -126,10 +130,12 @@ def bits_per_weight(path: str) -> float:
     folder = Path(path)
     if not folder.is_dir() or not read_json(folder / "config.json").get("quantization_config"):
         return DENSE_BITS
-    if (folder / "report.json").is_file():
-        reported = read_json(folder / "report.json").get("bits_per_weight")
-        if isinstance(reported, (int, float)) and reported > 0:
-            return float(reported)
+    if count == "coded":
+        file = folder / "report.json"
+        coded = read_json(file).get("coded_bits_per_weight") if file.is_file() else None
+        if not isinstance(coded, (int, float)) or not coded > 0:
+            raise ModelError(f"{file} does not give coded_bits_per_weight; count the bits as built, or list them")
+        return float(coded)
     checkpoint = Checkpoint.open(folder)
     weights = n_bytes = 0
     for module in checkpoint.modules():

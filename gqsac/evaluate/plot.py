@@ -11,7 +11,7 @@ from gqsa_runtime.errors import DeviceError, InputError
 
 from gqsac.evaluate.compare import REFERENCE, Row
 
-_TICKS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12, 16)
+_TICKS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 10, 12, 16)
 _MARKERS = "osD^vP*X"
 _LINE_STEPS = 100  # places along a line that labels keep clear of
 # Where a label may stand, in points from its own: (right, up, which side of the label is there).
@@ -66,7 +66,8 @@ def _scale(axes, points: Sequence[Row], drawn: Sequence[Row]) -> None:
 
     bits = [row.bits_per_weight for row in points]
     values = [row.perplexity["perplexity"] for row in drawn]
-    axes.set_xlim(min(bits) / 1.12, max(bits) * 1.18)  # room for the labels, which stand on the right
+    spread = max(1.0, 2 * min(bits) / max(bits)) ** 0.5  # points that lie close are not torn apart
+    axes.set_xlim(min(bits) / spread / 1.12, max(bits) * spread * 1.18)  # room for labels on the right
     axes.set_ylim(min(values) / 1.15, max(values) * 1.25)
     low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(FixedLocator([tick for tick in _TICKS if low <= tick <= high]))

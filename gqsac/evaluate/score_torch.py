@@ -63,7 +63,14 @@ class TorchScorer:
         batches = self._batches(requests)
         scores: list[Score | None] = [None] * len(requests)
         for batch in progress(batches) if progress else batches:
-            for index, score in zip(batch, self._score([requests[index] for index in batch]), strict=True):
+            try:
+                found = self._score([requests[index] for index in batch])
+            except torch.cuda.OutOfMemoryError:
+                raise DeviceError(
+                    f"{len(batch)} texts of up to {len(requests[batch[0]].tokens)} tokens do not fit the memory of "
+                    f"{self.device} beside the model; free memory, or use --device cpu"
+                ) from None
+            for index, score in zip(batch, found, strict=True):
                 scores[index] = score
         return scores
 

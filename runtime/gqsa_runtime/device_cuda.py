@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gqsa_runtime import cuda_errors
 from gqsa_runtime.errors import DeviceError
 from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Kernel, Program, Step
 from gqsa_runtime.rope import rope_table
@@ -49,25 +50,11 @@ def call(function: str, *args):
     driver = _driver()
     try:
         status, *values = getattr(driver, function)(*args)
-    except RuntimeError as error:  # the library itself is missing
-        raise DeviceError(
-            "no NVIDIA driver found (libcuda.so.1 cannot be loaded); install one, or use --device cpu"
-        ) from error
+    except RuntimeError as error:  # the library itself is missing, or lacks the function
+        raise DeviceError(cuda_errors.explain_unavailable(function, error)) from error
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise DeviceError(_explain(function, status.name))
+        raise DeviceError(cuda_errors.explain(function, status.name))
     return values[0] if len(values) == 1 else tuple(values)
-
-
-def _explain(function: str, status: str) -> str:
-    reasons = {
-        "CUDA_ERROR_NO_DEVICE": "the driver finds no GPU; use --device cpu",
-        "CUDA_ERROR_OUT_OF_MEMORY": "the GPU is out of memory; use a smaller --context or close other programs",
-        "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": "the driver is older than the PTX in the file; update the NVIDIA "
-        "driver, or rebuild the file with `gqsac build` for this GPU's architecture",
-        "CUDA_ERROR_INVALID_IMAGE": "the kernels in the file are damaged or not for this driver; check the file "
-        "with `gqsa verify`, and update the NVIDIA driver",
-    }
-    return f"{function} failed with {status}: " + reasons.get(status, "check the GPU with `gqsa doctor`")
 
 
 class Gpu:

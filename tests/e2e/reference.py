@@ -10,11 +10,30 @@ from gqsa_runtime import Model
 from transformers import AutoModelForCausalLM
 
 import gqsac  # noqa: F401  lets transformers load compressed folders
+from gqsac.checkpoint import Checkpoint
+from gqsac.rounding import RoundedCheckpoint, Rounding
 
 
 def load_reference(folder: Path) -> torch.nn.Module:
     """The folder's model in fp32, its compressed linears dequantised."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def load_rounded_reference(folder: Path, rounding: Rounding) -> torch.nn.Module:
+    """An uncompressed folder's model in fp32 with the weights that `build --bits` stores for it."""
+    checkpoint = RoundedCheckpoint(Checkpoint.open(folder), rounding)
+    reference = load_reference(folder)
+    rounded = set()
+    for path, module in reference.named_modules():
+        if isinstance(module, torch.nn.Linear) and checkpoint.is_compressed(path):
+            (stream,) = checkpoint.streams(path)
+            module.weight.copy_(torch.from_numpy(stream.dequantize()))
+            rounded.add(f"{path}.weight")
+    for name, parameter in reference.named_parameters():
+        if parameter.dim() == 2 and name not in rounded:  # dense matrices are stored as fp16
+            parameter.copy_(parameter.half().float())
+    return reference
 
 
 @torch.no_grad()

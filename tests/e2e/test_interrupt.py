@@ -58,15 +58,19 @@ def artifact(tmp_path_factory):
 
 
 def test_compress_goes_on_where_it_was(tmp_path):
-    source = save_checkpoint(tmp_path / "source", "llama", num_hidden_layers=16)
+    source = save_checkpoint(tmp_path / "source", "llama", num_hidden_layers=10)
     work = ("compress", source, "-o", tmp_path / "out", "--samples", 16, "--seq-len", 160)
+
+    def finished() -> int:
+        return len(list((tmp_path / "out.partial").glob("*.safetensors")))
+
     running = Running(*work)
-    running.wait_for((tmp_path / "out.partial" / "block-00001.safetensors").exists)
+    running.wait_for(lambda: finished() >= 2)
     running.interrupt()
     assert not (tmp_path / "out").exists()
-    finished = len(list((tmp_path / "out.partial").glob("block-*.safetensors")))
+    before = finished()
     report = json.loads(succeed(*work, "--json").stdout)
-    assert 2 <= report["resumed_blocks"] == finished < 16
+    assert 2 <= report["resumed_blocks"] == before < 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 

@@ -4,16 +4,21 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from gqsa_runtime import Model, device_cuda
 from gqsa_runtime.device_cpu import supported_targets
 from gqsa_runtime.reader import ArtifactFile
 
-from gqsac.checkpoint import Checkpoint
-from gqsac.rounding import RoundedCheckpoint, Rounding
+from gqsac.rounding import Rounding
 from tests.e2e.checkpoints import CONFIGS, save_checkpoint, save_multi_stream
 from tests.e2e.command import gqsac, refusal, succeed
-from tests.e2e.reference import expected_greedy, expected_log_probs, expected_logits, greedy, load_reference
+from tests.e2e.reference import (
+    expected_greedy,
+    expected_log_probs,
+    expected_logits,
+    greedy,
+    load_reference,
+    load_rounded_reference,
+)
 
 pytestmark = pytest.mark.skipif(not supported_targets(), reason="this CPU runs none of gqsac's kernels")
 
@@ -89,15 +94,7 @@ def test_rounding_without_data(tmp_path, sources, bits):
     options = ("--bits", bits, "--sparsity", 0.3, "--target", TARGET, "--kv-dtype", "f32")
     result = succeed("build", sources["llama"], "-o", file, *options)
     assert "note: rounding without calibration data" in result.stderr
-    reference = load_reference(sources["llama"])
-    rounded = RoundedCheckpoint(Checkpoint.open(sources["llama"]), Rounding(bits, 16, 0.3))
-    with torch.no_grad():
-        for path, module in reference.named_modules():
-            if isinstance(module, torch.nn.Linear) and path != "lm_head":
-                (stream,) = rounded.streams(path)
-                module.weight.copy_(torch.from_numpy(stream.dequantize()))
-        table = reference.get_input_embeddings().weight
-        table.copy_(table.half().float())
+    reference = load_rounded_reference(sources["llama"], Rounding(bits, 16, 0.3))
     with Model.open(file, device="cpu", threads=1) as model:
         ids = model.tokenize(TEXT)[:60]
         assert np.abs(model.score(ids).log_probs - expected_log_probs(reference, ids)).max() < 1e-4
@@ -198,10 +195,10 @@ def test_a_chat_and_a_score_through_the_command(built, tmp_path):
 @pytest.mark.parametrize("name", ["qwen2-novels", "opt-novels"])
 def test_trained_models_match_on_real_prompts(tmp_path, shared_model, name):
     source = shared_model(name)
-    succeed("compress", source, "-o", tmp_path / name, "--samples", 2, "--seq-len", 128)
     file = tmp_path / f"{name}.gqsa"
-    succeed("build", tmp_path / name, "-o", file, "--target", TARGET, "--kv-dtype", "f32")
-    reference = load_reference(tmp_path / name)
+    options = ("--bits", 4, "--sparsity", 0.05, "--target", TARGET, "--kv-dtype", "f32")
+    succeed("build", source, "-o", file, *options)
+    reference = load_rounded_reference(source, Rounding(4, 16, 0.05))
     with Model.open(file, device="cpu") as model:
         for prompt in ("It was a dark and stormy night, and the", "She opened the letter slowly, and"):
             ids = model.tokenize(prompt)

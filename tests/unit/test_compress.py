@@ -108,7 +108,7 @@ def test_a_damaged_block_file_is_made_again(tmp_path, llama, monkeypatch):
         patch.setattr(run.PartialFolder, "new_model_folder", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(llama, tmp_path / "out", **SMALL)
-    block = tmp_path / "out.partial" / "one-shot-00001.safetensors"
+    block = tmp_path / "out.partial" / "block-00001.safetensors"
     block.write_bytes(block.read_bytes()[:100])
     assert compress(llama, tmp_path / "out", **SMALL)["resumed_blocks"] == 1
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")

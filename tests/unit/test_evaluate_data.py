@@ -1,11 +1,14 @@
 """Rows of local task files: what is read, and that each kind of damage names its file and line."""
 
 import json
+import sys
 
 import pytest
 
-from gqsac.errors import InputError
+from gqsac.errors import DeviceError, InputError
+from gqsac.evaluate import tasks
 from gqsac.evaluate.task_data import TASKS, read_rows, task_spec
+from tests.e2e.command import gqsac, refusal
 
 PIQA = {"query": "Question: To open a jar, one must\n", "choices": ["turn the lid.", "shake it."], "gold": 0}
 ARC = {"query": "Question: What is hot?", "choices": ["ice", "fire", "snow", "rain"], "gold": 1}
@@ -114,6 +117,21 @@ def test_missing_folder_file_task_and_rows(tmp_path):
     (tmp_path / "arc_easy.jsonl").write_bytes(b'{"query": "\xff"}\n')
     with pytest.raises(InputError, match=r"arc_easy\.jsonl is not UTF-8 text \(byte \d+\)"):
         read_rows("arc_easy", tmp_path)
+
+
+def test_names_are_checked_and_taken_once(tmp_path):
+    (tmp_path / "piqa.jsonl").write_text(json.dumps(PIQA))
+    assert list(tasks.load_tasks(["piqa", "piqa"], tmp_path)) == ["piqa"]
+    with pytest.raises(InputError, match=r"holds no arc_easy\.jsonl"):
+        tasks.load_tasks([], tmp_path)
+
+
+def test_a_missing_harness_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    with pytest.raises(DeviceError, match=r'need the lm-eval harness, .*; install it with pip install "gqsac\[eval\]"'):
+        tasks.check_harness()
+    (tmp_path / "piqa.jsonl").write_text(json.dumps(PIQA))
+    assert "lm-eval" in refusal(gqsac("eval", "tasks", tmp_path / "m", "--task", "piqa", "--data", tmp_path))
 
 
 def test_the_real_files_are_read_to_their_end(shared_tasks):

@@ -107,6 +107,8 @@ def test_runtime_scores_by_their_definition():
     model = fake_device.model()
     scorer = RuntimeScorer(model)
     wanted = requests(Encoder(scorer), "what?", [" ab", " abc", " x", " abcdefghijk", " ab"])
+    # A context that reaches past the last request's last token, which was scored but never run.
+    wanted += [*requests(Encoder(scorer), "what?", [" xy"]), *requests(Encoder(scorer), "what? xy and", [" so"])]
     for request, score in zip(wanted, scorer.score(wanted), strict=True):
         total, greedy = 0.0, True
         for place in range(request.n_context, len(request.tokens)):

@@ -43,13 +43,15 @@ def bundle(
     tokenizer_json: str,
     chat_template: str | None,
     tensors: Iterable[PackedTensor],
+    check: Callable[[Path], None] = lambda path: None,
     progress: Callable[[int], None] = lambda n_bytes: None,
 ) -> int:
     """Writes a .gqsa file and returns its size in bytes.
 
     The file is written beside `path` under a temporary name, synced and renamed. The digests stand
-    last, so that weights stream through memory one tensor at a time. progress: called with the
-    bytes of each tensor written. Raises DeviceError where the disk is full or not writable.
+    last, so that weights stream through memory one tensor at a time. check: called with the finished
+    file before it is renamed; what it raises leaves nothing behind. progress: called with the bytes
+    of each tensor written. Raises DeviceError where the disk is full or not writable.
     """
     tensors = list(tensors)
     path = Path(path)
@@ -94,6 +96,7 @@ def bundle(
         file.flush()
         os.fsync(file.fileno())
         writer.close()
+        check(Path(temporary))
         size = os.path.getsize(temporary)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)

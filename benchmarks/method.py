@@ -1,0 +1,226 @@
+"""What each stage of the method brings: perplexity after one-shot, BQPO, distill and E2E-OQP, one budget for all.
+
+    python benchmarks/method.py SmolLM2.gguf --calibration train.txt --text wiki.test.raw --minutes 6 -o results/
+    python benchmarks/method.py SmolLM2.gguf ... --only "W4 S50" --only "W2 g64"
+    python benchmarks/method.py SmolLM2.gguf ... --also "S50 global: sparsity=0.5 stages=distill allocation=global"
+
+Every configuration goes through `gqsac.compress.run.compress`, and its dequantised model is scored after each stage,
+with f32 arithmetic. --minutes is the training time of a configuration, all its stages together. Results are appended to
+OUT/method.jsonl as they come, one line for each stage; a configuration that is there is not run again, one that was
+stopped goes on, and one that fails is recorded and the next one runs. Prints a table in the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from gqsa_runtime.errors import GqsaError, InputError
+from gqsa_runtime.tokenizer import Tokenizer
+from tqdm import tqdm
+
+from gqsac.compress.calibrate import read_text
+from gqsac.compress.prepare import choose_device
+from gqsac.compress.run import compress
+from gqsac.evaluate.perplexity import perplexity
+from gqsac.source import Source, load_source
+
+FULL = ("bqpo", "distill", "e2e-oqp")
+# Share of a configuration's minutes that each of its training stages gets.
+SHARES = {"bqpo": 0.2, "distill": 0.7, "e2e-oqp": 0.1}
+CONFIGURATIONS = {
+    "W4 S0": {"bits": 4, "sparsity": 0.0},
+    "W4 S30 1x16": {"bits": 4, "sparsity": 0.3},
+    "W4 S50 1x16": {"bits": 4, "sparsity": 0.5},
+    "W2 g64": {"bits": 2, "group_size": 64, "sparsity": 0.0},
+    "W3 g64": {"bits": 3, "group_size": 64, "sparsity": 0.0},
+    "W4 2:4 g64": {"bits": 4, "group_size": 64, "pattern": "2:4"},
+    "W4 S50 1x16, as in the paper": {"bits": 4, "sparsity": 0.5, "stages": ("bqpo", "e2e-oqp")},
+    "W4 S50 1x16, distill alone": {"bits": 4, "sparsity": 0.5, "stages": ("distill",)},
+}
+
+
+class Results:
+    """The lines of method.jsonl: {"config", "stage", "perplexity", …}; a config's last line has "done" or "error"."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self.lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def add(self, **line) -> None:
+        self.lines.append(line)
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        tell(json.dumps(line))
+
+    def is_done(self, config: str) -> bool:
+        return any(line["config"] == config and line.get("done") for line in self.lines)
+
+    def has(self, config: str, stage: str) -> bool:
+        return any((line["config"], line.get("stage")) == (config, stage) for line in self.lines)
+
+
+def run_configuration(name: str, options: dict, source: Source, score, results: Results, args) -> None:
+    """One-shot at full sparsity, then the configuration's stages, each scored as it ends."""
+    options = dict(options)
+    stages = options.pop("stages", FULL)
+    minutes = options.pop("minutes", args.minutes)
+    total = sum(SHARES[stage] for stage in stages)
+    shares = tuple(minutes * SHARES[stage] / total for stage in stages)
+    common = {
+        "calibration": args.calibration, "seq_len": args.seq_len, "samples": args.samples, "device": args.device,
+        "progress": sys.stderr.isatty(),
+    }  # fmt: skip
+    work = args.output / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    slug = "".join(letter if letter.isalnum() else "-" for letter in name)
+
+    def after(stage: str, make) -> None:
+        if stage != "start" and not results.has(name, stage):
+            seconds = time.monotonic() - began
+            results.add(config=name, stage=stage, perplexity=score(make()), seconds=round(seconds, 1))
+
+    began = time.monotonic()
+    if not results.has(name, "one-shot"):
+        out = work / f"{slug}-one-shot"
+        shutil.rmtree(out, ignore_errors=True)
+        one_shot = {key: value for key, value in options.items() if key not in ("weight_lr", "scale_lr", "distill")}
+        compress(source, out, after_stage=after, **common, **one_shot)
+        shutil.rmtree(out)
+    out = work / slug
+    shutil.rmtree(out, ignore_errors=True)
+    report = compress(
+        source, out, stages=stages, minutes=shares, epochs=args.epochs, train_samples=args.train_samples,
+        batch_tokens=args.batch_tokens, after_stage=after, **common, **options,
+    )  # fmt: skip
+    facts = {
+        stage: {key: value for key, value in fact.items() if key not in ("curve", "blocks")}
+        for stage, fact in report["stages"].items()
+    }
+    blocks = [
+        [round(block["before"], 5), round(block["after"], 5), block["kept"], block["epochs"]]
+        for block in report["stages"].get("bqpo", {}).get("blocks", [])
+    ]
+    curves = {stage: fact["curve"][:: max(1, len(fact["curve"]) // 40)] for stage, fact in report["stages"].items()
+              if "curve" in fact}  # fmt: skip
+    results.add(
+        config=name, done=True, seconds=report["seconds"], bits_per_weight=report["bits_per_weight"],
+        coded_bits_per_weight=report["coded_bits_per_weight"], stages=facts, blocks=blocks, curves=curves,
+    )  # fmt: skip
+    if not args.keep:
+        shutil.rmtree(out)
+
+
+def table(lines: list[dict]) -> str:
+    """Markdown: a row for each configuration, a column for each stage."""
+    stages = ["one-shot", *FULL]
+    rows = [f"| configuration | bits per weight | {' | '.join(stages)} |", "|---" * (2 + len(stages)) + "|"]
+    for name in dict.fromkeys(line["config"] for line in lines):
+        mine = [line for line in lines if line["config"] == name]
+        bits = next((f"{line['coded_bits_per_weight']:.2f}" for line in mine if line.get("done")), "-")
+        cells = {line["stage"]: f"{line['perplexity']:.2f}" for line in mine if "stage" in line}
+        if "error" in mine[-1]:
+            cells[stages[-1]] = f"failed: {mine[-1]['error'][:60]}"
+        rows.append(f"| {name} | {bits} | {' | '.join(cells.get(stage, '') for stage in stages)} |")
+    return "\n".join(rows)
+
+
+def parse_also(text: str) -> tuple[str, dict]:
+    """ "LABEL: key=value key=value" as a name and options of `compress`; stages are separated by commas."""
+    name, colon, rest = text.partition(":")
+    options = {}
+    for part in rest.split():
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"--also {text!r}: {part!r} is not of the form key=value")
+        if key == "stages":
+            options[key] = tuple(value.split(","))
+        else:
+            try:
+                options[key] = json.loads(value)
+            except ValueError:
+                options[key] = value
+    if not colon or not options:
+        raise InputError(f"--also is {text!r}, expected 'LABEL: key=value …'")
+    return name.strip(), options
+
+
+def tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder, hub id or .gguf file")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--calibration", action="append", help="UTF-8 text; repeatable (default: the built-in one)")
+    parser.add_argument("--text", required=True, help="UTF-8 text to score")
+    parser.add_argument("--minutes", type=float, default=6.0, help="training of a configuration (default: 6)")
+    parser.add_argument("--window", type=int, default=2048, help="tokens scored in one go (default: 2048)")
+    parser.add_argument("--max-windows", type=int, help="score only the first so many")
+    parser.add_argument("--seq-len", type=int, default=1024, help="tokens of a sample (default: 1024)")
+    parser.add_argument("--samples", type=int, default=256, help="for calibration and BQPO (default: 256)")
+    parser.add_argument("--train-samples", type=int, default=3000, help="for the other stages (default: 3000)")
+    parser.add_argument("--epochs", type=int, default=5, help="of BQPO at most (default: 5)")
+    parser.add_argument("--batch-tokens", type=int, help="tokens of an end-to-end step")
+    parser.add_argument("--only", action="append", default=[], help="run this configuration; repeatable")
+    parser.add_argument("--also", action="append", default=[], metavar="SPEC", help="a configuration of your own")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints, in OUT/work")
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except GqsaError as error:
+        tell(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        tell("interrupted; the same command goes on")
+        return 130
+
+
+def run(args) -> int:
+    """Runs what is not done yet; 1 if a configuration failed."""
+    also = dict(parse_also(text) for text in args.also)
+    unknown = [name for name in args.only if name not in CONFIGURATIONS]
+    if unknown:
+        raise InputError(f"--only {unknown[0]!r} is none of: {'; '.join(CONFIGURATIONS)}")
+    wanted = {name: CONFIGURATIONS[name] for name in args.only or ([] if also else CONFIGURATIONS)} | also
+    args.output.mkdir(parents=True, exist_ok=True)
+    results = Results(args.output / "method.jsonl")
+    device = choose_device(args.device)
+    source = load_source(args.model)
+    tokens = Tokenizer(source.tokenizer_json).encode(read_text(args.text))
+
+    def score(model) -> float:
+        shown = tqdm if sys.stderr.isatty() else None
+        found = perplexity(model.to(device), tokens, args.window, max_windows=args.max_windows, progress=shown)
+        return round(found.perplexity, 4)
+
+    failed = 0
+    if not results.has("uncompressed", "one-shot"):
+        import copy
+
+        results.add(config="uncompressed", stage="one-shot", perplexity=score(copy.deepcopy(source.model).float()))
+    for name, options in wanted.items():
+        if results.is_done(name):
+            continue
+        try:
+            run_configuration(name, options, source, score, results, args)
+        except Exception as error:  # the others are to run all the same
+            failed += 1
+            traceback.print_exc()
+            results.add(config=name, error=f"{type(error).__name__}: {error}")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    print(table(results.lines))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,123 @@
+"""Trainable linears: what they compute is what is stored, and their gradients are the straight-through ones."""
+
+import numpy as np
+import pytest
+import torch
+
+from gqsac.compress.fake_quant import FrozenLinear, GroupLinear, float16_scales
+from gqsac.compress.quantize import quantize
+from gqsac.compress.select import protect_2_of_4, select_groups
+from gqsac.compress.store import from_stream, to_stream
+
+# bits, group size, columns that share a scale, pattern
+CASES = [
+    (2, 16, 16, "1xG"),
+    (3, 8, 32, "1xG"),
+    (4, 16, 16, "1xG"),
+    (4, 16, 64, "1xG"),
+    (8, 32, 32, "1xG"),
+    (4, 128, 128, "1xG"),
+    (2, 64, 64, "2:4"),
+    (4, 64, 128, "2:4"),
+    (8, 16, 16, "2:4"),
+]
+
+
+def make(bits, group_size, quant_group_size, pattern, rows=12, columns=256):
+    """A GroupLinear that has moved away from its one-shot start, as in the midst of a training."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, generator=generator)
+    saliency = torch.rand(rows, columns if pattern == "2:4" else columns // group_size, generator=generator)
+    keep = select_groups(protect_2_of_4(saliency) if pattern == "2:4" else saliency, 0.5)
+    quantized = quantize(weight, keep, torch.eye(columns), torch.ones(columns), bits, quant_group_size)
+    linear = GroupLinear.from_quantized(quantized, bits, torch.nn.Parameter(torch.randn(rows, generator=generator)))
+    assert torch.equal(linear.effective_weight(), quantized.dequantize())  # it starts where one-shot ended
+    with torch.no_grad():
+        linear.weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.3)
+        linear.gains.mul_(1 + 0.2 * torch.randn(linear.gains.shape, generator=generator))
+        if bits != 8:
+            linear.zeros.add_(torch.randn(linear.zeros.shape, generator=generator))
+    return linear
+
+
+def stored_weight(linear, bits, group_size):
+    return torch.from_numpy(to_stream(linear.export(), bits, group_size).dequantize())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_is_bit_for_bit_what_export_stores(case):
+    bits, group_size, quant_group_size, pattern = case
+    linear = make(*case)
+    stored = stored_weight(linear, bits, group_size)
+    assert torch.equal(linear.effective_weight(), stored)
+    assert 0.4 < (stored == 0).float().mean() < 0.9
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(linear(x), torch.nn.functional.linear(x, stored, linear.bias))
+    if pattern == "2:4":
+        assert ((stored.view(-1, 4) == 0).sum(1) >= 2).all()
+
+    stream = to_stream(linear.export(), bits, group_size)
+    frozen = FrozenLinear(bits, from_stream(stream, quant_group_size), linear.bias)
+    assert torch.equal(frozen.effective_weight(), stored)
+    with torch.no_grad():
+        frozen.gains.mul_(1 + 0.2 * torch.rand(frozen.gains.shape, generator=torch.Generator().manual_seed(2)))
+    again = to_stream(frozen.export(), bits, group_size)
+    assert torch.equal(frozen.effective_weight(), torch.from_numpy(again.dequantize()))
+    for same in ("crow_indices", "col_indices", "values", "zeros"):
+        np.testing.assert_array_equal(getattr(again, same), getattr(stream, same))
+    assert (again.scales != stream.scales).any()
+    shared = quant_group_size // group_size
+    if shared > 1 and pattern == "2:4":  # every group is kept, so shared scales stand side by side
+        assert (again.scales.reshape(-1, shared) == again.scales.reshape(-1, shared)[:, :1]).all()
+
+
+def reference_weight(linear):
+    """The same in plain autograd: rounding passes gradients, clipping stops them, removed weights pass them."""
+
+    def through(exact, rounded):
+        return exact + (rounded - exact).detach()
+
+    top = (1 << linear.bits) - 1
+    scales = linear.base * linear.gains
+    scales = through(scales, float16_scales(scales))[..., None]
+    zeros = through(linear.zeros, linear.zeros.round().clamp(0, top))[..., None]  # it may come back into its range
+    ratio = linear.weight.view(*linear.base.shape, -1) / scales
+    levels = through(ratio + zeros, torch.round(ratio + zeros)).clamp(0, top)
+    kept = ((levels - zeros) * scales).view(*linear.keep.shape, -1) * linear.keep[..., None]
+    removed = linear.weight.view_as(kept) * ~linear.keep[..., None]
+    return (kept + removed - removed.detach()).flatten(1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_straight_through_rounding(case):
+    linear = make(*case)
+    upstream = torch.randn(12, 256, generator=torch.Generator().manual_seed(3))
+    parameters = [linear.weight, linear.gains] + ([linear.zeros] if linear.bits != 8 else [])
+    ours = torch.autograd.grad(linear.effective_weight(), parameters, upstream)
+    expected = torch.autograd.grad(reference_weight(linear), parameters, upstream)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert mine.abs().max() > 0
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_of_frozen_levels_are_those_of_autograd():
+    linear = make(4, 16, 64, "1xG")
+    frozen = FrozenLinear(4, from_stream(to_stream(linear.export(), 4, 16), 64), linear.bias)
+    x = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    upstream = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(5))
+    ours = torch.autograd.grad(frozen(x), (x, frozen.gains), upstream)
+    scales = (frozen.base * frozen.gains)[..., None]
+    y = torch.nn.functional.linear(x, (frozen.offsets * scales).flatten(1), linear.bias)
+    for mine, theirs in zip(ours, torch.autograd.grad(y, (x, frozen.gains), upstream), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=1e-3)  # scales here are not rounded to float16
+
+
+def test_bf16_autocast_rounds_only_the_product():
+    linear = make(4, 16, 16, "1xG")
+    frozen = FrozenLinear(4, from_stream(to_stream(linear.export(), 4, 16), 16), linear.bias)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(6))
+    with torch.autocast("cpu", torch.bfloat16):
+        trained, levels = linear(x), frozen(x)
+    assert trained.dtype == levels.dtype == torch.bfloat16
+    torch.testing.assert_close(trained.float(), linear(x), rtol=0.02, atol=0.2)
+    torch.testing.assert_close(levels.float(), trained.float(), rtol=0.02, atol=0.2)
