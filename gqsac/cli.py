@@ -47,6 +47,7 @@ def cli():
 )
 @click.option("--pattern", help="What is removed: groups (1xG) or two of every four weights (2:4).")
 @click.option("--allocation", help="Groups compete within a row, a layer, or the whole model: row, layer, global.")
+@click.option("--removal", help="Training keeps the one-shot mask (at-once) or removes groups itself (gradual).")
 @click.option("--quant-group-size", type=int, help="Weights that share a scale: a multiple of the group size.")
 @click.option(
     "--stages", metavar="LIST", help="Comma-separated: one-shot (default), bqpo, distill, e2e-oqp, in this order."

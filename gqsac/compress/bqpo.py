@@ -1,8 +1,10 @@
 """BQPO, block-wise quantisation-pruning optimisation (GQSA, arXiv 2412.17560, section 3.3).
 
 Each block's weights, scales and zeros learn to give the uncompressed block's outputs (the targets, from the
-full-precision stream) on the inputs that the compressed blocks before it make. Groups go gradually and are
-chosen anew while the weights learn; the removed ones go on learning, straight through, and may come back.
+full-precision stream) on the inputs that the compressed blocks before it make. The training starts from the
+one-shot block, whose weights have already taken on the errors of the removed groups, and keeps its mask. Or, with
+removal="gradual", it starts with all groups, which go gradually and are chosen anew while the weights learn; the
+removed ones go on learning, straight through, and may come back. The first was measured to be better.
 The recipe of the optimisation is EfficientQAT's Block-AP (arXiv 2407.11062), the schedule of removal is
 Zhu and Gupta's (arXiv 1710.01878).
 """
@@ -28,6 +30,7 @@ from gqsac.compress.trainable import adamw, autocast, install, parameter_groups,
 
 RAMP = 0.5  # share of the training over which groups are removed
 CHOOSE_UNTIL = 0.75  # after this share the mask stays
+_STOP_FROM = 0.5  # with a mask that stays, the share of the training from which it may stop early
 _MASKS = 40  # masks chosen during a training
 _BATCH_TOKENS = 4096  # of a step at most
 _STEPS_PER_EPOCH = 32  # wished for: few samples make small steps
@@ -78,8 +81,11 @@ class BlockTrainer:
         options = self._options
         one_shot = quantize_block(self._weights, self._siblings, self._rates, options)
         before = self._error_with(one_shot)
-        nothing = dict.fromkeys(self._rates, 0.0)
-        start = quantize_block(self._weights, self._siblings, nothing, options)
+        gradual = options.removes_gradually("bqpo")
+        ramp = RAMP if gradual else 0.0
+        start = one_shot
+        if gradual:
+            start = quantize_block(self._weights, self._siblings, dict.fromkeys(self._rates, 0.0), options)
         modules = {
             path: GroupLinear.from_quantized(start[path], options.bits, self._biases[path]) for path in self._weights
         }
@@ -90,16 +96,17 @@ class BlockTrainer:
         steps = options.epochs * per_epoch
         clock = Clock(steps, seconds)
         every = max(1, steps // _MASKS)
-        step, epochs, curve, best, chosen_at = 0, 0, [], (float("inf"), None), None
+        step, epochs, curve, best = 0, 0, [], (float("inf"), None)
+        chosen_at = None if gradual else 1.0  # share of the training at which the mask was last chosen
         while clock.fraction(step) < 1 or best[1] is None:
             order = np.random.default_rng((options.seed, self._index, epochs)).permutation(self._train)
             losses = []
             for first in range(0, len(order), self._batch):
                 fraction = clock.fraction(step)
-                if fraction >= 1 and chosen_at is not None and chosen_at >= RAMP:
+                if fraction >= 1 and step and chosen_at >= ramp:
                     break
                 due = step % every == 0 and fraction < CHOOSE_UNTIL
-                if due or chosen_at is None or (chosen_at < RAMP <= fraction):
+                if gradual and (due or chosen_at is None or chosen_at < ramp <= fraction):
                     self._choose(modules, fraction)
                     chosen_at = fraction
                 set_learning_rates(optimizer, learning_rate_factor(fraction))
@@ -113,12 +120,12 @@ class BlockTrainer:
                     f"the loss of the training became {curve[-1]} in epoch {epochs}; finished blocks are kept, so "
                     "give the same command with a lower --weight-lr and --scale-lr to go on from here"
                 )
-            if chosen_at >= RAMP:  # before, the mask is not yet the one to keep
+            if chosen_at >= ramp:  # before, the mask is not yet the one to keep
                 error = self._error()
                 enough = error < best[0] * (1 - _LEAST_GAIN)
                 if error < best[0] or best[1] is None:
                     best = (error, {path: _copied(module.export()) for path, module in modules.items()})
-                if not enough and clock.fraction(step) >= CHOOSE_UNTIL:
+                if not enough and clock.fraction(step) >= (CHOOSE_UNTIL if gradual else _STOP_FROM):
                     break
         after, trained = best
         kept = "trained" if after < before else "one-shot"

@@ -11,11 +11,12 @@ from gqsac.compress.select import ALLOCATIONS, PATTERNS
 
 # In the order in which they may follow each other; "one-shot" is what the others start from.
 STAGES = ("one-shot", "bqpo", "distill", "e2e-oqp")
+REMOVALS = ("at-once", "gradual")
 DEFAULT_SPARSITY = 0.02
 _DEFAULT_SAMPLES = {False: 8, True: 128}  # without and with training stages
 # Stage -> learning rates (weights, scales). Weights: relative to the root mean square of their linear.
 # Scales: relative to each scale. Zeros move with the scales' rate, in units of the whole range of levels.
-RATES = {"bqpo": (3e-3, 1e-3), "distill": (4e-3, 2e-3), "e2e-oqp": (0.0, 2e-3)}
+RATES = {"bqpo": (1e-2, 1e-3), "distill": (8e-3, 2e-3), "e2e-oqp": (0.0, 2e-3)}
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Options:
     sparsity: float | None = None
     pattern: str = "1xG"
     allocation: str | None = None
+    removal: str | None = None
     skip: tuple[str, ...] = ()
     damping: float = 0.01
     seed: int = 0
@@ -60,6 +62,12 @@ class Options:
             weights if self.weight_lr is None else self.weight_lr,
             scales if self.scale_lr is None else self.scale_lr,
         )
+
+    def removes_gradually(self, stage: str) -> bool:
+        """Whether groups go, and are chosen anew, while the stage trains; otherwise it keeps the mask it finds."""
+        if self.removal is None:
+            return stage == "distill" and "bqpo" not in self.stages
+        return self.removal == "gradual"
 
     def seconds(self, stage: str) -> float | None:
         """Training time of a stage at most."""
@@ -95,6 +103,8 @@ def checked(options: Options) -> Options:
     allocation = ("global" if o.training and o.pattern == "1xG" else "row") if o.allocation is None else o.allocation
     if allocation not in ALLOCATIONS:
         raise InputError(f"allocation is {allocation!r}, expected one of {', '.join(ALLOCATIONS)}")
+    if o.removal not in (None, *REMOVALS):
+        raise InputError(f"removal is {o.removal!r}, expected one of {', '.join(REMOVALS)}")
     if o.seq_len is not None and o.seq_len < 2:
         raise InputError(f"the sample length is {o.seq_len} tokens, expected at least 2")
     if not 0 < o.damping <= 1:
@@ -108,17 +118,17 @@ def checked(options: Options) -> Options:
                         ("e2e_steps", o.e2e_steps), ("batch_tokens", o.batch_tokens)):  # fmt: skip
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}, expected at least 1")
-    minutes = o.minutes
-    if isinstance(minutes, (int, float)):
-        minutes = (minutes,) * len(o.training)
-    if minutes is not None and len(minutes) != len(o.training):
-        raise InputError(
-            f"minutes has {len(minutes)} values, expected one, or one for each of the {len(o.training)} training stages"
-        )
+    minutes = (o.minutes,) if isinstance(o.minutes, (int, float)) else o.minutes
     rates = (("weight_lr", o.weight_lr), ("scale_lr", o.scale_lr))
     for name, value in (*(("minutes", value) for value in minutes or ()), *rates):
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"{name} is {value}, expected a number above 0")
+    if minutes is not None and len(minutes) == 1:
+        minutes *= len(o.training)
+    if minutes is not None and len(minutes) != len(o.training):
+        raise InputError(
+            f"minutes has {len(minutes)} values, expected one, or one for each of the {len(o.training)} training stages"
+        )
     filled = {
         "allocation": allocation,
         "minutes": minutes,

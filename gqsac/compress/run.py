@@ -61,8 +61,11 @@ def compress(
     bits: 2, 3, 4 or 8 (symmetric). group_size: 8, 16, 32, 64 or 128 columns that are removed together.
     quant_group_size: columns that share a scale and a zero, a multiple of group_size. sparsity: share of all groups
     to remove, 0 to below 1. pattern: "1xG", or "2:4" for two of every four weights. allocation: "row", "layer" or
-    "global", see select.py. skip: patterns of linears to leave dense, such as "down_proj" or "model.layers.0.*";
-    output head and embeddings always stay dense. damping: added to the Hessian's diagonal, relative to its mean.
+    "global", see select.py; by default "global" with training, else "row". removal: "at-once", training keeps the
+    mask that one-shot chose, or "gradual", training removes groups itself and chooses them anew; by default gradual
+    in a distill that no bqpo precedes. skip: patterns of linears to leave dense, such as "down_proj" or
+    "model.layers.0.*"; output head and embeddings always stay dense. damping: added to the Hessian's diagonal,
+    relative to its mean.
     samples, seq_len: how many windows of how many tokens (1024, or the model's context if shorter) calibrate and
     train blocks. stages: some of "one-shot", "bqpo", "distill", "e2e-oqp", in that order. epochs: of BQPO.
     e2e_steps: of each end-to-end stage; by default two epochs. minutes: of training at most, for each training stage
@@ -142,7 +145,8 @@ class _Run:
         """Runs the stage that goes block by block. Its name: "start" is a one-shot pass that removes nothing,
         from which `distill` begins, since it removes groups itself."""
         training = self._options.training
-        name = "bqpo" if "bqpo" in training else "start" if training[:1] == ("distill",) else "one-shot"
+        starts_dense = training[:1] == ("distill",) and self._options.removes_gradually("distill")
+        name = "bqpo" if "bqpo" in training else "start" if starts_dense else "one-shot"
         rates = self._rates() if name != "start" else dict.fromkeys(self._shapes, 0.0)
         meter = Meter(self._device)
         stage = BlockwiseStage(

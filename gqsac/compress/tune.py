@@ -77,7 +77,8 @@ def prepare_training(
     others, masks = [], None
     if stage == "distill":
         others = [parameter.requires_grad_(True) for parameter in vectors(model)]
-        masks = MaskGrower(linears, options, already_sparse=previous == "bqpo")
+        if options.removes_gradually("distill"):
+            masks = MaskGrower(linears, options, already_sparse=previous == "bqpo")
     if large:
         recompute_blocks(blocks)
     batch = max(1, batch_tokens // tokens.shape[1])

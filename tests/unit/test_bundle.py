@@ -176,3 +176,16 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(tmp_path, mon
     with pytest.raises(DeviceError, match="cannot be written"):
         check_output(tmp_path / "new.gqsa")
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_that_fails_its_check_is_not_published(tmp_path):
+    seen = []
+
+    def check(path):
+        with ArtifactFile.open(path) as file:  # finished and readable, but not yet under its name
+            seen.append(list(file.tensors))
+        raise FormatError("it is not sound")
+
+    with pytest.raises(FormatError, match="not sound"):
+        write(tmp_path / "m.gqsa", check=check)
+    assert seen == [list(ARRAYS)] and list(tmp_path.iterdir()) == []

@@ -38,12 +38,23 @@ def llama(tmp_path_factory):
     """A random model whose linears matter: its next tokens depend on them."""
     folder = save_model(tmp_path_factory.mktemp("models") / "llama")
     weights = load_file(folder / "model.safetensors")
-    save_file({name: 6 * w if "_proj" in name else w for name, w in weights.items()}, folder / "model.safetensors")
+    factors = {"_proj": 4, "model.norm": 4}
+    for name in weights:
+        weights[name] *= next((factor for part, factor in factors.items() if part in name), 1)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, llama):
+def whole(tmp_path_factory):
+    """Options of a run through all stages, on a text of its own."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(TEXT)
+    return {"sparsity": 0.5, "stages": ALL, "calibration": text, **SMALL}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, llama, whole):
     """(folder, report, stage -> (KL to the uncompressed model, cross-entropy)) of a model through all stages."""
     out = tmp_path_factory.mktemp("trained") / "out"
     tokens = torch.tensor(byte_tokenizer().encode(TEXT[:512]).ids).view(-1, 16)
@@ -55,7 +66,7 @@ def trained(tmp_path_factory, llama):
         logits = make()(tokens).logits
         losses[stage] = (float(token_loss(logits, tokens, teacher, 1.0)), float(token_loss(logits, tokens)))
 
-    return out, compress(llama, out, sparsity=0.5, stages=ALL, after_stage=measure, **SMALL), losses
+    return out, compress(llama, out, after_stage=measure, **whole), losses
 
 
 def test_every_stage_lowers_its_loss_and_reports_it(trained):
@@ -121,18 +132,17 @@ def _raise_at(call, real):
     ],
     ids=lambda where: f"{where[1]}-{where[2]}",
 )
-def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path, llama, trained, monkeypatch, where):
+def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path, llama, whole, trained, monkeypatch, where):
     monkeypatch.setattr(end_to_end, "_SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(end_to_end, "_SAVE_EVERY", 10)
     module, name, call = where
-    options = {"sparsity": 0.5, "stages": ALL, **SMALL}
     with monkeypatch.context() as patch, pytest.raises(_Killed):
         patch.setattr(module, name, _raise_at(call, getattr(module, name)))
-        compress(llama, tmp_path / "out", **options)
+        compress(llama, tmp_path / "out", **whole)
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="another epochs: 3 there, 4 now"):
-        compress(llama, tmp_path / "out", **{**options, "epochs": 4})
-    compress(llama, tmp_path / "out", **options)
+        compress(llama, tmp_path / "out", **{**whole, "epochs": 4})
+    compress(llama, tmp_path / "out", **whole)
     assert folder_bytes(tmp_path / "out") == folder_bytes(trained[0])
 
 
@@ -166,7 +176,7 @@ def test_a_nan_end_to_end_stops_with_the_stage_and_step(tmp_path, llama, monkeyp
 
 def test_scales_alone_learn_in_e2e_oqp(tmp_path, llama):
     compress(llama, tmp_path / "one-shot", sparsity=0.25, **SMALL)
-    compress(llama, tmp_path / "tuned", sparsity=0.25, stages=("e2e-oqp",), distill=0.5, **SMALL)
+    compress(llama, tmp_path / "tuned", sparsity=0.25, stages=("e2e-oqp",), allocation="row", distill=0.5, **SMALL)
     before, after = Checkpoint.open(tmp_path / "one-shot"), Checkpoint.open(tmp_path / "tuned")
     changed = 0
     for name in before.names():
@@ -238,7 +248,6 @@ def test_the_command_reports_in_words(tmp_path, llama):
 
 
 def test_distillation_learns_from_the_uncompressed_model(tmp_path, llama):
-    """With no pruning and 8 bits the student equals the teacher: the loss begins near nothing."""
-    report = compress(llama, tmp_path / "out", bits=8, sparsity=0.0, stages=("distill",), **SMALL)
-    assert report["stages"]["distill"]["curve"][0][1] < 1e-3
-    assert torch.isfinite(torch.tensor(report["stages"]["distill"]["curve"])).all()
+    """With 8 bits and nothing removed the student begins, and stays, next to its teacher."""
+    report = compress(llama, tmp_path / "out", bits=8, sparsity=0.0, stages=("distill",), **SMALL, scale_lr=1e-5)
+    assert max(loss for _, loss in report["stages"]["distill"]["curve"]) < 0.03
