@@ -8,6 +8,8 @@ import torch
 from gqsa_runtime.errors import ModelError, UnsupportedError
 from torch import nn
 
+_GPU_TOKENS = 8192  # that pass through a block at once on a GPU; a CPU gains nothing from more than a sample
+
 
 def find_blocks(model) -> tuple[str, nn.ModuleList]:
     """Path and list of the decoder blocks: the one ModuleList of config.num_hidden_layers modules."""
@@ -81,10 +83,11 @@ class BlockRunner:
         self._pass(index, block, self.reference, True)
 
     def _pass(self, index, block, states, keep) -> None:
-        for i in range(len(states)):
-            output = self.call(index, block, states[i : i + 1].to(self.device))
+        at_once = max(1, _GPU_TOKENS // states.shape[1]) if self.device.type == "cuda" else 1
+        for part in states.split(at_once):
+            output = self.call(index, block, part.to(self.device))
             if keep:
-                states[i : i + 1] = output
+                part.copy_(output)
 
     def check(self, block_name: str) -> None:
         """Raises ModelError if the activations are no longer finite."""

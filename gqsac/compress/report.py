@@ -118,8 +118,8 @@ def _plot_sparsity(axes, report: dict) -> None:
     for kind, points in by_kind.items():
         axes.plot(*zip(*points, strict=True), marker=".", label=kind)
     axes.set(xlabel="block", ylabel="share of the weights removed", title="Sparsity per linear")
-    axes.set_ylim(0, max(0.05, 1.15 * max(report["sparsity"].values())))
-    axes.legend(fontsize="small", ncols=2)
+    axes.set_ylim(0, max(0.05, 1.4 * max(report["sparsity"].values())))  # room for the legend
+    axes.legend(fontsize="small", ncols=3, loc="upper center")
 
 
 def _plot_blocks(axes, report: dict) -> None:
@@ -132,7 +132,8 @@ def _plot_blocks(axes, report: dict) -> None:
 
 def _curve_of(name: str):
     def draw(axes, report: dict) -> None:
-        axes.plot(*zip(*report["stages"][name]["curve"], strict=True))
+        curve = report["stages"][name]["curve"]
+        axes.plot(*zip(*curve, strict=True), marker="." if len(curve) < 50 else "")
         axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{name}: training loss", yscale="log")
 
     return draw

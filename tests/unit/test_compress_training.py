@@ -33,6 +33,15 @@ SMALL = {
 ALL = ("bqpo", "distill", "e2e-oqp")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other cost more than such small models gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """A random model whose linears matter: its next tokens depend on them."""
