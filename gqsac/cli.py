@@ -33,8 +33,8 @@ def cli():
 @click.argument("source", metavar="SRC")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--bits", type=click.IntRange(2, 8), default=4, show_default=True, help="Bits of a weight: 2, 3, 4 or 8.")
-@click.option("--group-size", type=int, default=None, help=f"Weights in a group: {', '.join(map(str, GROUP_SIZES))}.")
-@click.option("--sparsity", type=float, default=None, help="Share of groups to remove, 0 to below 1.")
+@click.option("--group-size", type=int, help=f"Weights in a group: {', '.join(map(str, GROUP_SIZES))}. Default: 16.")
+@click.option("--sparsity", type=float, default=None, help="Share of groups to remove, 0 to below 1. Default: 0.02.")
 @click.option(
     "--calibration", multiple=True, type=click.Path(path_type=Path), metavar="TEXT",
     help="UTF-8 text file to calibrate with; repeatable. Without one, a small built-in text serves.",
