@@ -16,6 +16,7 @@ from gqsa_runtime.errors import GqsaError, InputError, ModelError, UnsupportedEr
 from gqsac.model_folder import read_json
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_LARGEST_WEIGHT = 65504
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Copied byte for byte into the compressed folder where the source has them.
 _TOKENIZER_FILES = (
@@ -52,7 +53,7 @@ class Source:
     def fingerprint(self) -> str:
         """CRC-32 of config, tokenizer and every weight's name, shape and bytes, 8 hex digits.
 
-        Raises ModelError that names the first tensor with a NaN or an infinity.
+        Raises ModelError that names the first tensor with a NaN, an infinity, or a weight beyond fp16.
         """
         import torch
 
@@ -61,6 +62,11 @@ class Source:
         for name, tensor in self.model.state_dict().items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ModelError(f"{self.name}: tensor {name} holds a NaN or an infinity; the source model is damaged")
+            if tensor.is_floating_point() and tensor.ndim > 1 and tensor.abs().max() > _LARGEST_WEIGHT:
+                raise ModelError(
+                    f"{self.name}: the largest weight of {name} is {float(tensor.abs().max()):g} and fp16, in which "
+                    f"scales and dense weights are stored, ends at {_LARGEST_WEIGHT}; is the source model damaged?"
+                )
             crc = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), crc)
             crc = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
         return f"{crc:08x}"
@@ -118,7 +124,16 @@ def _load_folder(path: Path, name: str) -> Source:
     from transformers import AutoModelForCausalLM
 
     with _explained(name):
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    mismatched = sorted(info.get("mismatched_keys") or ())
+    if mismatched:
+        tensor, stored, expected = mismatched[0]
+        raise ModelError(
+            f"{name}: tensor {tensor} has shape {list(stored)}, config.json needs {list(expected)} "
+            f"({len(mismatched)} differ in all); do config and weights belong together?"
+        )
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise ModelError(

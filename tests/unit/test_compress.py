@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gqsac.checkpoint import Checkpoint
@@ -196,6 +197,29 @@ def test_a_nan_is_named(tmp_path, llama):
     shutil.copy(llama / "tokenizer.json", tmp_path / "source")
     with pytest.raises(ModelError, match="tensor model.layers.1.mlp.up_proj.weight holds a NaN"):
         compress(tmp_path / "source", tmp_path / "out", **SMALL)
+
+
+def test_a_weight_beyond_fp16_is_named(tmp_path, llama):
+    folder = _with_weights(llama, tmp_path / "large", "model.layers.0.mlp.up_proj.weight", lambda weight: weight + 3e6)
+    with pytest.raises(ModelError, match="largest weight of model.layers.0.mlp.up_proj.weight is 3e"):
+        compress(folder, tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_shape_are_named(tmp_path, llama):
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = _with_weights(llama, tmp_path / "other", name, lambda weight: weight[:8].clone())
+    with pytest.raises(ModelError, match=rf"tensor {name} has shape \[8, \d+\], config.json needs"):
+        compress(folder, tmp_path / "out", **SMALL)
+
+
+def _with_weights(source, folder, name, change):
+    """A copy of a model folder with one tensor changed."""
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[name] = change(weights[name])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def test_a_compressed_model_is_not_compressed_again(tmp_path, llama):
