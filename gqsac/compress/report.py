@@ -104,8 +104,9 @@ def _plot(report: dict, file: Path) -> None:
         draw(axes, report)
     options = report["options"]
     figure.suptitle(
-        f"{report['model']}: {options['bits']} bits, {options['pattern']}, groups of {options['group_size']}, "
-        f"{report['bits_per_weight']:.2f} bits per weight"
+        f"{report['model']}\n{options['bits']} bits, {options['pattern']}, groups of {options['group_size']}, "
+        f"{report['bits_per_weight']:.2f} bits per weight",
+        fontsize="medium",
     )
     figure.savefig(file, dpi=100, metadata={"Software": None})
 
