@@ -1,11 +1,12 @@
 """What each stage of the method brings: perplexity after one-shot, BQPO, distill and E2E-OQP, one budget for all.
 
-    python benchmarks/method.py SmolLM2.gguf --calibration train.txt --text wiki.test.raw --minutes 6 -o results/
+    python benchmarks/method.py SmolLM2.gguf --calibration train.txt --text wiki.test.raw --steps 1400 -o results/
     python benchmarks/method.py SmolLM2.gguf ... --only "W4 S50" --only "W2 g64"
     python benchmarks/method.py SmolLM2.gguf ... --also "S50 global: sparsity=0.5 stages=distill allocation=global"
 
 Every configuration goes through `gqsac.compress.run.compress`, and its dequantised model is scored after each stage,
-with f32 arithmetic. --minutes is the training time of a configuration, all its stages together. Results are appended to
+with f32 arithmetic. --minutes is the training time of a configuration, all its stages together; --steps, which does not
+depend on the machine's speed, its end-to-end steps (BQPO then has its --epochs). Results are appended to
 OUT/method.jsonl as they come, one line for each stage; a configuration that is there is not run again, one that was
 stopped goes on, and one that fails is recorded and the next one runs. Prints a table in the end.
 """
@@ -34,6 +35,8 @@ from gqsac.source import Source, load_source
 FULL = ("bqpo", "distill", "e2e-oqp")
 # Share of a configuration's minutes that each of its training stages gets.
 SHARES = {"bqpo": 0.2, "distill": 0.7, "e2e-oqp": 0.1}
+STEP_SHARES = {"distill": 0.85, "e2e-oqp": 0.15}
+TRAINING = ("weight_lr", "scale_lr", "distill", "removal", "batch_tokens", "train_samples", "epochs", "e2e_steps")
 CONFIGURATIONS = {
     "W4 S0": {"bits": 4, "sparsity": 0.0},
     "W4 S30 1x16": {"bits": 4, "sparsity": 0.3},
@@ -71,8 +74,11 @@ def run_configuration(name: str, options: dict, source: Source, score, results: 
     options = dict(options)
     stages = options.pop("stages", FULL)
     minutes = options.pop("minutes", args.minutes)
-    total = sum(SHARES[stage] for stage in stages)
-    shares = tuple(minutes * SHARES[stage] / total for stage in stages)
+    steps = options.pop("steps", args.steps)
+    budget = {"minutes": None if minutes is None else divided(minutes, {stage: SHARES[stage] for stage in stages})}
+    if steps is not None:
+        parts = divided(steps, {stage: share for stage, share in STEP_SHARES.items() if stage in stages})
+        budget["e2e_steps"] = tuple(round(part) for part in parts) or None
     common = {
         "calibration": args.calibration, "seq_len": args.seq_len, "samples": args.samples, "device": args.device,
         "progress": sys.stderr.isatty(),
@@ -90,15 +96,13 @@ def run_configuration(name: str, options: dict, source: Source, score, results: 
     if not results.has(name, "one-shot"):
         out = work / f"{slug}-one-shot"
         shutil.rmtree(out, ignore_errors=True)
-        one_shot = {key: value for key, value in options.items() if key not in ("weight_lr", "scale_lr", "distill")}
-        compress(source, out, after_stage=after, **common, **one_shot)
+        one_shot = {key: value for key, value in options.items() if key not in TRAINING}
+        compress(source, out, after_stage=after, **(common | one_shot))
         shutil.rmtree(out)
     out = work / slug
     shutil.rmtree(out, ignore_errors=True)
-    report = compress(
-        source, out, stages=stages, minutes=shares, epochs=args.epochs, train_samples=args.train_samples,
-        batch_tokens=args.batch_tokens, after_stage=after, **common, **options,
-    )  # fmt: skip
+    training = {"epochs": args.epochs, "train_samples": args.train_samples, "batch_tokens": args.batch_tokens}
+    report = compress(source, out, stages=stages, after_stage=after, **(common | training | budget | options))
     facts = {
         stage: {key: value for key, value in fact.items() if key not in ("curve", "blocks")}
         for stage, fact in report["stages"].items()
@@ -117,6 +121,11 @@ def run_configuration(name: str, options: dict, source: Source, score, results: 
         shutil.rmtree(out)
 
 
+def divided(whole: float, shares: dict[str, float]) -> tuple[float, ...]:
+    """The parts of `whole` in the ratio of the shares, in their order."""
+    return tuple(whole * share / sum(shares.values()) for share in shares.values())
+
+
 def table(lines: list[dict]) -> str:
     """Markdown: a row for each configuration, a column for each stage."""
     stages = ["one-shot", *FULL]
@@ -133,7 +142,7 @@ def table(lines: list[dict]) -> str:
 
 def parse_also(text: str) -> tuple[str, dict]:
     """ "LABEL: key=value key=value" as a name and options of `compress`; stages are separated by commas."""
-    name, colon, rest = text.partition(":")
+    name, colon, rest = text.partition(": ")
     options = {}
     for part in rest.split():
         key, equals, value = part.partition("=")
@@ -161,7 +170,8 @@ def main(argv=None) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--calibration", action="append", help="UTF-8 text; repeatable (default: the built-in one)")
     parser.add_argument("--text", required=True, help="UTF-8 text to score")
-    parser.add_argument("--minutes", type=float, default=6.0, help="training of a configuration (default: 6)")
+    parser.add_argument("--minutes", type=float, help="training time of a configuration at most")
+    parser.add_argument("--steps", type=int, help="end-to-end steps of a configuration at most")
     parser.add_argument("--window", type=int, default=2048, help="tokens scored in one go (default: 2048)")
     parser.add_argument("--max-windows", type=int, help="score only the first so many")
     parser.add_argument("--seq-len", type=int, default=1024, help="tokens of a sample (default: 1024)")
@@ -186,6 +196,8 @@ def main(argv=None) -> int:
 
 def run(args) -> int:
     """Runs what is not done yet; 1 if a configuration failed."""
+    if args.minutes is None and args.steps is None:
+        raise InputError("neither --minutes nor --steps is given; one of them has to end the training")
     also = dict(parse_also(text) for text in args.also)
     unknown = [name for name in args.only if name not in CONFIGURATIONS]
     if unknown:

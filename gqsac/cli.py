@@ -53,7 +53,7 @@ def cli():
     "--stages", metavar="LIST", help="Comma-separated: one-shot (default), bqpo, distill, e2e-oqp, in this order."
 )
 @click.option("--epochs", type=int, help="BQPO: epochs over the samples.")
-@click.option("--e2e-steps", type=int, help="distill, e2e-oqp: steps. Default: two epochs.")
+@click.option("--e2e-steps", metavar="LIST", help="distill, e2e-oqp: steps of both, or of each. Default: two epochs.")
 @click.option("--train-samples", type=int, help="distill, e2e-oqp: sequences to train on. Default: --samples.")
 @click.option("--batch-tokens", type=int, help="distill, e2e-oqp: tokens in a step.")
 @click.option("--minutes", metavar="LIST", help="Training time at most: of every stage, or comma-separated of each.")
@@ -62,7 +62,7 @@ def cli():
 @click.option("--scale-lr", type=float, help="Learning rate of scales, relative to their size.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
-def compress(source, output, as_json, stages, minutes, **options):
+def compress(source, output, as_json, stages, minutes, e2e_steps, **options):
     """Makes a compressed checkpoint of a model: calibrate, choose groups, quantise, and train.
 
     SRC is a Hugging Face folder, a hub id, or a .gguf file. Block after block is calibrated,
@@ -85,6 +85,8 @@ def compress(source, output, as_json, stages, minutes, **options):
         chosen["stages"] = tuple(stage.strip() for stage in stages.split(","))
     if minutes is not None:
         chosen["minutes"] = _numbers("--minutes", minutes)
+    if e2e_steps is not None:
+        chosen["e2e_steps"] = _numbers("--e2e-steps", e2e_steps, int)
     try:
         report = run(source, output, progress=sys.stderr.isatty(), **chosen)
     except SafetensorError as error:  # its writer reports a full disk so
@@ -97,12 +99,13 @@ def compress(source, output, as_json, stages, minutes, **options):
         click.echo(summary(report), err=True)
 
 
-def _numbers(option: str, text: str) -> float | tuple[float, ...]:
-    """One number, or comma-separated ones."""
+def _numbers(option: str, text: str, kind=float):
+    """One number, or a tuple of comma-separated ones. kind: float or int."""
     try:
-        values = tuple(float(part) for part in text.split(","))
+        values = tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise click.UsageError(f"{option} is {text!r}, expected a number or numbers separated by commas") from None
+        name = "a whole number or whole numbers" if kind is int else "a number or numbers"
+        raise click.UsageError(f"{option} is {text!r}, expected {name} separated by commas") from None
     return values[0] if len(values) == 1 else values
 
 

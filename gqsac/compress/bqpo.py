@@ -20,6 +20,7 @@ from torch import nn
 
 from gqsac.compress.blocks import BlockRunner
 from gqsac.compress.clock import Clock, learning_rate_factor
+from gqsac.compress.compiled import compiled_block
 from gqsac.compress.fake_quant import GroupLinear
 from gqsac.compress.losses import relative_error
 from gqsac.compress.one_shot import Siblings, choose_mask, quantize_block
@@ -91,6 +92,7 @@ class BlockTrainer:
         }
         del start
         install(self._block, modules)
+        self._forward = compiled_block(self._block, self._runner.device)
         optimizer = adamw(parameter_groups(modules, options.rates("bqpo")), self._runner.device)
         per_epoch = -(-len(self._train) // self._batch)
         steps = options.epochs * per_epoch
@@ -141,7 +143,7 @@ class BlockTrainer:
 
     def _step(self, modules, optimizer, rows) -> torch.Tensor:
         with autocast(self._runner.device):
-            output = self._runner.call(self._index, self._block, self._on_device(self._runner.hidden, rows))
+            output = self._runner.call(self._index, self._forward, self._on_device(self._runner.hidden, rows))
         loss = relative_error(output, self._on_device(self._runner.reference, rows))
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = torch.autograd.grad(loss, parameters)

@@ -108,10 +108,11 @@ def _step(t: Training, step: int, parameters) -> torch.Tensor:
                 teacher_logits = t.teacher(tokens, use_cache=False).logits
         with autocast(t.device):
             logits = t.student(tokens, use_cache=False).logits
-        loss = token_loss(logits, tokens, teacher_logits, t.share) * (len(part) / len(rows))
-        del logits, teacher_logits
-        loss.backward(inputs=parameters)
-        total += loss.detach()
+        loss, gradient = token_loss(logits, tokens, teacher_logits, t.share, len(part) / len(rows))
+        del teacher_logits
+        logits.backward(gradient, inputs=parameters)
+        del logits, gradient
+        total += loss
     return total
 
 

@@ -11,6 +11,7 @@ from gqsac.compress.select import ALLOCATIONS, PATTERNS
 
 # In the order in which they may follow each other; "one-shot" is what the others start from.
 STAGES = ("one-shot", "bqpo", "distill", "e2e-oqp")
+END_TO_END = ("distill", "e2e-oqp")
 REMOVALS = ("at-once", "gradual")
 DEFAULT_SPARSITY = 0.02
 _DEFAULT_SAMPLES = {False: 8, True: 128}  # without and with training stages
@@ -37,7 +38,7 @@ class Options:
     seq_len: int | None = None
     stages: tuple[str, ...] = ("one-shot",)
     epochs: int = 5
-    e2e_steps: int | None = None
+    e2e_steps: int | tuple[int, ...] | None = None
     minutes: float | tuple[float, ...] | None = None
     train_samples: int | None = None
     batch_tokens: int | None = None
@@ -49,6 +50,11 @@ class Options:
     def training(self) -> tuple[str, ...]:
         """The stages that train, in order."""
         return tuple(stage for stage in self.stages if stage != "one-shot")
+
+    @property
+    def end_to_end(self) -> tuple[str, ...]:
+        """The stages that train the whole model at once, in order."""
+        return tuple(stage for stage in self.stages if stage in END_TO_END)
 
     @property
     def unit(self) -> int:
@@ -72,6 +78,10 @@ class Options:
     def seconds(self, stage: str) -> float | None:
         """Training time of a stage at most."""
         return None if self.minutes is None else 60 * self.minutes[self.training.index(stage)]
+
+    def steps(self, stage: str) -> int | None:
+        """Steps of an end-to-end stage at most."""
+        return None if self.e2e_steps is None else self.e2e_steps[self.end_to_end.index(stage)]
 
     def identity(self) -> dict:
         """What a resumed run must share with the one that was stopped. Learning rates are left out, so
@@ -114,23 +124,19 @@ def checked(options: Options) -> Options:
     _check_stages(o.stages)
     samples = _DEFAULT_SAMPLES[bool(o.training)] if o.samples is None else o.samples
     train_samples = samples if o.train_samples is None else o.train_samples
-    for name, value in (("samples", samples), ("train_samples", train_samples), ("epochs", o.epochs),
-                        ("e2e_steps", o.e2e_steps), ("batch_tokens", o.batch_tokens)):  # fmt: skip
+    e2e_steps = _one_for_each("e2e_steps", o.e2e_steps, o.end_to_end, "end-to-end")
+    counts = [("samples", samples), ("train_samples", train_samples), ("epochs", o.epochs)]
+    counts.append(("batch_tokens", o.batch_tokens))
+    for name, value in counts:
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}, expected at least 1")
-    minutes = (o.minutes,) if isinstance(o.minutes, (int, float)) else o.minutes
-    rates = (("weight_lr", o.weight_lr), ("scale_lr", o.scale_lr))
-    for name, value in (*(("minutes", value) for value in minutes or ()), *rates):
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"{name} is {value}, expected a number above 0")
-    if minutes is not None and len(minutes) == 1:
-        minutes *= len(o.training)
-    if minutes is not None and len(minutes) != len(o.training):
-        raise InputError(
-            f"minutes has {len(minutes)} values, expected one, or one for each of the {len(o.training)} training stages"
-        )
+    minutes = _one_for_each("minutes", o.minutes, o.training, "training")
+    for name, value in (("weight_lr", o.weight_lr), ("scale_lr", o.scale_lr)):
+        if value is not None:
+            _check_positive(name, value)
     filled = {
         "allocation": allocation,
+        "e2e_steps": e2e_steps,
         "minutes": minutes,
         "quant_group_size": quant_group_size,
         "samples": samples,
@@ -140,6 +146,27 @@ def checked(options: Options) -> Options:
         "train_samples": train_samples,
     }
     return Options(**{**asdict(o), **filled})
+
+
+def _one_for_each(name: str, value, stages: tuple[str, ...], kind: str) -> tuple | None:
+    """A value for each of the stages from one for all, or from as many. Raises InputError for another number."""
+    if value is None:
+        return None
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    for part in values:
+        _check_positive(name, part)
+    if len(values) == 1:
+        values *= len(stages)
+    if len(values) != len(stages):
+        raise InputError(
+            f"{name} has {len(values)} values, expected one, or one for each of the {len(stages)} {kind} stages"
+        )
+    return values
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise InputError(f"{name} is {value}, expected a number above 0")
 
 
 def _check_stages(stages: tuple[str, ...]) -> None:

@@ -54,7 +54,7 @@ def group_scores(model, paths: list[str], tokens: torch.Tensor, group_size: int)
             row = row[None].to(device)
             with autocast(device):
                 logits = model(row, use_cache=False).logits
-            token_loss(logits, row).backward()
+            logits.backward(token_loss(logits, row)[1])
     finally:
         for handle in handles:
             handle.remove()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gqsac.compress.blocks import linears_of
+from gqsac.compress.compiled import compile_blocks
 from gqsac.compress.end_to_end import Training
 from gqsac.compress.fake_quant import FrozenLinear, GroupLinear
 from gqsac.compress.grow_mask import MaskGrower
@@ -47,7 +48,7 @@ def prepare_training(
     share = 1.0 if stage == "distill" else options.distill
     teacher = None
     if share > 0:
-        teacher = _teacher(model, device)
+        teacher = _teacher(model, block_path, device)
     large = device.type == "cuda" and is_large(model)  # asked before the weights become levels
     model.float().requires_grad_(False)
     blocks = model.get_submodule(block_path)
@@ -81,8 +82,10 @@ def prepare_training(
             masks = MaskGrower(linears, options, already_sparse=previous == "bqpo")
     if large:
         recompute_blocks(blocks)
+    else:
+        compile_blocks(blocks, device)
     batch = max(1, batch_tokens // tokens.shape[1])
-    steps = options.e2e_steps
+    steps = options.steps(stage)
     if steps is None and options.minutes is None:
         steps = max(1, 2 * len(tokens) // batch)  # two epochs, as in the paper
     return Training(
@@ -101,11 +104,13 @@ def prepare_training(
     )
 
 
-def _teacher(model, device: torch.device):
+def _teacher(model, block_path: str, device: torch.device):
     """A frozen copy on the device: f32, run under autocast, or bf16 where f32 would be large."""
     teacher = copy.deepcopy(model).requires_grad_(False)
     prepare_large(teacher, nn.ModuleList(), device)
-    return teacher.to(device)
+    teacher.to(device)
+    compile_blocks(teacher.get_submodule(block_path), device)
+    return teacher
 
 
 def vectors(model: nn.Module) -> list[nn.Parameter]:

@@ -73,7 +73,7 @@ def trained(tmp_path_factory, llama, whole):
     @torch.no_grad()
     def measure(stage, make):
         logits = make()(tokens).logits
-        losses[stage] = (float(token_loss(logits, tokens, teacher, 1.0)), float(token_loss(logits, tokens)))
+        losses[stage] = (float(token_loss(logits, tokens, teacher, 1.0)[0]), float(token_loss(logits, tokens)[0]))
 
     return out, compress(llama, out, after_stage=measure, **whole), losses
 
@@ -177,7 +177,7 @@ def test_a_nan_in_a_block_stops_with_its_name_and_keeps_the_others(tmp_path, lla
 
 def test_a_nan_end_to_end_stops_with_the_stage_and_step(tmp_path, llama, monkeypatch):
     real = end_to_end.token_loss
-    monkeypatch.setattr(end_to_end, "token_loss", lambda *args: real(*args) * float("nan"))
+    monkeypatch.setattr(end_to_end, "token_loss", lambda *args: tuple(part * float("nan") for part in real(*args)))
     with pytest.raises(ModelError, match="distill: the loss became nan before step 10"):
         compress(llama, tmp_path / "out", sparsity=0.5, stages=("distill",), **SMALL)
     assert not (tmp_path / "out").exists()
@@ -223,7 +223,8 @@ def test_minutes_end_a_training_with_the_mask_complete(tmp_path, llama):
 @pytest.mark.parametrize("name", ["opt", "gemma3"])
 def test_other_architectures_train(tmp_path, name):
     source = save_model(tmp_path / "source", name)
-    report = compress(source, tmp_path / "out", sparsity=0.25, stages=ALL, **{**SMALL, "e2e_steps": 10})
+    report = compress(source, tmp_path / "out", sparsity=0.25, stages=ALL, **{**SMALL, "e2e_steps": (10, 5)})
+    assert [report["stages"][stage]["steps"] for stage in ("distill", "e2e-oqp")] == [10, 5]
     assert all(block["after"] <= block["before"] for block in report["stages"]["bqpo"]["blocks"])
 
 

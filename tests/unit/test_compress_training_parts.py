@@ -72,10 +72,9 @@ def test_token_loss_and_its_gradient_are_those_of_torch(monkeypatch, share):
     log_p = torch.log_softmax(teacher[:, :-1], -1).flatten(0, 1)
     expected = (1 - share) * torch.nn.functional.nll_loss(log_q, tokens[:, 1:].flatten())
     expected = expected + share * torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-    loss = token_loss(logits, tokens, teacher, share)
-    torch.testing.assert_close(loss, expected)
-    (ours,), (theirs,) = torch.autograd.grad(2 * loss, logits), torch.autograd.grad(2 * expected, logits)
-    torch.testing.assert_close(ours, theirs)
+    loss, gradient = token_loss(logits, tokens, teacher, share, factor=2)
+    torch.testing.assert_close(loss, 2 * expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(2 * expected, logits)[0])
 
 
 def test_relative_error_is_blind_to_a_tokens_norm():
@@ -127,7 +126,7 @@ def test_sensitivity_is_the_squared_gradient_of_removing_a_group():
 
         def loss_at(scale, row=row):
             logits = torch.nn.functional.linear(model.embed(row[None]), weight * scale.repeat_interleave(8, 1))
-            return token_loss(logits, row[None])
+            return torch.nn.functional.cross_entropy(logits[0, :-1], row[1:])
 
         scale = torch.ones(9, 2, requires_grad=True)
         expected += torch.autograd.grad(loss_at(scale), scale)[0].square() / 3
@@ -146,6 +145,9 @@ def test_sensitivity_is_the_squared_gradient_of_removing_a_group():
         ({"pattern": "2:4", "allocation": "global"}, "leaves no choice"),
         ({"epochs": 0}, "epochs is 0"),
         ({"minutes": 0}, "minutes is 0"),
+        ({"minutes": (1, 2), "stages": ("bqpo",)}, "minutes has 2 values, expected one, .* 1 training stages"),
+        ({"e2e_steps": (5, 5), "stages": ("bqpo", "distill")}, "e2e_steps has 2 values, .* 1 end-to-end stages"),
+        ({"e2e_steps": (5, 0), "stages": ("distill", "e2e-oqp")}, "e2e_steps is 0"),
         ({"minutes": float("inf")}, "minutes is inf"),
         ({"weight_lr": -1}, "weight_lr is -1"),
         ({"distill": 1.5}, "distill is 1.5"),
