@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from gqsa_runtime.errors import ModelError, UnsupportedError
 from torch import nn
+
+from gqsac.compress.activations import empty_states
+from gqsac.compress.trainable import is_large
 
 _GPU_TOKENS = 8192  # that pass through a block at once on a GPU; a CPU gains nothing from more than a sample
 
@@ -48,12 +52,21 @@ class _Captured(Exception):
 class BlockRunner:
     """The calibration samples on their way through the blocks.
 
-    hidden: f32 [samples, seq_len, width], on the CPU: the input of the next block, as the compressed blocks
-    before it made it. reference: the same as the uncompressed blocks made it, if asked for. Each block is
-    called with the keyword arguments that the model itself would give it.
+    hidden: [samples, seq_len, width], on the CPU, f32 or, for large models, bf16: the input of the next block, as
+    the compressed blocks before it made it. reference: the same as the uncompressed blocks made it, if asked for.
+    Each block is called with the keyword arguments that the model itself would give it. folder: where to keep
+    the activations that memory does not hold, see activations.py.
     """
 
-    def __init__(self, model, blocks: nn.ModuleList, tokens: torch.Tensor, device: torch.device, reference=False):
+    def __init__(
+        self,
+        model,
+        blocks: nn.ModuleList,
+        tokens: torch.Tensor,
+        device: torch.device,
+        reference: bool = False,
+        folder: Path | None = None,
+    ):
         self.device = device
         _float_outside(model, blocks, device)
         with torch.no_grad():
@@ -61,37 +74,45 @@ class BlockRunner:
             first, arguments, keywords = self._enter(model, blocks, tokens[:1])
             output = blocks[0](first, *arguments, **keywords)
             self._calls = self._record_calls(model, blocks, tokens[:1], isinstance(output, tuple))
-            self.hidden = torch.empty(len(tokens), *first.shape[1:])
+            shape, dtype = (len(tokens), *first.shape[1:]), torch.bfloat16 if is_large(model) else torch.float32
+            self.hidden, *others = empty_states(2 if reference else 1, shape, dtype, folder)
             for i, row in enumerate(tokens):
                 self.hidden[i] = self._enter(model, blocks, row[None])[0]
-        self.reference = self.hidden.clone() if reference else None
+        self.reference = others[0].copy_(self.hidden) if reference else None
+        self._finite = torch.tensor(True)
+        _float_outside(model, blocks, torch.device("cpu"))  # it is not run again
 
     def call(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Output of block `index` for hidden states on the device, f32 or bf16 [batch, seq_len, width]."""
+        """Output of block `index` for hidden states on the device, f32 or bf16 [batch, seq_len, width]; f32, or what
+        autocast makes of it."""
         arguments, keywords = self._calls[index]
-        output = block(hidden, *arguments, **keywords)
+        output = block(hidden.float(), *arguments, **keywords)
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
     def run(self, index: int, block: nn.Module, keep: bool, rows: slice = slice(None)) -> None:
         """One pass of the samples through block `index`. keep: make the outputs the new `hidden`."""
-        self._pass(index, block, self.hidden[rows], keep)
+        self._finite = self._pass(index, block, self.hidden[rows], keep)
 
     @torch.no_grad()
     def run_reference(self, index: int, block: nn.Module) -> None:
         """Takes the uncompressed block's outputs as the new `reference`: block `index`'s targets."""
         self._pass(index, block, self.reference, True)
 
-    def _pass(self, index, block, states, keep) -> None:
+    def _pass(self, index, block, states, keep) -> torch.Tensor:
+        """Whether all that was kept is finite, a bool on the device: to read all of it again would take long."""
+        finite = torch.tensor(True, device=self.device)
         at_once = max(1, _GPU_TOKENS // states.shape[1]) if self.device.type == "cuda" else 1
         for part in states.split(at_once):
             output = self.call(index, block, part.to(self.device))
             if keep:
                 part.copy_(output)
+                finite &= torch.isfinite(output).all()
+        return finite
 
     def check(self, block_name: str) -> None:
-        """Raises ModelError if the activations are no longer finite."""
-        if not torch.isfinite(self.hidden).all():
+        """Raises ModelError if the last pass that was kept made activations that are not finite."""
+        if not self._finite:
             raise ModelError(f"the activations after {block_name} hold a NaN or an infinity; compression cannot go on")
 
     def _enter(self, model, blocks, tokens):

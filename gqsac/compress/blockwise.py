@@ -49,7 +49,7 @@ class BlockwiseStage:
         Raises errors that begin with the block's name.
         """
         trains = self.name == "bqpo"
-        runner = BlockRunner(self.model, self.blocks, self.tokens, self.device, reference=trains)
+        runner = BlockRunner(self.model, self.blocks, self.tokens, self.device, trains, self.partial.path)
         facts = []
         for index, block in enumerate(self.blocks):
             name = f"{self.block_path}.{index}"

@@ -25,27 +25,41 @@ def calibration_tokens(
     text = "\n\n".join(read_text(file) for file in files) if files else _built_in_text()
     prefix = tokenizer.encode("").ids
     body = seq_len - len(prefix)
+    if body < 1:
+        raise InputError(
+            f"samples of {seq_len} tokens leave no room for text behind the {len(prefix)} with which the tokenizer "
+            "starts one; use longer samples"
+        )
     rng = np.random.default_rng(seed)
     slots = _slots(text, tokenizer, samples, body, rng)
     if len(slots) < samples:
+        ids = _encode(tokenizer, text)  # a slice of a long text may have had fewer tokens than one window
+        slots = _windows(ids, body)
+    if len(slots) < samples:
         where = ", ".join(map(str, files)) if files else f"the {BUILT_IN}"
         raise InputError(
-            f"calibration needs {samples} samples of {seq_len} tokens = {samples * seq_len} tokens, but {where} "
-            f"gives {len(slots)} such samples; give more text, or fewer or shorter samples"
+            f"calibration needs {samples} samples of {body} tokens = {samples * body} tokens, but {where} gives "
+            f"{len(ids)} tokens, enough for {len(slots)}; give more text, or ask for fewer or shorter samples"
         )
     chosen = np.sort(rng.choice(len(slots), samples, replace=False))
     return np.array([prefix + slots[i] for i in chosen], np.int64)
 
 
 def read_text(file) -> str:
-    """A UTF-8 text file. Raises InputError if it is missing, empty or not UTF-8."""
+    """A UTF-8 text file. Raises InputError if it is missing, no file, not readable, not text, or empty."""
     path = Path(file)
+    if not path.exists():
+        raise InputError(f"the text {path} does not exist; expected a UTF-8 text file")
     if not path.is_file():
-        raise InputError(f"the text {path} does not exist or is not a file")
+        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'no plain file'}; expected a UTF-8 text file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8 first") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); expected a UTF-8 text file") from error
+    if "\0" in text:
+        raise InputError(f"{path} holds zero bytes, so it is a binary file; expected a UTF-8 text file")
     if not text.strip():
         raise InputError(f"{path} is empty; expected text")
     return text

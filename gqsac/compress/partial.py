@@ -19,6 +19,22 @@ from safetensors.numpy import load_file, save_file
 
 from gqsac.compress.write import sync, write_json
 
+_STATE_UNDER_WAY = "state.json.tmp"
+# Options of the end-to-end stages alone: until one of them has left something, they may change, so that a run whose
+# steps turn out to be too large for the memory can go on with smaller ones.
+_END_TO_END = ("batch_tokens", "e2e_steps", "train_samples", "train_tokens", "distill")
+_IN_WORDS = {
+    "calibration": "calibration text",
+    "gqsac": "version of gqsac",
+    "tokens": "calibration text (by its tokens)",
+    "train_tokens": "training text (by its tokens)",
+}
+
+
+def _rank(key: str) -> tuple:
+    """The model first, then options, and last the tokens, which change with them."""
+    return key != "model", key in ("tokens", "train_tokens"), key
+
 
 class PartialFolder:
     """Opens or makes OUT.partial for one compression.
@@ -36,8 +52,13 @@ class PartialFolder:
             raise InputError(f"{self.path} is in the way; move it, or choose another output folder")
         if state.is_file():
             self._compare(state, identity)
+        elif self.path.is_dir() and any(file.name != _STATE_UNDER_WAY for file in self.path.iterdir()):
+            raise InputError(  # it would be deleted in the end
+                f"{self.path} is in the way and holds files of something else (there is no {state.name}); move it, or "
+                "choose another output folder"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / "state.json.tmp"
+        temporary = self.path / _STATE_UNDER_WAY
         temporary.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, state)
 
@@ -48,12 +69,17 @@ class PartialFolder:
                 raise ValueError("not an object")
         except ValueError as error:
             raise InputError(f"{state} is damaged ({error}); delete {self.path} and start again") from error
-        for key in [*identity, *found]:
+        free = () if self._trained_end_to_end() else _END_TO_END
+        for key in sorted({*identity, *found} - set(free), key=_rank):
             if found.get(key) != identity.get(key):
                 raise InputError(
-                    f"{self.path} holds a compression with another {key}: {found.get(key)!r} there, "
-                    f"{identity.get(key)!r} now; use the same model and options to resume, or delete that folder"
+                    f"{self.path} holds a compression with another {_IN_WORDS.get(key, key)}: {found.get(key)!r} "
+                    f"there, {identity.get(key)!r} now; use the same model and options to resume, or delete that folder"
                 )
+
+    def _trained_end_to_end(self) -> bool:
+        """Whether a stage that goes end to end has left anything."""
+        return any(file.name.startswith(("distill", "e2e-oqp")) for file in self.path.iterdir())
 
     def _block(self, stage: str, index: int) -> Path:
         prefix = "" if stage == "one-shot" else f"{stage}-"

@@ -21,6 +21,8 @@ def choose_device(device: str) -> torch.device:
     """The torch device of a name, or for "auto" a GPU if there is one. Raises DeviceError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise DeviceError(f"the device is {device!r}, expected auto, cpu, cuda or cuda:N")
     try:
         return torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:

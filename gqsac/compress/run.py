@@ -14,17 +14,21 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from gqsa_runtime.errors import DeviceError, InputError
+from gqsa_runtime.errors import InputError
 
 import gqsac
 from gqsac.compress.blocks import find_blocks
 from gqsac.compress.blockwise import BlockwiseStage
 from gqsac.compress.calibrate import BUILT_IN
+from gqsac.compress.compiled import compiles
 from gqsac.compress.end_to_end import train
+from gqsac.compress.failures import explained
+from gqsac.compress.memory import check_memory
 from gqsac.compress.options import Options, checked
 from gqsac.compress.partial import PartialFolder
 from gqsac.compress.prepare import choose_device, compressed_shapes, source_tokens
@@ -68,8 +72,8 @@ def compress(
     relative to its mean.
     samples, seq_len: how many windows of how many tokens (1024, or the model's context if shorter) calibrate and
     train blocks. stages: some of "one-shot", "bqpo", "distill", "e2e-oqp", in that order. epochs: of BQPO.
-    e2e_steps: of each end-to-end stage; by default two epochs. minutes: of training at most, for each training stage
-    or, in a tuple, stage by stage.
+    e2e_steps: of every end-to-end stage or, in a tuple, of each; by default two epochs. minutes: of training at most,
+    of every training stage or, in a tuple, of each.
     train_samples: windows for the end-to-end stages. batch_tokens: tokens a step there. distill: share of
     distillation in the loss of E2E-OQP. weight_lr, scale_lr: learning rates in place of options.RATES.
 
@@ -87,15 +91,11 @@ def compress(
     run = _Run(src, out, texts, chosen, choose_device(device), progress, after_stage)
     try:
         return run.all()
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            f"the GPU has too little memory ({str(error).split('. ')[0]}); use --device cpu, shorter samples "
-            "(--seq-len) or smaller steps (--batch-tokens)"
-        ) from error
-    except torch.AcceleratorError as error:
-        raise DeviceError(
-            f"the GPU failed ({str(error).splitlines()[0]}); give the same command again to go on"
-        ) from error
+    except RuntimeError as error:
+        failure = explained(error, run.stage, run.options)
+        if failure is None:
+            raise
+        raise failure from error
 
 
 class _Run:
@@ -118,6 +118,10 @@ class _Run:
         if {"distill", "e2e-oqp"} & set(options.stages) and options.train_samples != options.samples:
             self._train_tokens = source_tokens(source, texts, options.train_samples, options.seq_len, options.seed)
         self._batch_tokens = options.batch_tokens or _BATCH_TOKENS[device.type]
+        # As this machine and model complete them, and the stage under way: for what is said of failures.
+        self.options = replace(options, seq_len=self._tokens.shape[1], batch_tokens=self._batch_tokens)
+        self.stage = "calibration"
+        check_memory(source.model, self._block_path, self._shapes, self.options, device, out)
         self._identity = options.identity() | {
             "seq_len": self._tokens.shape[1],
             "batch_tokens": self._batch_tokens,
@@ -147,7 +151,9 @@ class _Run:
         training = self._options.training
         starts_dense = training[:1] == ("distill",) and self._options.removes_gradually("distill")
         name = "bqpo" if "bqpo" in training else "start" if starts_dense else "one-shot"
+        self.stage = "allocation"
         rates = self._rates() if name != "start" else dict.fromkeys(self._shapes, 0.0)
+        self.stage = "one-shot" if name == "start" else name
         meter = Meter(self._device)
         stage = BlockwiseStage(
             name=name,
@@ -181,6 +187,7 @@ class _Run:
         return known
 
     def _end_to_end(self, stage: str, previous: str) -> str:
+        self.stage = stage
         facts = self._partial.load_json(f"{stage}-facts")
         if facts is None:
             meter = Meter(self._device)
@@ -271,6 +278,7 @@ class _Run:
             ),
             "seconds": round(time.monotonic() - self._started, 1),
             "device": str(self._device),
+            "compiled": compiles(self._device),
             "options": self._identity,
             "stages": self._stages,
         }
