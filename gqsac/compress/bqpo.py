@@ -146,6 +146,7 @@ class BlockTrainer:
             output = self._runner.call(self._index, self._forward, self._on_device(self._runner.hidden, rows))
         loss = relative_error(output, self._on_device(self._runner.reference, rows))
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        optimizer.zero_grad()  # the old gradients are not to lie beside the new
         gradients = torch.autograd.grad(loss, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient

@@ -23,6 +23,7 @@ from gqsac.compress.trainable import adamw, autocast, set_learning_rates
 from gqsac.compress.write import sync
 
 _LOGITS_AT_ONCE = {"cuda": 1 << 30, "cpu": 1 << 28}  # elements of one micro-batch's logits
+_INPUTS_AT_ONCE = 1 << 31  # bytes of a micro-batch's block inputs, all that blocks which run again keep
 _READ_EVERY = 10  # steps between readings of the loss, each of which waits for the GPU
 _SAVE_EVERY_S = 60.0
 _SAVE_EVERY = 50  # steps; looked at only where the loss is read
@@ -34,7 +35,8 @@ class Training:
 
     student: a model with trainable linears in it. teacher: the uncompressed model, needed if share > 0.
     tokens: int64 [samples, seq_len], on the CPU. groups: see trainable.parameter_groups. share: of the
-    distillation in the loss. batch: samples a step. masks: who chooses groups, or None.
+    distillation in the loss. batch: samples a step. masks: who chooses groups, or None. recomputed: how many blocks run
+    again in the backward pass.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Training:
     seed: int
     device: torch.device
     masks: MaskGrower | None = None
+    recomputed: int = 0
     history: list[tuple[int, float]] = field(default_factory=list)  # (step, mean loss of the steps before it)
 
 
@@ -94,8 +97,8 @@ def train(training: Training, file: Path, on_read=lambda step, loss, clock: None
 def _step(t: Training, step: int, parameters) -> torch.Tensor:
     """One batch's loss; leaves its gradients in the parameters."""
     rows = batch_rows(len(t.tokens), t.batch, step, t.seed)
-    vocabulary = t.student.get_input_embeddings().weight.shape[0]
-    at_once = max(1, _LOGITS_AT_ONCE[t.device.type] // (vocabulary * t.tokens.shape[1]))
+    vocabulary, width = t.student.get_input_embeddings().weight.shape
+    at_once = samples_at_once(t.tokens.shape[1], vocabulary, t.device, t.recomputed * width)
     for parameter in parameters:
         parameter.grad = None
     total = torch.zeros((), device=t.device)
@@ -114,6 +117,14 @@ def _step(t: Training, step: int, parameters) -> torch.Tensor:
         del logits, gradient
         total += loss
     return total
+
+
+def samples_at_once(seq_len: int, vocabulary: int, device: torch.device, recomputed: int) -> int:
+    """Samples of a micro-batch. recomputed: numbers in the inputs of all blocks that run again, for each token."""
+    tokens = _LOGITS_AT_ONCE[device.type] // vocabulary
+    if recomputed:
+        tokens = min(tokens, _INPUTS_AT_ONCE // (4 * recomputed))
+    return max(1, tokens // seq_len)
 
 
 def batch_rows(samples: int, batch: int, step: int, seed: int) -> np.ndarray:

@@ -160,7 +160,8 @@ def _end_to_end(stage: str, size: ModelSize, options: Options, device: torch.dev
     else:  # levels; scales with two moments, initial scales, zeros
         student, gradients = size.compressed + 17 * scales, 4 * scales
     student += dense + size.compressed // options.unit
-    at_once = max(1, end_to_end._LOGITS_AT_ONCE[device.type] // (size.vocabulary * options.seq_len))
+    recomputed = size.blocks * size.width if gpu and size.large else 0
+    at_once = end_to_end.samples_at_once(options.seq_len, size.vocabulary, device, recomputed)
     batch = max(1, options.batch_tokens // options.seq_len)
     tokens = min(batch, at_once) * options.seq_len
     kept = _graph(size, tokens, device) + _logits(size, tokens, device, teacher=teacher > 0)
@@ -175,7 +176,7 @@ def _graph(size: ModelSize, tokens: int, device: torch.device) -> int:
     """Bytes of activations that a backward pass over so many tokens finds."""
     gpu = device.type == "cuda"
     if gpu and size.large:  # blocks are run again, so only their inputs are kept, and one block's insides
-        return 2 * tokens * (size.blocks * size.width + size.features // size.blocks)
+        return tokens * (4 * size.blocks * size.width + 2 * size.features // size.blocks)
     kind = "compiled" if compiles(device) else device.type
     return int(_GRAPH_BYTES[kind] * tokens * size.features)
 

@@ -36,7 +36,7 @@ def siblings_of(hessians: dict[str, torch.Tensor], options: Options) -> list[Sib
         hessian = hessians[paths[0]]
         hessian_inverse = inverse(hessian, options.damping)
         metrics = saliency_metrics(hessian_inverse, options.unit)
-        found.append(Siblings(paths, hessian_inverse, hessian.diagonal(), metrics))
+        found.append(Siblings(paths, hessian_inverse, hessian.diagonal().clone(), metrics))
     return found
 
 

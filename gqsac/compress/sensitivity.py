@@ -28,6 +28,7 @@ def allocate(model, blocks, paths: list[str], tokens: torch.Tensor, options: Opt
     """
     prepare_large(model, blocks, device)
     scores = group_scores(model.to(device), paths, tokens[:_SAMPLES], options.group_size)
+    model.to("meta")  # its memory is not needed any more
     share = min(_LEAST_SHARE, 1 - options.sparsity)
     keeps = select_globally({path: protect_rows(score, share) for path, score in scores.items()}, options.sparsity)
     return {path: int((~keep).sum()) / keep.numel() for path, keep in keeps.items()}

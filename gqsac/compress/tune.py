@@ -50,11 +50,10 @@ def prepare_training(
     if share > 0:
         teacher = _teacher(model, block_path, device)
     large = device.type == "cuda" and is_large(model)  # asked before the weights become levels
-    model.float().requires_grad_(False)
+    model.requires_grad_(False)
     blocks = model.get_submodule(block_path)
     for index, block in enumerate(blocks):
         stored = partial.load_block(previous, index)
-        load_dense(model, stored)
         master = partial.load_block(f"{previous}-master", index) if stage == "distill" else None
         name = f"{block_path}.{index}"
         modules = {}
@@ -70,6 +69,9 @@ def prepare_training(
                 quantized = from_stream(stream, options.quant_group_size)
                 modules[path] = FrozenLinear(options.bits, quantized, linear.bias)
         install(block, modules)
+        block.float()  # only now, so that no dense weights become f32
+        load_dense(model, stored)
+    model.float()
     outside = partial.load_block(f"{previous}-outside", 0)
     if outside is not None:
         load_dense(model, outside)
@@ -101,6 +103,7 @@ def prepare_training(
         seed=options.seed,
         device=device,
         masks=masks,
+        recomputed=len(blocks) if large else 0,
     )
 
 
