@@ -8,7 +8,8 @@ Every configuration goes through `gqsac.compress.run.compress`, and its dequanti
 with f32 arithmetic. --minutes is the training time of a configuration, all its stages together; --steps, which does not
 depend on the machine's speed, its end-to-end steps (BQPO then has its --epochs). Results are appended to
 OUT/method.jsonl as they come, one line for each stage; a configuration that is there is not run again, one that was
-stopped goes on, and one that fails is recorded and the next one runs. Prints a table in the end.
+stopped goes on, and one that fails is recorded and the next one runs. Prints a table in the end, and draws what the
+last stages reached over the bits per weight in OUT/method.png.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from tqdm import tqdm
 from gqsac.compress.calibrate import read_text
 from gqsac.compress.prepare import choose_device
 from gqsac.compress.run import compress
+from gqsac.evaluate.compare import DENSE_BITS, REFERENCE, Row, series_of
 from gqsac.evaluate.perplexity import perplexity
+from gqsac.evaluate.plot import plot
 from gqsac.source import Source, load_source
 
 FULL = ("bqpo", "distill", "e2e-oqp")
@@ -140,6 +143,22 @@ def table(lines: list[dict]) -> str:
     return "\n".join(rows)
 
 
+def points(lines: list[dict]) -> list[Row]:
+    """Of each finished configuration, what its last stage reached; what follows a comma in a label is a series."""
+    rows = []
+    for name in dict.fromkeys(line["config"] for line in lines):
+        mine = [line for line in lines if line["config"] == name]
+        bits = next((line["coded_bits_per_weight"] for line in mine if line.get("done")), None)
+        reached = [line["perplexity"] for line in mine if "stage" in line]
+        label, _, way = name.partition(", ")
+        series = f"{series_of(label)}, {way}" if way else series_of(label)
+        if name == "uncompressed":
+            bits, series = DENSE_BITS, REFERENCE
+        if bits and reached:
+            rows.append(Row(label, "", series, "", bits, {"perplexity": reached[-1]}))
+    return rows
+
+
 def parse_also(text: str) -> tuple[str, dict]:
     """ "LABEL: key=value key=value" as a name and options of `compress`; stages are separated by commas."""
     name, colon, rest = text.partition(": ")
@@ -151,13 +170,20 @@ def parse_also(text: str) -> tuple[str, dict]:
         if key == "stages":
             options[key] = tuple(value.split(","))
         else:
-            try:
-                options[key] = json.loads(value)
-            except ValueError:
-                options[key] = value
+            options[key] = _value(value)
     if not colon or not options:
         raise InputError(f"--also is {text!r}, expected 'LABEL: key=value …'")
     return name.strip(), options
+
+
+def _value(text: str):
+    """A number or true and false where the text is one, otherwise the text."""
+    for kind in (json.loads, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def tell(message: str) -> None:
@@ -231,6 +257,8 @@ def run(args) -> int:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     print(table(results.lines))
+    windows = f"first {args.max_windows} windows" if args.max_windows else "windows"
+    plot(points(results.lines), args.output / "method.png", f"{Path(args.text).name}, {windows} of {args.window}")
     return int(failed > 0)
 
 

@@ -156,3 +156,22 @@ def test_sensitivity_is_the_squared_gradient_of_removing_a_group():
 def test_training_options_out_of_range_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         checked(Options(**options))
+
+
+@pytest.mark.parametrize(
+    "options, rate",
+    [
+        ({"sparsity": 0.0}, 1.5e-3),
+        ({"sparsity": 0.1}, 3e-3),
+        ({"sparsity": 0.0, "bits": 3}, 3e-3),
+        ({"sparsity": 0.3}, 6e-3),
+        ({"sparsity": 0.0, "bits": 2}, 6e-3),
+        ({"sparsity": 0.5}, 8e-3),
+        ({"pattern": "2:4"}, 8e-3),
+        ({"sparsity": 0.5, "weight_lr": 1e-4}, 1e-4),
+    ],
+)
+def test_weights_learn_the_faster_in_distill_the_more_was_lost(options, rate):
+    chosen = checked(Options(stages=("distill", "e2e-oqp"), **options))
+    assert chosen.rates("distill")[0] == pytest.approx(rate)
+    assert chosen.rates("e2e-oqp")[0] == 0
