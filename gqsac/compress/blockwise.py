@@ -6,6 +6,8 @@ state, and the calibration samples' activations (on the CPU).
 
 from __future__ import annotations
 
+import contextlib
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,13 +48,15 @@ class BlockwiseStage:
     def run(self, on_block=lambda index, note: None) -> list[dict]:
         """Compresses every block that is not finished yet. Per block: what the report says of it.
 
-        Raises errors that begin with the block's name.
+        "block_seconds" and, of them, "pass_seconds", in which the samples pass through the block, are of this run;
+        "seconds" are of the training, in whichever run it was. Raises errors that begin with the block's name.
         """
         trains = self.name == "bqpo"
         runner = BlockRunner(self.model, self.blocks, self.tokens, self.device, trains, self.partial.path)
         facts = []
         for index, block in enumerate(self.blocks):
             name = f"{self.block_path}.{index}"
+            began, self._pass_seconds = time.monotonic(), 0.0
             block.float().to(self.device)
             linears = linears_of(block, name, self.options.skip)
             stored = self.partial.load_block(self.name, index)
@@ -68,26 +72,38 @@ class BlockwiseStage:
             else:
                 fact["resumed"] = True
                 if trains:
-                    with autocast(self.device):
+                    with self._passing(), autocast(self.device):
                         runner.run_reference(index, block)
             facts.append(fact)
             load_linears(name, linears, stored, self.options.group_size)
             if index + 1 < len(self.blocks):
-                runner.run(index, block, keep=True)
+                with self._passing():
+                    runner.run(index, block, keep=True)
                 runner.check(name)
             block.to("meta")  # its memory is not needed any more
+            fact["block_seconds"] = round(time.monotonic() - began, 3)
+            fact["pass_seconds"] = round(self._pass_seconds, 3)
             on_block(index, f"error {fact['after']:.4f}" if trains else "")
         return facts
 
+    @contextlib.contextmanager
+    def _passing(self):
+        began = time.monotonic()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._pass_seconds += time.monotonic() - began
+
     def _compress(self, runner, index, block, linears) -> tuple[dict[str, np.ndarray], dict]:
         name, options = f"{self.block_path}.{index}", self.options
-        hessians = collect_hessians(linears, lambda: runner.run(index, block, keep=False))
+        with self._passing():
+            hessians = collect_hessians(linears, lambda: runner.run(index, block, keep=False))
         siblings = siblings_of(hessians, options)
         del hessians
         rates = {path: self.rates[f"{name}.{path}"] for path in linears}
         fact = {"block": name}
         if self.name == "bqpo":
-            with autocast(self.device):
+            with self._passing(), autocast(self.device):
                 runner.run_reference(index, block)
             trainer = BlockTrainer(index, block, linears, runner, siblings, rates, options)
             result = trainer.train(None if self.seconds is None else self.seconds / len(self.blocks))

@@ -27,9 +27,9 @@ def explained(error: RuntimeError, stage: str, options: Options) -> DeviceError 
     text = str(error)
     reason = text.splitlines()[0][:_LONGEST] if text else type(error).__name__
     if isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(text):
-        where = "the machine" if "DefaultCPUAllocator" in text else "the GPU"
-        reason = reason.split(". ")[0]
-        return DeviceError(f"{stage}: {where} has too little memory ({reason}); {_smaller(stage, options)}")
+        gpu = "DefaultCPUAllocator" not in text
+        where, reason = "the GPU" if gpu else "the machine", reason.split(". ")[0]
+        return DeviceError(f"{stage}: {where} has too little memory ({reason}); {_smaller(stage, options, gpu)}")
     if isinstance(error, torch.AcceleratorError) or _NO_GPU.search(text):
         return DeviceError(f"{stage}: the GPU failed ({reason}); give the same command again to go on")
     if _NO_DISK.search(text):
@@ -40,13 +40,14 @@ def explained(error: RuntimeError, stage: str, options: Options) -> DeviceError 
     return None
 
 
-def _smaller(stage: str, options: Options) -> str:
-    """What needs less memory in a stage."""
+def _smaller(stage: str, options: Options, gpu: bool) -> str:
+    """What needs less memory in a stage. gpu: of the GPU."""
     if stage in ("distill", "e2e-oqp"):
         if options.batch_tokens >= 2 * options.seq_len:
             return f"use smaller steps (--batch-tokens {options.batch_tokens // 2}); finished stages are kept"
         return f"a step is one sample already, so use shorter samples (--seq-len {options.seq_len // 2})"
     if stage == "allocation":
         return f"use --allocation row, or shorter samples (--seq-len {options.seq_len // 2})"
-    fewer = f"fewer (--samples {options.samples // 2}) or " if options.samples > 1 else ""
-    return f"use {fewer}shorter samples (--seq-len {options.seq_len // 2}), or --device cpu on a machine with more"
+    if gpu:  # which holds one block and a few samples, however many there are
+        return f"use shorter samples (--seq-len {options.seq_len // 2}), or --device cpu"
+    return f"use fewer (--samples {max(1, options.samples // 2)}) or shorter samples (--seq-len {options.seq_len // 2})"

@@ -35,7 +35,10 @@ def check_memory(model, block_path: str, shapes, options: Options, device: torch
 
 def free_memory(device: torch.device) -> Free:
     """What this process can have now."""
-    gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    gpu = None
+    if device.type == "cuda":  # torch keeps what earlier work in this process has freed
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        gpu = torch.cuda.mem_get_info(device)[0] + kept
     return Free(gpu, free_cpu_bytes(), _free_swap_bytes())
 
 

@@ -251,6 +251,12 @@ def test_a_model_that_fits_nowhere(llama_7b):
     )
 
 
+def test_what_torch_keeps_of_a_gpu_is_free(monkeypatch):
+    for name, value in (("mem_get_info", (10, 80)), ("memory_reserved", 7), ("memory_allocated", 3)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert memory.free_memory(CUDA).gpu == 14 and memory.free_memory(CPU).gpu is None
+
+
 def test_too_little_memory_is_refused_before_any_work(tmp_path, llama, refused, monkeypatch):
     monkeypatch.setattr(memory, "_free_swap_bytes", lambda: 0)
     monkeypatch.setattr(memory, "free_cpu_bytes", lambda: 4_000_000)

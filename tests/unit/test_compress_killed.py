@@ -157,6 +157,7 @@ NO_RAM = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: 
             "too little memory (CUDA out of memory); use --allocation row, or shorter",
         ),
         ("bqpo", NO_RAM, "use fewer (--samples 8) or shorter samples (--seq-len 8)"),
+        ("bqpo", OUT_OF_MEMORY, "(CUDA out of memory); use shorter samples (--seq-len 8), or --device cpu"),
         ("distill", OUT_OF_MEMORY, "(CUDA out of memory); use smaller steps (--batch-tokens 32); finished stages are"),
         ("e2e-oqp", NO_RAM, "e2e-oqp: the machine has too little memory ([enforce fail at alloc_cpu.cpp:127]"),
     ],
