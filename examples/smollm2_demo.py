@@ -21,7 +21,7 @@ MODEL = FOLDER / "smollm2"
 ARTIFACT = FOLDER / "smollm2.gqsa"
 TEXT = ROOT / "examples/data/hound_of_the_baskervilles.txt"
 # A tenth of the groups is the most at which so short a correction still answers well.
-METHOD = "--sparsity 0.1 --stages bqpo --samples 16 --seq-len 512 --epochs 3".split()
+METHOD = ["--sparsity", "0.1", "--stages", "bqpo", "--samples", "16", "--seq-len", "512", "--epochs", "3"]
 QUESTION = "What is the capital of France?"
 
 

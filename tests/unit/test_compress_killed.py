@@ -16,6 +16,8 @@ from gqsac.compress.failures import explained
 from gqsac.compress.options import Options
 from tests.unit.compress_models import TEXT, folder_bytes, save_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = ("--samples", 16, "--seq-len", 16, "--epochs", 2, "--e2e-steps", 20, "--batch-tokens", 64)
 ARGUMENTS += ("--sparsity", 0.5, "--device", "cpu", "--stages", "bqpo,distill,e2e-oqp")
@@ -35,15 +37,6 @@ LOST = [
     RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
     RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the processes that are killed; sums depend on the number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

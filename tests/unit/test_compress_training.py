@@ -21,6 +21,8 @@ from gqsac.evaluate.perplexity import perplexity
 from gqsac.source import load_source
 from tests.unit.compress_models import TEXT, byte_tokenizer, folder_bytes, save_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {
     "samples": 24,
     "seq_len": 16,
@@ -31,15 +33,6 @@ SMALL = {
     "weight_lr": 0.02,
 }
 ALL = ("bqpo", "distill", "e2e-oqp")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other cost more than such small models gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
