@@ -14,8 +14,6 @@ from collections.abc import Callable
 import torch
 
 _SWITCH = "GQSAC_COMPILE"
-# Fused kernels would otherwise skip the rounding of scales to float16, and train for other weights than are stored.
-_OPTIONS = {"emulate_precision_casts": True}
 _VARIANTS = 32  # of a block: with and without gradients, dense and compressed, for each shape of a batch
 
 
@@ -34,7 +32,7 @@ def _available() -> bool:
 @functools.cache
 def compiled(function: Callable) -> Callable:
     """The function, compiled once for each set of shapes."""
-    return torch.compile(function, dynamic=False, options=_OPTIONS)
+    return torch.compile(function, dynamic=False)
 
 
 def compile_blocks(blocks, device: torch.device) -> None:
@@ -42,7 +40,7 @@ def compile_blocks(blocks, device: torch.device) -> None:
     if compiles(device):
         _allow_variants()
         for block in blocks:
-            block.compile(dynamic=False, options=_OPTIONS)
+            block.compile(dynamic=False)
 
 
 def compiled_block(block, device: torch.device) -> Callable:
@@ -50,7 +48,7 @@ def compiled_block(block, device: torch.device) -> Callable:
     if not compiles(device):
         return block
     _allow_variants()
-    return torch.compile(block, dynamic=False, options=_OPTIONS)
+    return torch.compile(block, dynamic=False)
 
 
 def _allow_variants() -> None:

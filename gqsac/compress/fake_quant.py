@@ -17,8 +17,15 @@ _LARGEST_SCALE = 65504.0
 
 
 def float16_scales(scales: torch.Tensor) -> torch.Tensor:
-    """f32 scales as they are stored: positive float16 numbers."""
-    return scales.clamp(SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float16).to(torch.float32)
+    """f32 scales as they are stored: positive float16 numbers.
+
+    In f32 arithmetic, for compilers leave out a conversion that another one reverts: what is added brings the step
+    between neighbouring f32 numbers to that of float16, which is 2^-10 of the power of two below, or of 2^-14.
+    """
+    scales = scales.clamp(SMALLEST_SCALE, _LARGEST_SCALE)
+    power = (scales.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(min=2.0**-14)
+    coarse = power * (1.5 * 2**13)
+    return (scales + coarse) - coarse
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -40,6 +40,20 @@ def make(bits, group_size, quant_group_size, pattern, rows=12, columns=256):
     return linear
 
 
+def test_scales_are_rounded_as_float16_rounds_them():
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.cat(
+        [
+            torch.exp2(torch.empty(100_000).uniform_(-26, 17, generator=generator)),
+            torch.arange(1, 4096) * 2.0**-26,  # subnormal numbers, and the middles between them
+            torch.arange(2048, 4097) * 2.0**-24,  # the least normal numbers, and their middles
+            torch.tensor([0.0, 65504.0, 1e6]),
+        ]
+    )
+    expected = scales.clamp(2.0**-24, 65504.0).to(torch.float16).float()
+    assert torch.equal(float16_scales(scales), expected)
+
+
 def stored_weight(linear, bits, group_size):
     return torch.from_numpy(to_stream(linear.export(), bits, group_size).dequantize())
 
