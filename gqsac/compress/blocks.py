@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from gqsa_runtime.errors import ModelError, UnsupportedError
 from torch import nn
 
 from gqsac.compress.activations import empty_states
-from gqsac.compress.trainable import is_large
+from gqsac.compress.trainable import autocast, is_large
 
 _GPU_TOKENS = 8192  # that pass through a block at once on a GPU; a CPU gains nothing from more than a sample
 
@@ -54,8 +55,9 @@ class BlockRunner:
 
     hidden: [samples, seq_len, width], on the CPU, f32 or, for large models, bf16: the input of the next block, as
     the compressed blocks before it made it. reference: the same as the uncompressed blocks made it, if asked for.
-    Each block is called with the keyword arguments that the model itself would give it. folder: where to keep
-    the activations that memory does not hold, see activations.py.
+    Each block is called with the keyword arguments that the model itself would give it. large: whether the model is;
+    then blocks run under autocast too. folder: where to keep the activations that memory does not hold, see
+    activations.py.
     """
 
     def __init__(
@@ -67,14 +69,14 @@ class BlockRunner:
         reference: bool = False,
         folder: Path | None = None,
     ):
-        self.device = device
+        self.device, self.large = device, is_large(model)
         _float_outside(model, blocks, device)
         with torch.no_grad():
             blocks[0].float().to(device)
             first, arguments, keywords = self._enter(model, blocks, tokens[:1])
             output = blocks[0](first, *arguments, **keywords)
             self._calls = self._record_calls(model, blocks, tokens[:1], isinstance(output, tuple))
-            shape, dtype = (len(tokens), *first.shape[1:]), torch.bfloat16 if is_large(model) else torch.float32
+            shape, dtype = (len(tokens), *first.shape[1:]), torch.bfloat16 if self.large else torch.float32
             self.hidden, *others = empty_states(2 if reference else 1, shape, dtype, folder)
             for i, row in enumerate(tokens):
                 self.hidden[i] = self._enter(model, blocks, row[None])[0]
@@ -102,9 +104,11 @@ class BlockRunner:
     def _pass(self, index, block, states, keep) -> torch.Tensor:
         """Whether all that was kept is finite, a bool on the device: to read all of it again would take long."""
         finite = torch.tensor(True, device=self.device)
+        narrow = autocast(self.device) if self.large else contextlib.nullcontext()
         at_once = max(1, _GPU_TOKENS // states.shape[1]) if self.device.type == "cuda" else 1
         for part in states.split(at_once):
-            output = self.call(index, block, part.to(self.device))
+            with narrow:
+                output = self.call(index, block, part.to(self.device))
             if keep:
                 part.copy_(output)
                 finite &= torch.isfinite(output).all()

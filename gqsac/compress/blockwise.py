@@ -97,7 +97,7 @@ class BlockwiseStage:
     def _compress(self, runner, index, block, linears) -> tuple[dict[str, np.ndarray], dict]:
         name, options = f"{self.block_path}.{index}", self.options
         with self._passing():
-            hessians = collect_hessians(linears, lambda: runner.run(index, block, keep=False))
+            hessians = collect_hessians(linears, lambda: runner.run(index, block, keep=False), runner.large)
         siblings = siblings_of(hessians, options)
         del hessians
         rates = {path: self.rates[f"{name}.{path}"] for path in linears}

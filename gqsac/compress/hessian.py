@@ -7,16 +7,19 @@ from the blocks that were already compressed, so later blocks see, and make up f
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from gqsa_runtime.errors import ModelError
 from torch import nn
 
 
-def collect_hessians(linears: dict[str, nn.Linear], run) -> dict[str, torch.Tensor]:
+def collect_hessians(linears: dict[str, nn.Linear], run, tf32: bool = False) -> dict[str, torch.Tensor]:
     """f32 [columns, columns] of each linear, scaled to a mean diagonal of 1; siblings share one tensor.
 
     linears: path -> module. run: a function that passes the calibration samples through the block.
-    Raises ModelError naming the linear if its inputs are not finite, or if it is never called.
+    tf32: multiply in TF32 on a GPU, which loses nothing of inputs that are bf16. Raises ModelError naming the linear
+    if its inputs are not finite, or if it is never called.
     """
     sums: dict[str, torch.Tensor] = {}  # leader -> sum of x x^T
     leaders: dict[str, str] = {}  # linear -> the first one with the same input
@@ -39,7 +42,8 @@ def collect_hessians(linears: dict[str, nn.Linear], run) -> dict[str, torch.Tens
 
     handles = [module.register_forward_pre_hook(observe(name)) for name, module in linears.items()]
     try:
-        run()
+        with _tf32() if tf32 else contextlib.nullcontext():
+            run()
     finally:
         for handle in handles:
             handle.remove()
@@ -53,6 +57,16 @@ def collect_hessians(linears: dict[str, nn.Linear], run) -> dict[str, torch.Tens
             if mean > 0:
                 sums[name] /= mean
     return {name: sums[leaders[name]] for name in linears}
+
+
+@contextlib.contextmanager
+def _tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def inverse(hessian: torch.Tensor, damping: float) -> torch.Tensor:
