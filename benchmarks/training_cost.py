@@ -6,8 +6,7 @@
 Compresses a model of that shape with random bf16 weights (W4, half of the groups of 16 removed) on random tokens.
 Prints seconds and peak memory of each stage, and what follows for all layers and the paper's 4096 samples of 2048
 tokens, each with its formula; -o keeps all of it as JSON. With --memory-cap-gb the GPU gives no more than that: a run
-that needs more says so and exits with 1. Not in the table is the allocation of the sparsity, which comes before the
-stages and needs memory for the whole model too; the second command shows whether all of it fits.
+that needs more says so and exits with 1.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from gqsa_runtime.errors import GqsaError, InputError
 
+from gqsac.compress.end_to_end import samples_at_once
 from gqsac.compress.prepare import choose_device
 from gqsac.compress.run import compress
 from gqsac.compress.trainable import is_large
@@ -108,6 +108,12 @@ def measure(args, device: torch.device) -> dict:
     return {**facts, "report": report}
 
 
+def tokens_at_once(shape: dict, seq_len: int, device: torch.device) -> int:
+    """What E2E-OQP passes at once through a large model of that shape with all of its layers."""
+    inputs = shape["num_hidden_layers"] * shape["hidden_size"]
+    return seq_len * samples_at_once(seq_len, shape["vocab_size"], device, inputs if device.type == "cuda" else 0)
+
+
 def block_costs(blocks: list[dict]) -> tuple[float, float, float]:
     """Seconds of a block of BQPO: what stays, what grows with the samples, and an epoch, which does too.
 
@@ -132,6 +138,12 @@ def extrapolated(measured: dict, shape: dict, layers: int, tokens: int) -> list[
         fits = "fits" if gib * GIB <= CARD_GB * 1e9 else "does not fit"
         line(f"{stage}, GPU", gib, "GiB", f"{formula}; {fits} in {CARD_GB} GB ({CARD_GB * 1e9 / GIB:.2f} GiB)")
 
+    layer_weights, more = report["parameters"] / layers, all_layers - layers
+    if "peak_gpu_gib" in (facts := report["stages"].get("allocation", {})):
+        layer = layer_weights * (2 + 4 / GROUP_SIZE) / GIB
+        gpu_line("allocation", facts["peak_gpu_gib"] + more * layer,
+                 f"{facts['peak_gpu_gib']:.2f} measured + {more} more layers x {layer:.3f}: 2 bytes a weight and 4 a "
+                 "group")  # fmt: skip
     if facts := report["stages"].get("bqpo"):
         stays, passes, epoch = block_costs(facts["blocks"])
         for epochs in PAPER_EPOCHS:
@@ -150,10 +162,11 @@ def extrapolated(measured: dict, shape: dict, layers: int, tokens: int) -> list[
              f"{steps:.0f} steps of {facts['tokens_per_step']} tokens x {step:.3f} s x {all_layers}/{layers} layers; "
              "the head's share, which does not grow, counts as if it did")  # fmt: skip
         if "peak_gpu_gib" in facts:
-            layer = report["parameters"] / layers * (LEVEL_BYTES + GROUP_BYTES / GROUP_SIZE) / GIB
-            gpu_line("e2e-oqp", facts["peak_gpu_gib"] + (all_layers - layers) * layer,
-                     f"{facts['peak_gpu_gib']:.2f} measured + {all_layers - layers} more layers x {layer:.3f}: a byte "
-                     f"a weight and {GROUP_BYTES} a group; activations as measured")  # fmt: skip
+            layer = layer_weights * (LEVEL_BYTES + GROUP_BYTES / GROUP_SIZE) / GIB
+            inputs = 4 * facts["tokens_per_step"] * shape["hidden_size"] / GIB
+            gpu_line("e2e-oqp", facts["peak_gpu_gib"] + more * (layer + inputs),
+                     f"{facts['peak_gpu_gib']:.2f} measured + {more} more layers x ({layer:.3f}, a byte "
+                     f"a weight and {GROUP_BYTES} a group, + {inputs:.3f} for the inputs of the layer)")  # fmt: skip
     return lines
 
 
@@ -203,7 +216,7 @@ def main(argv=None) -> int:
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens of a sample (default: 2048)")
     parser.add_argument("--epochs", type=int, default=2, help="of BQPO (default: 2)")
     parser.add_argument("--e2e-steps", type=int, default=10, help="steps of E2E-OQP (default: 10)")
-    parser.add_argument("--batch-tokens", type=int, help="tokens of a step of E2E-OQP (default: compress's)")
+    parser.add_argument("--batch-tokens", type=int, help="of a step of E2E-OQP (default: what all layers take at once)")
     parser.add_argument("--stages", default="bqpo,e2e-oqp", help="as of `gqsac compress` (default: bqpo,e2e-oqp)")
     parser.add_argument("--memory-cap-gb", type=float, help="GPU memory to allow, in 10^9 bytes")
     parser.add_argument("--device", default="auto")
@@ -212,6 +225,8 @@ def main(argv=None) -> int:
     try:
         device = choose_device(args.device)
         check(args, device)
+        if args.batch_tokens is None:
+            args.batch_tokens = tokens_at_once(SHAPES[args.shape], args.seq_len, device)
         if args.memory_cap_gb is not None:
             whole = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_cap_gb * 1e9 / whole), device.index or 0)

@@ -180,11 +180,13 @@ class _Run:
             return dict.fromkeys(self._shapes, self._options.sparsity)
         known = self._partial.load_json("allocation")
         if known is None:
-            model = self._fresh_model()
+            meter, model = Meter(self._device), self._fresh_model()
             blocks, tokens = model.get_submodule(self._block_path), torch.from_numpy(self._tokens)
-            known = allocate(model, blocks, list(self._shapes), tokens, self._options, self._device)
+            rates = allocate(model, blocks, list(self._shapes), tokens, self._options, self._device)
+            known = {"rates": rates, **meter.facts()}
             self._partial.save_json("allocation", known)
-        return known
+        self._stages["allocation"] = {key: value for key, value in known.items() if key != "rates"}
+        return known["rates"]
 
     def _end_to_end(self, stage: str, previous: str) -> str:
         self.stage = stage

@@ -37,20 +37,26 @@ def test_what_depends_on_samples_and_epochs_grows_with_them_and_the_rest_stays()
     assert len(found) == 3  # nothing of a GPU, nothing of another stage
 
 
-@pytest.mark.parametrize("peak, fits", [(10.0, "fits in 24 GB"), (16.0, "does not fit in 24 GB")])
+@pytest.mark.parametrize("peak, fits", [(10.0, "fits in 24 GB"), (13.0, "does not fit in 24 GB")])
 def test_steps_and_memory_grow_with_the_layers(peak, fits):
-    found = values({"e2e-oqp": {"tokens_per_step": 16384, "peak_gpu_gib": peak}})
-    assert found["e2e-oqp, 2 epochs"][0] == pytest.approx(1024 * 0.5 * 8 / 3600, abs=1e-3)
+    found = values({"e2e-oqp": {"tokens_per_step": 4096, "peak_gpu_gib": peak}})
+    assert found["e2e-oqp, 2 epochs"][0] == pytest.approx(4096 * 0.5 * 8 / 3600, abs=1e-3)
     value, formula = found["e2e-oqp, GPU"]
-    assert value == pytest.approx(peak + 28 / 8 * (1 + 22 / 16), abs=1e-3)  # 1/8 Gi weights in a layer
+    assert value == pytest.approx(peak + 28 / 8 * (1 + 22 / 16) + 28 / 16, abs=1e-3)  # 1/8 Gi weights, 16 Mi inputs
     assert f"; {fits} (22.35 GiB)" in formula
+
+
+def test_the_allocation_grows_with_the_weights():
+    value, formula = values({"allocation": {"peak_gpu_gib": 5.0}})["allocation, GPU"]
+    assert value == pytest.approx(5 + 28 / 8 * (2 + 4 / 16), abs=1e-3)  # 1/8 Gi weights in a layer
+    assert "28 more layers" in formula and "; fits in 24 GB" in formula
 
 
 def test_a_tiny_run_measures_every_part(tmp_path, capsys):
     assert training_cost.main([*TINY, "-o", str(tmp_path / "cost.json")]) == 0
     result = json.loads((tmp_path / "cost.json").read_text())
     stages = result["report"]["stages"]
-    assert list(stages) == ["bqpo", "e2e-oqp"] and not result["large"]
+    assert list(stages) == ["allocation", "bqpo", "e2e-oqp"] and not result["large"]
     for block in stages["bqpo"]["blocks"]:
         assert min(block["pass_seconds"], block["seconds"]) > 0
         assert block["pass_seconds"] + block["seconds"] <= block["block_seconds"] + 0.01
