@@ -28,6 +28,7 @@ from gqsa_runtime.tokenizer import Tokenizer
 from tqdm import tqdm
 
 from gqsac.compress.calibrate import read_text
+from gqsac.compress.options import Options, checked
 from gqsac.compress.prepare import choose_device
 from gqsac.compress.run import compress
 from gqsac.evaluate.compare import DENSE_BITS, REFERENCE, Row, series_of
@@ -100,6 +101,7 @@ def run_configuration(name: str, options: dict, source: Source, score, results: 
         out = work / f"{slug}-one-shot"
         shutil.rmtree(out, ignore_errors=True)
         one_shot = {key: value for key, value in options.items() if key not in TRAINING}
+        one_shot["allocation"] = checked(Options(**one_shot, stages=stages)).allocation  # as the training has it
         compress(source, out, after_stage=after, **(common | one_shot))
         shutil.rmtree(out)
     out = work / slug
