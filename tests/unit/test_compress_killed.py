@@ -1,5 +1,6 @@
 """A compression that a signal ends, or whose GPU or memory is lost: the same command goes on to the same bytes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -86,13 +87,26 @@ module, name, call, number = import_module(sys.argv[1]), sys.argv[2], int(sys.ar
 real, calls = getattr(module, name), []
 def replacement(*args, **kwargs):
     calls.append(1)
-    if len(calls) == call:
+    if len(calls) == call and number:
         os.kill(os.getpid(), number)
+    elif len(calls) == call:  # reads outside a tensor, after which this process gets nothing more from its GPU
+        import torch
+        torch.zeros(1, device="cuda")[torch.ones(1, dtype=torch.long, device="cuda")].sum()
     return real(*args, **kwargs)
 setattr(module, name, replacement)
 end_to_end._SAVE_EVERY_S, end_to_end._SAVE_EVERY = 0.0, 10
 gqsa_runtime.cli.main(gqsac.cli.cli, sys.argv[5:], "gqsac")
 """
+
+
+def stopped(command, out, stage, number) -> subprocess.CompletedProcess:
+    """The command in a process that gets the signal in that stage; 0 makes its GPU fail instead."""
+    module, name, call = PLACES[stage]
+    return subprocess.run(
+        [sys.executable, "-c", _PROCESS, module.__name__, name, str(call), str(int(number)), *command, "-o", str(out)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True, text=True,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -108,12 +122,7 @@ gqsa_runtime.cli.main(gqsac.cli.cli, sys.argv[5:], "gqsac")
 )
 def test_a_signal_in_any_stage_loses_nothing(tmp_path, work, stage, number):
     command, whole = work
-    module, name, call = PLACES[stage]
-    process = subprocess.run(
-        [sys.executable, "-c", _PROCESS, module.__name__, name, str(call), str(int(number)), *command,
-         "-o", str(tmp_path / "out")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
+    process = stopped(command, tmp_path / "out", stage, number)
     assert process.returncode == (130 if number == signal.SIGINT else -number), process.stderr
     assert "Traceback" not in process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
@@ -186,3 +195,40 @@ def test_other_errors_stay_what_they_are(tmp_path, work, monkeypatch):
     monkeypatch.setattr(*raise_at(PLACES["one-shot"], error))
     with pytest.raises(RuntimeError, match="same device"):
         main(cli, [*work[0], "-o", str(tmp_path / "out")], "gqsac")
+
+
+@pytest.fixture(scope="module")
+def gpu_work(tmp_path_factory):
+    """(the command on a GPU, the report of what it makes undisturbed)."""
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU")
+    folder = tmp_path_factory.mktemp("gpu-work")
+    (folder / "text.txt").write_text(TEXT)
+    command = ["compress", str(save_model(folder / "llama")), "--calibration", str(folder / "text.txt")]
+    command += ["cuda" if argument == "cpu" else str(argument) for argument in ARGUMENTS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GQSAC_COMPILE", "0")  # which takes longer than all the rest
+        assert ended(command, folder / "whole") == 0
+        yield command, json.loads((folder / "whole" / "report.json").read_text())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", [0, signal.SIGKILL], ids=["failed", "killed"])
+@pytest.mark.parametrize("stage", ["bqpo", "distill", "e2e-oqp"])
+def test_a_gpu_that_fails_or_a_process_that_is_killed_on_one_loses_nothing(tmp_path, gpu_work, stage, number):
+    command, whole = gpu_work
+    process = stopped(command, tmp_path / "out", stage, number)
+    if number:
+        assert process.returncode == -number, process.stderr
+    else:
+        assert process.returncode == 1, process.stderr
+        (said,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+        assert said.startswith(f"error: {stage}: the GPU failed (") and "give the same command again to go on" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert ended(command, tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["resumed_blocks"] > 0 == whole["resumed_blocks"]
+    for name in ("distill", "e2e-oqp"):  # its kernels add in any order, so the same up to that
+        curve, expected = report["stages"][name]["curve"], whole["stages"][name]["curve"]
+        assert [step for step, _ in curve] == [step for step, _ in expected]
+        assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in expected], rel=0.02)
