@@ -17,7 +17,7 @@ _LINE_STEPS = 100  # places along a line that labels keep clear of
 # Where a label may stand, in points from its own: (right, up, which side of the label is there).
 _PLACES = (
     (7, 5, "left"), (7, -12, "left"), (-7, 5, "right"), (9, 16, "left"), (-7, -12, "right"), (0, 10, "center"),
-    (0, -16, "center"), (-9, 16, "right"), (9, -24, "left"), (-9, -24, "right"),
+    (0, -16, "center"), (-9, 16, "right"), (14, 28, "left"), (9, -24, "left"), (-9, -24, "right"), (20, 44, "left"),
 )  # fmt: skip
 
 
@@ -81,10 +81,14 @@ def _scale(axes, points: Sequence[Row], drawn: Sequence[Row]) -> None:
 
 
 def _annotate(figure, axes, points: Sequence[Row]) -> None:
-    """Labels beside their points, each at the first of some places where it covers no label, point or line."""
+    """Labels beside their points, each at the first of some places where it covers no label, point or line.
+
+    Of points with one label, which are one above the other, the lowest has it.
+    """
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
-    taken = []
+    inside = axes.get_window_extent(renderer).extents
+    taken = [(inside[2], inside[1], math.inf, inside[3])]  # right of the axes
     for row in points:
         x, y = axes.transData.transform((row.bits_per_weight, row.perplexity["perplexity"]))
         taken.append((x - 5, y - 5, x + 5, y + 5))
@@ -94,12 +98,16 @@ def _annotate(figure, axes, points: Sequence[Row]) -> None:
             for step in range(_LINE_STEPS):
                 x, y = x0 + (x1 - x0) * step / _LINE_STEPS, y0 + (y1 - y0) * step / _LINE_STEPS
                 taken.append((x, y, x + 1, y + 1))
-    for row in sorted(points, key=lambda row: (-row.bits_per_weight, row.perplexity["perplexity"])):
+    points = sorted(points, key=lambda row: (-row.bits_per_weight, row.perplexity["perplexity"]))
+    labelled = {row.label: row for row in reversed(points)}
+    for row in sorted(labelled.values(), key=points.index):
         point = (row.bits_per_weight, row.perplexity["perplexity"])
         for dx, dy, side in _PLACES:
+            leader = {"arrowstyle": "-", "linewidth": 0.6, "color": "0.6"} if abs(dy) > 12 else None
             text = axes.annotate(
-                row.label, point, xytext=(dx, dy), textcoords="offset points", ha=side, fontsize=8, color="0.15"
-            )
+                row.label, point, xytext=(dx, dy), textcoords="offset points", ha=side, fontsize=8, color="0.15",
+                arrowprops=leader,
+            )  # fmt: skip
             box = text.get_window_extent(renderer).extents
             if not any(_overlap(box, other) for other in taken):
                 break
