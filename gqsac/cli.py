@@ -58,6 +58,9 @@ def cli():
 @click.option("--batch-tokens", type=int, help="distill, e2e-oqp: tokens in a step.")
 @click.option("--minutes", metavar="LIST", help="Training time at most: of every stage, or comma-separated of each.")
 @click.option("--distill", type=float, help="e2e-oqp: share of distillation in the loss, 0 to 1.")
+@click.option(
+    "--master-dtype", help="bqpo, distill: weights that learn are float32 (default), or bfloat16 for half the memory."
+)
 @click.option("--weight-lr", type=float, help="Learning rate of weights, relative to their size.")
 @click.option("--scale-lr", type=float, help="Learning rate of scales, relative to their size.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")

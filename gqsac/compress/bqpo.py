@@ -27,7 +27,14 @@ from gqsac.compress.one_shot import Siblings, choose_mask, quantize_block
 from gqsac.compress.options import Options
 from gqsac.compress.quantize import QuantizedLinear
 from gqsac.compress.select import scheduled_sparsity
-from gqsac.compress.trainable import adamw, autocast, install, parameter_groups, set_learning_rates
+from gqsac.compress.trainable import (
+    adamw,
+    autocast,
+    install,
+    parameter_groups,
+    set_learning_rates,
+    set_master_dtype,
+)
 
 RAMP = 0.5  # share of the training over which groups are removed
 CHOOSE_UNTIL = 0.75  # after this share the mask stays
@@ -91,6 +98,7 @@ class BlockTrainer:
             path: GroupLinear.from_quantized(start[path], options.bits, self._biases[path]) for path in self._weights
         }
         del start
+        set_master_dtype(modules, options.master_dtype)
         install(self._block, modules)
         self._forward = compiled_block(self._block, self._runner.device)
         optimizer = adamw(parameter_groups(modules, options.rates("bqpo")), self._runner.device)
@@ -138,7 +146,7 @@ class BlockTrainer:
         for group in self._siblings:
             for path in group.paths:
                 sparsity = scheduled_sparsity(self._rates[path], fraction, RAMP)
-                weight = modules[path].weight.detach()
+                weight = modules[path].weight.detach().float()
                 modules[path].keep.copy_(choose_mask(weight, group.metrics, sparsity, self._options))
 
     def _step(self, modules, optimizer, rows) -> torch.Tensor:

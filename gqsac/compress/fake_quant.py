@@ -31,7 +31,7 @@ def float16_scales(scales: torch.Tensor) -> torch.Tensor:
 class _FakeQuantize(torch.autograd.Function):
     """(clip(round(w / s + z)) - z) * s where kept, else 0; gradients as in LSQ+ (arXiv 2004.09576).
 
-    weight: f32 [rows, columns]. gains, base, zeros: f32 [rows, q_groups], s = float16(base * gains).
+    weight: f32 or bf16 [rows, columns]. gains, base, zeros: f32 [rows, q_groups], s = float16(base * gains).
     keep: bool [rows, units]. Removed weights get the gradient they would have if they were kept, so that
     they go on learning and may come back.
     """
@@ -41,7 +41,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(weight, gains, zeros, base, keep)
         ctx.bits = bits
         scales, whole = float16_scales(base * gains)[..., None], _whole(zeros, bits)[..., None]
-        levels = weight.view(*base.shape, -1) / scales
+        levels = weight.float().view(*base.shape, -1) / scales
         levels.add_(whole).round_().clamp_(0, (1 << bits) - 1).sub_(whole).mul_(scales)
         return levels.view(*keep.shape, -1).mul_(keep[..., None]).view_as(weight)
 
@@ -50,7 +50,7 @@ class _FakeQuantize(torch.autograd.Function):
         weight, gains, zeros, base, keep = ctx.saved_tensors
         top = (1 << ctx.bits) - 1
         scales, whole = float16_scales(base * gains)[..., None], _whole(zeros, ctx.bits)[..., None]
-        ratio = weight.view(*base.shape, -1) / scales
+        ratio = weight.float().view(*base.shape, -1) / scales
         levels = (ratio + whole).round_()
         inside = (levels >= 0) & (levels <= top)
         kept_grad = (grad.view(*keep.shape, -1) * keep[..., None]).view_as(ratio)
@@ -60,7 +60,7 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_zeros = -(kept_grad * ~inside).sum(2) * scales[..., 0]
         passed = inside.view(*keep.shape, -1) | ~keep[..., None]
-        return grad * passed.view_as(grad), grad_gains, grad_zeros, None, None, None
+        return (grad * passed.view_as(grad)).to(weight.dtype), grad_gains, grad_zeros, None, None, None
 
 
 def _whole(zeros: torch.Tensor, bits: int) -> torch.Tensor:
@@ -70,8 +70,8 @@ def _whole(zeros: torch.Tensor, bits: int) -> torch.Tensor:
 class GroupLinear(nn.Module):
     """A linear whose weights, scales and zeros learn under a mask.
 
-    weight: f32 [rows, columns], the master weights. gains: f32 [rows, q_groups], what the initial scales
-    are multiplied by, so that one learning rate fits all. zeros: f32 [rows, q_groups], in levels.
+    weight: [rows, columns], the master weights: f32, or bf16 if they are made so. gains: f32 [rows, q_groups], what
+    the initial scales are multiplied by, so that one learning rate fits all. zeros: f32 [rows, q_groups], in levels.
     keep: bool [rows, units]. bias: as in the nn.Linear it replaces.
     """
 
@@ -106,10 +106,11 @@ class GroupLinear(nn.Module):
     def export(self) -> QuantizedLinear:
         """The levels, scales and zeros that the forward pass uses."""
         scales, whole = float16_scales(self.base * self.gains), _whole(self.zeros, self.bits)
-        levels = self.weight.view(*scales.shape, -1) / scales[..., None]
+        master = self.weight.detach().float()
+        levels = master.view(*scales.shape, -1) / scales[..., None]
         levels = levels.add_(whole[..., None]).round_().clamp_(0, (1 << self.bits) - 1)
         return QuantizedLinear(
-            levels.to(torch.uint8), scales.to(torch.float16), whole.to(torch.uint8), self.keep, self.weight.detach()
+            levels.to(torch.uint8), scales.to(torch.float16), whole.to(torch.uint8), self.keep, master
         )
 
 

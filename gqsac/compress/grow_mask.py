@@ -41,7 +41,7 @@ class MaskGrower:
     def observe(self) -> None:
         """Takes in the gradients of one step."""
         for path, linear in self._linears.items():
-            product = (linear.weight * linear.weight.grad).view(*linear.keep.shape, -1).sum(2)
+            product = (linear.weight.float() * linear.weight.grad).view(*linear.keep.shape, -1).sum(2)
             self.scores[path].mul_(_MEMORY).addcmul_(product, product, value=1 - _MEMORY)
 
     @property

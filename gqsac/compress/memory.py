@@ -77,6 +77,8 @@ def what_would_fit(size: ModelSize, options: Options, device: torch.device, free
             value //= 2
         if value >= least:
             found.append(f"--{name.replace('_', '-')} {value}")
+    if options.master_dtype == "float32" and fits(replace(options, master_dtype="bfloat16")):
+        found.append("--master-dtype bfloat16")
     if options.allocation == "global" and fits(replace(options, allocation="row")):
         found.append("--allocation row")
     stages = tuple(stage for stage in options.stages if stage != "distill") or ("one-shot",)

@@ -20,7 +20,7 @@ from gqsac.compress.trainable import is_large
 # of opt (3.1 in f32, 2.0 under autocast), llama (4.4, 3.0), qwen3 (5.1, 3.4), gemma2 (6.3, 4.6); less where compiled.
 _GRAPH_BYTES = {"cpu": 3.0, "cuda": 2.0, "compiled": 1.0}
 _ONE_SHOT_BYTES = 9  # of a weight in its block: itself, what it was rounded from, its level
-_BQPO_BYTES = 25  # those, and master, gradient and two moments of AdamW
+_TRAINED = 4  # numbers of a weight that learns: master, gradient and two moments of AdamW
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,19 @@ def _allocation(size: ModelSize, options: Options, device: torch.device) -> Need
 
 def _blockwise(size: ModelSize, options: Options, device: torch.device, free: Free) -> Need:
     trains = "bqpo" in options.training
-    stage, weight = ("bqpo", _BQPO_BYTES) if trains else ("one-shot", _ONE_SHOT_BYTES)
+    stage, weight = "bqpo" if trains else "one-shot", _ONE_SHOT_BYTES
+    if trains:
+        weight += _TRAINED * _master_bytes(options)
     linears = _weights(size.block)
     hessians = 8 * sum(columns**2 for columns in {columns for _, columns in size.block})  # with their inverses
     states = states_bytes(size, options) if states_in_memory(size, options, free) else 0
     if device.type == "cuda":
         return Need(stage, max(4 * (size.outside + linears), weight * linears + hessians), states)
     return Need(stage, 0, states + _made_f32(size) + int((weight - size.stored) * linears) + hessians)
+
+
+def _master_bytes(options: Options) -> int:
+    return 2 if options.master_dtype == "bfloat16" else 4
 
 
 def _made_f32(size: ModelSize) -> int:
@@ -156,7 +162,8 @@ def _end_to_end(stage: str, size: ModelSize, options: Options, device: torch.dev
     dense = 4 * (size.parameters - size.compressed)
     scales = size.compressed // options.quant_group_size
     if stage == "distill":  # weights with two moments, gradients; scales and zeros alike, initial scales; masks
-        student, gradients = 12 * size.compressed + 28 * scales, 4 * size.compressed
+        each = _master_bytes(options)
+        student, gradients = 3 * each * size.compressed + 28 * scales, each * size.compressed
     else:  # levels; scales with two moments, initial scales, zeros
         student, gradients = size.compressed + 17 * scales, 4 * scales
     student += dense + size.compressed // options.unit

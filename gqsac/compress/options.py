@@ -14,6 +14,7 @@ STAGES = ("one-shot", "bqpo", "distill", "e2e-oqp")
 END_TO_END = ("distill", "e2e-oqp")
 REMOVALS = ("at-once", "gradual")
 DEFAULT_SPARSITY = 0.02
+MASTER_DTYPES = ("float32", "bfloat16")
 _DEFAULT_SAMPLES = {False: 8, True: 128}  # without and with training stages
 # Stage -> learning rates (weights, scales). Weights: relative to the root mean square of their linear.
 # Scales: relative to each scale. Zeros move with the scales' rate, in units of the whole range of levels.
@@ -45,6 +46,7 @@ class Options:
     train_samples: int | None = None
     batch_tokens: int | None = None
     distill: float = 0.0
+    master_dtype: str = "float32"
     weight_lr: float | None = None
     scale_lr: float | None = None
 
@@ -122,6 +124,8 @@ def checked(options: Options) -> Options:
         raise InputError(f"allocation is {allocation!r}, expected one of {', '.join(ALLOCATIONS)}")
     if o.removal not in (None, *REMOVALS):
         raise InputError(f"removal is {o.removal!r}, expected one of {', '.join(REMOVALS)}")
+    if o.master_dtype not in MASTER_DTYPES:
+        raise InputError(f"the master dtype is {o.master_dtype!r}, expected one of {', '.join(MASTER_DTYPES)}")
     if o.seq_len is not None and o.seq_len < 2:
         raise InputError(f"the sample length is {o.seq_len} tokens, expected at least 2")
     if not 0 < o.damping <= 1:

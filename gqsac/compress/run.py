@@ -75,7 +75,8 @@ def compress(
     e2e_steps: of every end-to-end stage or, in a tuple, of each; by default two epochs. minutes: of training at most,
     of every training stage or, in a tuple, of each.
     train_samples: windows for the end-to-end stages. batch_tokens: tokens a step there. distill: share of
-    distillation in the loss of E2E-OQP. weight_lr, scale_lr: learning rates in place of options.RATES.
+    distillation in the loss of E2E-OQP. master_dtype: "float32", or "bfloat16" for half the memory, of the weights that
+    learn in bqpo and distill. weight_lr, scale_lr: learning rates in place of options.RATES.
 
     A run that was stopped goes on where it was when called again with the same arguments, and makes the same
     weights; with `minutes` they depend on the machine's speed. Raises InputError, ModelError and their kin.

@@ -52,6 +52,12 @@ def _rounded(rate: float) -> float:
     return float(f"{rate:.1e}")
 
 
+def set_master_dtype(linears: dict[str, GroupLinear], dtype: str) -> None:
+    """Holds the weights that learn in "float32" or "bfloat16", and with them their gradients and AdamW's moments."""
+    for linear in linears.values():
+        linear.weight.data = linear.weight.data.to(getattr(torch, dtype))
+
+
 def adamw(groups: list[dict], device: torch.device) -> torch.optim.AdamW:
     """AdamW without weight decay, fused on GPUs."""
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda")

@@ -28,6 +28,7 @@ from gqsac.compress.trainable import (
     parameter_groups,
     prepare_large,
     recompute_blocks,
+    set_master_dtype,
     trainable_linears,
 )
 from gqsac.compress.write import dense_tensor
@@ -79,6 +80,7 @@ def prepare_training(
     linears = trainable_linears(model)
     others, masks = [], None
     if stage == "distill":
+        set_master_dtype(linears, options.master_dtype)
         others = [parameter.requires_grad_(True) for parameter in vectors(model)]
         if options.removes_gradually("distill"):
             masks = MaskGrower(linears, options, already_sparse=previous == "bqpo")

@@ -13,7 +13,7 @@ from gqsac.cli import cli
 from gqsac.compress import disk, memory
 from gqsac.compress.memory import first_short, what_would_fit
 from gqsac.compress.needs import Free, ModelSize, needs
-from gqsac.compress.options import Options, checked
+from gqsac.compress.options import MASTER_DTYPES, Options, checked
 from gqsac.compress.run import compress
 from gqsac.errors import DeviceError, InputError
 from tests.unit.compress_models import TEXT, byte_tokenizer, save_model
@@ -221,7 +221,10 @@ def test_the_papers_setting_fits_on_a_card_of_24_gb(llama_7b):
     assert 5 < found["bqpo"][0] < 8
     assert 14 < found["e2e-oqp"][0] < 17
     assert first_short(needs(llama_7b, options, CUDA, Free(None, None)), Free(23 * GIB, None)) is None
-    assert gib(llama_7b, replace(options, stages=("distill",)), CUDA)["distill"][0] > 80
+    in_bf16 = gib(llama_7b, replace(options, master_dtype="bfloat16"), CUDA)
+    assert found["bqpo"][0] - in_bf16["bqpo"][0] == pytest.approx(8 * 202_375_168 / GIB)
+    distill = [replace(options, stages=("distill",), master_dtype=dtype) for dtype in MASTER_DTYPES]
+    assert gib(llama_7b, distill[0], CUDA)["distill"][0] > 120 > 75 > gib(llama_7b, distill[1], CUDA)["distill"][0]
 
 
 def test_activations_count_as_memory_only_where_it_holds_them(smollm2):

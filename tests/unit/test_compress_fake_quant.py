@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from gqsac.compress.fake_quant import FrozenLinear, GroupLinear, float16_scales
+from gqsac.compress.options import MASTER_DTYPES
 from gqsac.compress.quantize import quantize
 from gqsac.compress.select import protect_2_of_4, select_groups
 from gqsac.compress.store import from_stream, to_stream
+from gqsac.compress.trainable import set_master_dtype
 
 # bits, group size, columns that share a scale, pattern
 CASES = [
@@ -58,10 +60,12 @@ def stored_weight(linear, bits, group_size):
     return torch.from_numpy(to_stream(linear.export(), bits, group_size).dequantize())
 
 
+@pytest.mark.parametrize("dtype", MASTER_DTYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_forward_is_bit_for_bit_what_export_stores(case):
+def test_forward_is_bit_for_bit_what_export_stores(case, dtype):
     bits, group_size, quant_group_size, pattern = case
     linear = make(*case)
+    set_master_dtype({"it": linear}, dtype)
     stored = stored_weight(linear, bits, group_size)
     assert torch.equal(linear.effective_weight(), stored)
     assert 0.4 < (stored == 0).float().mean() < 0.9

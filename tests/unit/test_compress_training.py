@@ -87,6 +87,26 @@ def test_every_stage_lowers_its_loss_and_reports_it(trained):
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_weights_may_learn_in_bf16(tmp_path, llama, whole, trained, monkeypatch):
+    learnt, real = [], torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        result = real(self, *args, **kwargs)
+        learnt.append({p.dtype for p in self.state if p.ndim == 2 and self.state[p]["exp_avg"].dtype == p.dtype})
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(InputError, match="the master dtype is 'float16', expected one of float32, bfloat16"):
+        compress(llama, tmp_path / "out", master_dtype="float16", **whole)
+    report = compress(llama, tmp_path / "out", master_dtype="bfloat16", **whole)
+    assert learnt[0] == {torch.bfloat16, torch.float32} == learnt[-21] and learnt[-1] == {torch.float32}
+    blocks, expected = report["stages"]["bqpo"]["blocks"], trained[1]["stages"]["bqpo"]["blocks"]
+    for block, exact in zip(blocks, expected, strict=True):  # most of what f32 weights gain
+        assert block["before"] - block["after"] > 0.5 * (exact["before"] - exact["after"])
+    ends = [r["stages"]["distill"]["curve"][-1][1] for r in (report, trained[1])]
+    assert ends[0] == pytest.approx(ends[1], rel=0.1)
+
+
 def test_the_sparsity_is_exactly_what_was_asked_for(trained, tmp_path, llama):
     for stage_options in ({"stages": ("distill",), "allocation": "row"}, {"stages": ("bqpo",), "allocation": "layer"}):
         compress(llama, tmp_path / "out", sparsity=0.3, **stage_options, **SMALL)
