@@ -57,7 +57,7 @@ def measure(row: compare.Row, entry: compare.Entry, text: str, rows: dict[str, l
         if row.perplexity is None:
             result = stage(
                 "perplexity",
-                lambda: scorer.perplexity(text, args.window, args.max_windows, partial(progress, unit="window")),
+                lambda: scorer.perplexity(text, args.window, None, args.max_windows, partial(progress, unit="window")),
             )
             row.perplexity = result and dict(vars(result))
             saved()

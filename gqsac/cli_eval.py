@@ -36,7 +36,7 @@ def _shared(*names: str) -> list[click.Parameter]:
 
 @evaluate.command(params=_runtime_ppl.params, context_settings=_HELP)
 def ppl(file, text, window, stride, max_windows, device, context, threads, as_json) -> None:
-    """Perplexity of a text. The last tokens that fill no window are left out.
+    """Perplexity of a text. The last tokens that fill no window are left out; a shorter text is scored whole.
 
     FILE is a .gqsa file, or a model folder (compressed or not), hub id or .gguf file: those run in
     PyTorch with fp32 arithmetic, on a GPU where PyTorch finds one.
@@ -49,24 +49,15 @@ def ppl(file, text, window, stride, max_windows, device, context, threads, as_js
     if is_artifact(file):
         _runtime_ppl.callback(file, text, window, stride, max_windows, device, context, threads, as_json)
         return
-    result = _torch_perplexity(file, text, window, stride, max_windows, device)
+    from gqsac.evaluate.load import open_scorer
+
+    content = read_text(text, "text")
+    scorer = open_scorer(file, device, context, threads)
+    result = scorer.perplexity(content, window, stride, max_windows, partial(progress, unit="window"))
     if as_json:
         click.echo(json.dumps({"path": file, "window": window, "stride": stride or window, **vars(result)}))
     else:
         click.echo(f"perplexity {result.perplexity:.4f} over {result.n_tokens:,} tokens in {result.n_windows} windows")
-
-
-def _torch_perplexity(source: str, text: str, window: int, stride: int | None, max_windows: int | None, device: str):
-    from gqsa_runtime.tokenizer import Tokenizer
-
-    from gqsac.evaluate.load import load_for_evaluation
-    from gqsac.evaluate.perplexity import perplexity
-    from gqsac.evaluate.score_torch import torch_device
-
-    content, where = read_text(text, "text"), torch_device(device)
-    model, tokenizer_json = load_for_evaluation(source)
-    tokens = Tokenizer(tokenizer_json).encode(content)
-    return perplexity(model.to(where), tokens, window, stride, max_windows, partial(progress, unit="window"))
 
 
 @evaluate.command(

@@ -21,17 +21,24 @@ def perplexity(
     stride: int | None = None,
     max_windows: int | None = None,
     progress: Callable | None = None,
+    context: int | None = None,
 ) -> PerplexityResult:
     """exp of the mean negative log-probability of a text's tokens under a transformers causal LM.
 
     token_ids: the whole text, a list or 1-D int array or tensor. window, stride: see
     gqsa_runtime.perplexity.windows. max_windows: score only the first so many. progress: wraps the list of
-    windows, as `tqdm.tqdm` does. Log-probabilities are computed in f32 and summed in f64. Raises
-    InputError where the numbers make no window, ModelError where the model's logits are not finite.
+    windows, as `tqdm.tqdm` does. context: tokens that a window may have; default: what the model is made for.
+    Log-probabilities are computed in f32 and summed in f64. Raises InputError where the numbers make no window or
+    one that is too long, ModelError where the model's logits are not finite.
     """
     tokens = torch.as_tensor(token_ids, dtype=torch.int64)
     if tokens.ndim != 1:
         raise InputError(f"token_ids has shape {list(tokens.shape)}, expected one text as a flat list")
+    context = context or made_for(model)
+    if context is not None and window > context:
+        raise InputError(
+            f"the window is {window} tokens, but the model has a context of {context}; use a window of at most that"
+        )
     if max_windows is not None and max_windows < 1:
         raise InputError(f"the number of windows is {max_windows}, expected at least 1")
     cuts = list(windows(len(tokens), window, stride))[:max_windows]
@@ -51,6 +58,11 @@ def perplexity(
     mean = total / n_scored
     value = math.exp(mean) if mean < 700 else math.inf  # exp overflows a float64 near 709
     return PerplexityResult(value, n_scored, len(cuts), time.perf_counter() - began_s)
+
+
+def made_for(model) -> int | None:
+    """The longest context that a transformers model is made for, None if it does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or None
 
 
 def _pieces(tensor: torch.Tensor, vocabulary: int | None = None):

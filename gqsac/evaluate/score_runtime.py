@@ -36,10 +36,15 @@ class RuntimeScorer:
         return "".join(self.model.generate(prompt, max_new_tokens, **vars(options), seed=0, stop=stop))
 
     def perplexity(
-        self, text: str, window: int, max_windows: int | None = None, progress: Callable | None = None
+        self,
+        text: str,
+        window: int,
+        stride: int | None = None,
+        max_windows: int | None = None,
+        progress: Callable | None = None,
     ) -> PerplexityResult:
         """See Scorer."""
-        return perplexity(self.model, text, window, max_windows=max_windows, progress=progress)
+        return perplexity(self.model, text, window, stride, max_windows, progress)
 
     def close(self) -> None:
         """Frees the device's memory."""

@@ -11,7 +11,7 @@ from gqsa_runtime.perplexity import PerplexityResult
 from gqsa_runtime.sampling import SamplingOptions, sample
 from gqsa_runtime.tokenizer import StopFilter, TextStream, Tokenizer
 
-from gqsac.evaluate.perplexity import perplexity
+from gqsac.evaluate.perplexity import made_for, perplexity
 from gqsac.evaluate.scoring import Score, ScoreRequest
 
 _LOGITS_AT_ONCE = {"cpu": 1 << 26, "cuda": 1 << 28}  # f32 elements of a batch's logits
@@ -41,8 +41,7 @@ class TorchScorer:
 
     def __init__(self, model, tokenizer: Tokenizer, device: str = "auto", context: int | None = None):
         where = torch_device(device)
-        config = model.config
-        most = getattr(config, "max_position_embeddings", None) or 1 << 30
+        most = made_for(model) or 1 << 30
         if context is not None and not 1 <= context <= most:
             raise InputError(f"the context is {context}, but this model is made for 1 to {most}")
         try:
@@ -52,7 +51,7 @@ class TorchScorer:
         self.tokenizer, self.device = tokenizer, where
         self.context = context or most
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
-        generation = getattr(model, "generation_config", None) or config
+        generation = getattr(model, "generation_config", None) or model.config
         self.bos_token_id, self.eos_token_ids = generation.bos_token_id, _ids(generation.eos_token_id)
         name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{torch.get_num_threads()} thread(s)"
         self.device_reason = f"PyTorch on {where} ({name}), {model.dtype}".replace("torch.", "")
@@ -96,10 +95,22 @@ class TorchScorer:
         return "".join([*text, stops.push(stream.flush()), stops.flush()])
 
     def perplexity(
-        self, text: str, window: int, max_windows: int | None = None, progress: Callable | None = None
+        self,
+        text: str,
+        window: int,
+        stride: int | None = None,
+        max_windows: int | None = None,
+        progress: Callable | None = None,
     ) -> PerplexityResult:
         """See Scorer."""
-        return perplexity(self.model, self.tokenizer.encode(text), window, None, max_windows, progress)
+        tokens = self.tokenizer.encode(text)
+        try:
+            return perplexity(self.model, tokens, window, stride, max_windows, progress, self.context)
+        except torch.cuda.OutOfMemoryError:
+            raise DeviceError(
+                f"a window of {window} tokens does not fit the memory of {self.device} beside the model; use a "
+                "smaller one, or --device cpu"
+            ) from None
 
     def close(self) -> None:
         """Frees the model's memory."""

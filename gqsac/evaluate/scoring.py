@@ -54,9 +54,14 @@ class Scorer(Protocol):
         """Continues token ids up to a stop string, end of text or max_new_tokens."""
 
     def perplexity(
-        self, text: str, window: int, max_windows: int | None = None, progress: Callable | None = None
+        self,
+        text: str,
+        window: int,
+        stride: int | None = None,
+        max_windows: int | None = None,
+        progress: Callable | None = None,
     ) -> PerplexityResult:
-        """Perplexity of a text in windows that do not overlap."""
+        """Perplexity of a text, see gqsa_runtime.perplexity. Raises InputError for windows longer than the context."""
 
     def close(self) -> None:
         """Frees the model's memory."""

@@ -338,7 +338,7 @@ def evaluate() -> None:
 @_model_options
 @_JSON
 def ppl(file, text, window, stride, max_windows, device, context, threads, as_json) -> None:
-    """Perplexity of a text. The last tokens that fill no window are left out.
+    """Perplexity of a text. The last tokens that fill no window are left out; a shorter text is scored whole.
 
     \b
     Example:

@@ -253,6 +253,9 @@ def test_runtime_and_torch_agree_request_for_request(tmp_path, checkpoint):
         assert texts[0] == texts[1] and texts[0]
     text = QUESTION * 6
     assert ours.perplexity(text, 64).perplexity == pytest.approx(theirs.perplexity(text, 64).perplexity, rel=1e-3)
+    for scorer in (ours, theirs):
+        with pytest.raises(InputError, match="the window is 512 tokens, but .* context of"):
+            scorer.perplexity(text, 512)
     ours.close()
 
 
