@@ -20,6 +20,7 @@ import shutil
 import sys
 import time
 import traceback
+import zlib
 from pathlib import Path
 
 import torch
@@ -41,8 +42,20 @@ FULL = ("bqpo", "distill", "e2e-oqp")
 SHARES = {"bqpo": 0.2, "distill": 0.7, "e2e-oqp": 0.1}
 STEP_SHARES = {"distill": 0.85, "e2e-oqp": 0.15}
 TRAINING = ("weight_lr", "scale_lr", "distill", "removal", "batch_tokens", "train_samples", "epochs", "e2e_steps")
+# What all lines of a method.jsonl have in common, beside model and texts.
+SETTINGS = (
+    "minutes",
+    "steps",
+    "epochs",
+    "batch_tokens",
+    "samples",
+    "train_samples",
+    "seq_len",
+    "window",
+    "max_windows",
+)
 CONFIGURATIONS = {
-    "W4 S0": {"bits": 4, "sparsity": 0.0},
+    "W4 S0 1x16": {"bits": 4, "sparsity": 0.0},
     "W4 S30 1x16": {"bits": 4, "sparsity": 0.3},
     "W4 S50 1x16": {"bits": 4, "sparsity": 0.5},
     "W2 g64": {"bits": 2, "group_size": 64, "sparsity": 0.0},
@@ -54,17 +67,33 @@ CONFIGURATIONS = {
 
 
 class Results:
-    """The lines of method.jsonl: {"config", "stage", "perplexity", …}; a config's last line has "done" or "error"."""
+    """The lines of method.jsonl: {"config", "stage", "perplexity", …}; a config's last line has "done" or "error".
 
-    def __init__(self, file: Path):
+    settings: of all configurations, kept in a line of their own. Raises InputError if the file was made with others.
+    """
+
+    def __init__(self, file: Path, settings: dict):
         self._file = file
-        self.lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        self.lines = [line for line in found if "config" in line]
+        known = next((line["settings"] for line in found if "settings" in line), None)
+        for key, value in settings.items():
+            if known is not None and known.get(key) != value:
+                raise InputError(
+                    f"{file} was made with {key} {known.get(key)!r}, now it is {value!r}; give the same, or another "
+                    "output folder"
+                )
+        if known is None:
+            self._write({"settings": settings})
 
     def add(self, **line) -> None:
         self.lines.append(line)
+        self._write(line)
+        tell(json.dumps(line))
+
+    def _write(self, line: dict) -> None:
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        tell(json.dumps(line))
 
     def is_done(self, config: str) -> bool:
         return any(line["config"] == config and line.get("done") for line in self.lines)
@@ -232,10 +261,16 @@ def run(args) -> int:
         raise InputError(f"--only {unknown[0]!r} is none of: {'; '.join(CONFIGURATIONS)}")
     wanted = {name: CONFIGURATIONS[name] for name in args.only or ([] if also else CONFIGURATIONS)} | also
     args.output.mkdir(parents=True, exist_ok=True)
-    results = Results(args.output / "method.jsonl")
-    device = choose_device(args.device)
+    device, text = choose_device(args.device), read_text(args.text)
     source = load_source(args.model)
-    tokens = Tokenizer(source.tokenizer_json).encode(read_text(args.text))
+    settings = {
+        "model": f"{Path(args.model).name}, CRC-32 {source.fingerprint()}",
+        "text": f"{Path(args.text).name}, CRC-32 {zlib.crc32(text.encode()):08x}",
+        "calibration": [Path(file).name for file in args.calibration or ()],
+        **{key: getattr(args, key) for key in SETTINGS},
+    }
+    results = Results(args.output / "method.jsonl", settings)
+    tokens = Tokenizer(source.tokenizer_json).encode(text)
 
     def score(model) -> float:
         shown = tqdm if sys.stderr.isatty() else None
