@@ -26,7 +26,7 @@ from gqsac.compress.trainable import autocast, install
 
 @dataclass
 class BlockwiseStage:
-    """One pass over all blocks. name: "one-shot", "bqpo", or "start" (see `start_sparsity` in run.py).
+    """One pass over all blocks. name: "one-shot", "bqpo", or "start" (see `_Run._blockwise` in run.py).
 
     rates: full path of each linear -> share of its units to remove. keep_master: also store what a distillation
     stage goes on from. seconds: of training at most, for all blocks, or None.

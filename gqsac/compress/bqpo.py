@@ -26,7 +26,7 @@ from gqsac.compress.losses import relative_error
 from gqsac.compress.one_shot import Siblings, choose_mask, quantize_block
 from gqsac.compress.options import Options
 from gqsac.compress.quantize import QuantizedLinear
-from gqsac.compress.select import scheduled_sparsity
+from gqsac.compress.select import CHOOSE_UNTIL, RAMP, scheduled_sparsity
 from gqsac.compress.trainable import (
     adamw,
     autocast,
@@ -36,8 +36,6 @@ from gqsac.compress.trainable import (
     set_master_dtype,
 )
 
-RAMP = 0.5  # share of the training over which groups are removed
-CHOOSE_UNTIL = 0.75  # after this share the mask stays
 _STOP_FROM = 0.5  # with a mask that stays, the share of the training from which it may stop early
 _MASKS = 40  # masks chosen during a training
 _BATCH_TOKENS = 4096  # of a step at most
@@ -49,7 +47,8 @@ _LEAST_GAIN = 1e-3  # an epoch that gains less than this share of the loss is th
 class BlockResult:
     """linears: path -> compressed linear. before, after: relative error on samples that were not trained on
     (on the trained ones if there are fewer than 8), one-shot at full sparsity and trained. kept: "trained", or
-    "one-shot" where training was no better. epochs: that were run. seconds: of training.
+    "one-shot" where training was no better, or "dense" where nothing is compressed. epochs: that were run. seconds:
+    of training.
     """
 
     linears: dict[str, QuantizedLinear]
@@ -73,10 +72,9 @@ class BlockTrainer:
         siblings: list[Siblings],
         rates: dict[str, float],
         options: Options,
-        on_step=lambda loss: None,
     ):
         self._index, self._block, self._runner, self._options = index, block, runner, options
-        self._siblings, self._rates, self._on_step = siblings, rates, on_step
+        self._siblings, self._rates = siblings, rates
         self._weights = {path: linear.weight.detach() for path, linear in linears.items()}
         self._biases = {path: linear.bias for path, linear in linears.items()}
         count = len(runner.hidden)
@@ -87,6 +85,9 @@ class BlockTrainer:
     def train(self, seconds: float | None) -> BlockResult:
         """Runs the block's epochs, at most for `seconds`. Raises ModelError when the loss is not finite."""
         options = self._options
+        if not self._weights:  # all of the block's linears stay dense
+            error = self._error()
+            return BlockResult({}, error, error, "dense", 0, 0.0, [])
         one_shot = quantize_block(self._weights, self._siblings, self._rates, options)
         before = self._error_with(one_shot)
         gradual = options.removes_gradually("bqpo")
@@ -124,7 +125,6 @@ class BlockTrainer:
                 step += 1
             epochs += 1
             curve.append(float(torch.stack(losses).mean()) if losses else curve[-1])
-            self._on_step(curve[-1])
             if not np.isfinite(curve[-1]):
                 raise ModelError(
                     f"the loss of the training became {curve[-1]} in epoch {epochs}; finished blocks are kept, so "

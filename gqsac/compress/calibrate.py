@@ -14,11 +14,17 @@ _SLICE_CHARACTERS_PER_TOKEN = 12  # more than any common tokenizer makes of runn
 
 
 def calibration_tokens(
-    tokenizer: Tokenizer, files: list[str] | None, samples: int, seq_len: int, seed: int
+    tokenizer: Tokenizer,
+    files: list[str] | None,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    purpose: str = "calibration",
 ) -> np.ndarray:
     """Seeded windows of text, int64 [samples, seq_len], none overlapping another.
 
     files: UTF-8 text files, or None for the built-in text (public-domain novels, see gqsac/data).
+    purpose: "calibration" or "training", for messages.
     If the tokenizer starts a text with special tokens, every window starts with them.
     Raises InputError for unreadable or too short texts.
     """
@@ -38,8 +44,9 @@ def calibration_tokens(
     if len(slots) < samples:
         where = ", ".join(map(str, files)) if files else f"the {BUILT_IN}"
         raise InputError(
-            f"calibration needs {samples} samples of {body} tokens = {samples * body} tokens, but {where} gives "
-            f"{len(ids)} tokens, enough for {len(slots)}; give more text, or ask for fewer or shorter samples"
+            f"{purpose} needs {samples} samples of {body} tokens = {samples * body} tokens, but {where} gives "
+            f"{len(ids)} tokens, enough for {len(slots)}; give more text, or ask for fewer "
+            f"(--{'train-' if purpose == 'training' else ''}samples) or shorter samples"
         )
     chosen = np.sort(rng.choice(len(slots), samples, replace=False))
     return np.array([prefix + slots[i] for i in chosen], np.int64)

@@ -17,19 +17,21 @@ _NO_GPU = re.compile(
 )
 _NO_DISK = re.compile(r"iostream error|inline_container|PytorchStreamWriter")  # of torch.save
 _LONGEST = 160
+LOADING = "loading the model"
 
 
-def explained(error: RuntimeError, stage: str, options: Options) -> DeviceError | None:
+def explained(error: Exception, stage: str, options: Options, begun: bool = False) -> DeviceError | None:
     """What to raise in place of `error`, or None where it is something else.
 
-    stage: in which it came. options: with seq_len and batch_tokens filled in.
+    stage: in which it came, or LOADING. options: with seq_len and batch_tokens filled in, but for LOADING.
+    begun: whether the stage has saved a state, with which its options are settled.
     """
     text = str(error)
     reason = text.splitlines()[0][:_LONGEST] if text else type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(text):
-        gpu = "DefaultCPUAllocator" not in text
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _NO_MEMORY.search(text):
+        gpu = "DefaultCPUAllocator" not in text and not isinstance(error, MemoryError)
         where, reason = "the GPU" if gpu else "the machine", reason.split(". ")[0]
-        return DeviceError(f"{stage}: {where} has too little memory ({reason}); {_smaller(stage, options, gpu)}")
+        return DeviceError(f"{stage}: {where} has too little memory ({reason}); {_smaller(stage, options, gpu, begun)}")
     if isinstance(error, torch.AcceleratorError) or _NO_GPU.search(text):
         return DeviceError(f"{stage}: the GPU failed ({reason}); give the same command again to go on")
     if _NO_DISK.search(text):
@@ -40,8 +42,12 @@ def explained(error: RuntimeError, stage: str, options: Options) -> DeviceError 
     return None
 
 
-def _smaller(stage: str, options: Options, gpu: bool) -> str:
+def _smaller(stage: str, options: Options, gpu: bool, begun: bool) -> str:
     """What needs less memory in a stage. gpu: of the GPU."""
+    if stage == LOADING:
+        return "use a machine with more, or a smaller model"
+    if begun:
+        return "it sufficed before, so free what else uses it, then give the same command again to go on"
     if stage in ("distill", "e2e-oqp"):
         if options.batch_tokens >= 2 * options.seq_len:
             return f"use smaller steps (--batch-tokens {options.batch_tokens // 2}); finished stages are kept"

@@ -7,6 +7,9 @@ import torch
 from gqsac.compress.fake_quant import GroupLinear
 from gqsac.compress.options import Options
 from gqsac.compress.select import (
+    CHOOSE_UNTIL,
+    LEAST_ROW_SHARE,
+    RAMP,
     protect_2_of_4,
     protect_rows,
     scheduled_sparsity,
@@ -14,11 +17,8 @@ from gqsac.compress.select import (
     select_groups,
 )
 
-RAMP = 0.5  # share of the training over which groups are removed
-CHOOSE_UNTIL = 0.75  # after this share the masks stay
 EVERY = 10  # steps between choices
 _MEMORY = 0.95  # of the running mean of squared group gradients, a step
-_LEAST_ROW_SHARE = 0.1  # of its groups a row keeps under a global budget
 
 
 class MaskGrower:
@@ -71,7 +71,7 @@ class MaskGrower:
         if self._options.pattern == "2:4":
             scores = {path: protect_2_of_4(score) for path, score in scores.items()}
         if self._options.allocation == "global":
-            share = min(_LEAST_ROW_SHARE, 1 - self._options.sparsity)
+            share = min(LEAST_ROW_SHARE, 1 - self._options.sparsity)
             keeps = select_globally({path: protect_rows(score, share) for path, score in scores.items()}, sparsity)
         else:
             keeps = {path: select_groups(score, sparsity, self._options.allocation) for path, score in scores.items()}

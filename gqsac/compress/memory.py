@@ -33,6 +33,18 @@ def check_memory(model, block_path: str, shapes, options: Options, device: torch
     check_disk(out, stored_bytes(size.compressed, size.parameters, options) + states)
 
 
+def check_loading(src) -> None:
+    """Raises DeviceError if a model folder or .gguf file is larger than the memory into which it is to be read."""
+    path = Path(src)
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]
+    size, ram = sum(file.stat().st_size for file in files), free_cpu_bytes()
+    if ram is not None and size > ram + _free_swap_bytes():
+        raise DeviceError(
+            f"{src} has {_gb(size)} of weights, and {_gb(ram + _free_swap_bytes())} of memory are free; use a machine "
+            "with more memory, or a smaller model"
+        )
+
+
 def free_memory(device: torch.device) -> Free:
     """What this process can have now."""
     gpu = None

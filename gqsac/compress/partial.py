@@ -20,8 +20,10 @@ from safetensors.numpy import load_file, save_file
 from gqsac.compress.write import sync, write_json
 
 _STATE_UNDER_WAY = "state.json.tmp"
-# Options of the end-to-end stages alone: until one of them has left something, they may change, so that a run whose
-# steps turn out to be too large for the memory can go on with smaller ones.
+_STATE = ".state"  # ending of what an end-to-end stage under way has saved
+# Options of the end-to-end stages alone: until one of them has left something, they may change. The tokens of a step
+# may until the next of them has saved a state, so that one whose steps are too large for the memory goes on with
+# smaller ones.
 _END_TO_END = ("batch_tokens", "e2e_steps", "train_samples", "train_tokens", "distill")
 _IN_WORDS = {
     "calibration": "calibration text",
@@ -69,17 +71,19 @@ class PartialFolder:
                 raise ValueError("not an object")
         except ValueError as error:
             raise InputError(f"{state} is damaged ({error}); delete {self.path} and start again") from error
-        free = () if self._trained_end_to_end() else _END_TO_END
-        for key in sorted({*identity, *found} - set(free), key=_rank):
+        for key in sorted({*identity, *found} - set(self._free()), key=_rank):
             if found.get(key) != identity.get(key):
                 raise InputError(
                     f"{self.path} holds a compression with another {_IN_WORDS.get(key, key)}: {found.get(key)!r} "
                     f"there, {identity.get(key)!r} now; use the same model and options to resume, or delete that folder"
                 )
 
-    def _trained_end_to_end(self) -> bool:
-        """Whether a stage that goes end to end has left anything."""
-        return any(file.name.startswith(("distill", "e2e-oqp")) for file in self.path.iterdir())
+    def _free(self) -> tuple[str, ...]:
+        """Options that may differ from those with which the folder was begun."""
+        names = [file.name for file in self.path.iterdir()]
+        if not any(name.startswith(("distill", "e2e-oqp")) for name in names):
+            return _END_TO_END
+        return () if any(name.endswith(_STATE) for name in names) else ("batch_tokens",)
 
     def _block(self, stage: str, index: int) -> Path:
         prefix = "" if stage == "one-shot" else f"{stage}-"
@@ -101,7 +105,7 @@ class PartialFolder:
 
     def checkpoint(self, stage: str) -> Path:
         """Where an end-to-end stage keeps its state."""
-        return self.path / f"{stage}.state"
+        return self.path / f"{stage}{_STATE}"
 
     def load_json(self, name: str) -> dict | None:
         """What `save_json` kept under that name; None if nothing was, or the file is damaged."""

@@ -68,8 +68,13 @@ def _check_columns(path: str, columns: int, options: Options) -> None:
         )
 
 
-def source_tokens(source: Source, texts, samples: int, seq_len: int | None, seed: int) -> np.ndarray:
-    """Calibration windows in the source's own tokens, int64 [samples, seq_len]. Raises InputError, ModelError."""
+def source_tokens(
+    source: Source, texts, samples: int, seq_len: int | None, seed: int, purpose: str = "calibration"
+) -> np.ndarray:
+    """Calibration windows in the source's own tokens, int64 [samples, seq_len]. Raises InputError, ModelError.
+
+    purpose: what the windows are for, "calibration" or "training".
+    """
     config = source.model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None)
     if seq_len is None:
@@ -84,7 +89,7 @@ def source_tokens(source: Source, texts, samples: int, seq_len: int | None, seed
         raise ModelError(f"{source.name}: tokenizer.json cannot be read ({error}); is it damaged?") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokens = calibration_tokens(tokenizer, texts or None, samples, seq_len, seed)
+    tokens = calibration_tokens(tokenizer, texts or None, samples, seq_len, seed, purpose)
     vocabulary = len(source.model.get_input_embeddings().weight)
     if tokens.max() >= vocabulary:
         raise ModelError(

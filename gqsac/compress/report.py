@@ -61,12 +61,14 @@ def write_report(folder: Path, report: dict) -> None:
 def summary(report: dict) -> str:
     """The report in a few lines, for a terminal."""
     options = report["options"]
+    bits = f"{report['bits_per_weight']:.2f} bits per weight as built"
+    if options["bits"] == 3:
+        bits = f"{report['coded_bits_per_weight']:.2f} bits per weight, coded (gqsac build takes no 3 bits)"
     removed = 1 - report["kept_groups"] / report["groups"] if options["pattern"] != "2:4" else 0.5
     lines = [
         f"{report['model']}: {report['linears']} linears of {report['parameters'] / 1e6:.1f} M weights",
         f"  calibrated on   {report['calibration']}",
-        f"  weights         {options['bits']} bits, {options['pattern']}, {removed:.1%} removed: "
-        f"{report['bits_per_weight']:.2f} bits per weight as built",
+        f"  weights         {options['bits']} bits, {options['pattern']}, {removed:.1%} removed: {bits}",
     ]
     for name, facts in report["stages"].items():
         lines.append(f"  {name:15s} {_outcome(facts)}{facts['seconds']:.0f} s, peak {_peak(facts)}")

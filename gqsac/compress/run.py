@@ -27,8 +27,8 @@ from gqsac.compress.blockwise import BlockwiseStage
 from gqsac.compress.calibrate import BUILT_IN
 from gqsac.compress.compiled import compiles
 from gqsac.compress.end_to_end import train
-from gqsac.compress.failures import explained
-from gqsac.compress.memory import check_memory
+from gqsac.compress.failures import LOADING, explained
+from gqsac.compress.memory import check_loading, check_memory
 from gqsac.compress.options import Options, checked
 from gqsac.compress.partial import PartialFolder
 from gqsac.compress.prepare import choose_device, compressed_shapes, source_tokens
@@ -89,11 +89,17 @@ def compress(
     if out.exists():
         raise InputError(f"{out} exists already; choose another output folder or delete it first")
     texts = [calibration] if isinstance(calibration, (str, Path)) else list(calibration or [])
-    run = _Run(src, out, texts, chosen, choose_device(device), progress, after_stage)
+    where, run = choose_device(device), None
+    if not isinstance(src, Source):
+        check_loading(src)
     try:
+        run = _Run(src, out, texts, chosen, where, progress, after_stage)
         return run.all()
-    except RuntimeError as error:
-        failure = explained(error, run.stage, run.options)
+    except (RuntimeError, MemoryError) as error:
+        if run is None:
+            failure = explained(error, LOADING, chosen)
+        else:
+            failure = explained(error, run.stage, run.options, run.begun)
         if failure is None:
             raise
         raise failure from error
@@ -117,7 +123,9 @@ class _Run:
         self._tokens = source_tokens(source, texts, options.samples, options.seq_len, options.seed)
         self._train_tokens = self._tokens
         if {"distill", "e2e-oqp"} & set(options.stages) and options.train_samples != options.samples:
-            self._train_tokens = source_tokens(source, texts, options.train_samples, options.seq_len, options.seed)
+            self._train_tokens = source_tokens(
+                source, texts, options.train_samples, options.seq_len, options.seed, "training"
+            )
         self._batch_tokens = options.batch_tokens or _BATCH_TOKENS[device.type]
         # As this machine and model complete them, and the stage under way: for what is said of failures.
         self.options = replace(options, seq_len=self._tokens.shape[1], batch_tokens=self._batch_tokens)
@@ -137,6 +145,11 @@ class _Run:
     def _fresh_model(self):
         """The uncompressed model, anew; large ones are read again rather than held twice."""
         return load_source(self._src).model if self._original is None else copy.deepcopy(self._original)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the stage under way has saved a state to go on from."""
+        return self._partial.checkpoint(self.stage).exists()
 
     def all(self) -> dict:
         """Every stage, then the checkpoint. The report."""

@@ -12,6 +12,9 @@ import torch
 
 ALLOCATIONS = ("row", "layer", "global")
 PATTERNS = ("1xG", "2:4")
+RAMP = 0.5  # share of a training over which groups are removed
+CHOOSE_UNTIL = 0.75  # after this share the masks stay
+LEAST_ROW_SHARE = 0.1  # of its groups a row keeps under a global budget, so that no linear is emptied
 
 
 def select_groups(saliency: torch.Tensor, sparsity: float, allocation: str = "row") -> torch.Tensor:

@@ -14,11 +14,10 @@ import torch
 
 from gqsac.compress.losses import token_loss
 from gqsac.compress.options import Options
-from gqsac.compress.select import protect_rows, select_globally
+from gqsac.compress.select import LEAST_ROW_SHARE, protect_rows, select_globally
 from gqsac.compress.trainable import autocast, prepare_large
 
 _SAMPLES = 16
-_LEAST_SHARE = 0.1  # of its groups each row keeps, so that no linear is emptied
 
 
 def allocate(model, blocks, paths: list[str], tokens: torch.Tensor, options: Options, device) -> dict[str, float]:
@@ -29,7 +28,7 @@ def allocate(model, blocks, paths: list[str], tokens: torch.Tensor, options: Opt
     prepare_large(model, blocks, device)
     scores = group_scores(model.to(device), paths, tokens[:_SAMPLES], options.group_size)
     model.to("meta")  # its memory is not needed any more
-    share = min(_LEAST_SHARE, 1 - options.sparsity)
+    share = min(LEAST_ROW_SHARE, 1 - options.sparsity)
     keeps = select_globally({path: protect_rows(score, share) for path, score in scores.items()}, options.sparsity)
     return {path: int((~keep).sum()) / keep.numel() for path, keep in keeps.items()}
 

@@ -272,6 +272,50 @@ def test_too_little_memory_is_refused_before_any_work(tmp_path, llama, refused, 
     assert stop.value.code == 0
 
 
+def test_weights_larger_than_the_memory_are_refused_before_they_are_read(refused, monkeypatch):
+    monkeypatch.setattr(memory, "_free_swap_bytes", lambda: 50_000)
+    monkeypatch.setattr(memory, "free_cpu_bytes", lambda: 100_000)
+    monkeypatch.setattr("gqsac.compress.run.load_source", lambda src: pytest.fail("was read"))
+    said = refused()
+    assert "llama has 0.0 GB of weights, and 0.0 GB of memory are free; use a machine with more memory" in said
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator")]
+)
+def test_memory_that_runs_out_while_the_model_is_read_is_one_sentence(refused, monkeypatch, error):
+    def full(src):
+        raise error
+
+    monkeypatch.setattr("gqsac.compress.run.load_source", full)
+    said = refused("--stages", "bqpo")
+    assert said.startswith("error: loading the model: the machine has too little memory (")
+    assert said.endswith("); use a machine with more, or a smaller model\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--epochs", "3"], "--epochs is for the stages bqpo, but --stages is one-shot; leave it out, or add a stage"),
+        (["--stages", "distill", "--distill", "0.3"], "--distill is for the stages e2e-oqp, but --stages is distill"),
+        (["--stages", "bqpo", "--e2e-steps", "5"], "--e2e-steps is for the stages distill and e2e-oqp, but"),
+        (["--stages", "e2e-oqp", "--removal", "gradual"], "--removal is for the stages bqpo and distill, but"),
+    ],
+)
+def test_an_option_that_no_stage_heeds_is_refused(tmp_path, llama, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        main(cli, ["compress", str(llama), "-o", str(tmp_path / "out"), *arguments], "gqsac")
+    assert stop.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_too_short_to_train_on_names_its_own_option(tmp_path, refused):
+    text = tmp_path / "short.txt"
+    text.write_text("x" * 100)
+    said = refused("--calibration", text, "--samples", 2, "--seq-len", 16, "--stages", "distill", "--train-samples", 9)
+    assert "training needs 9 samples of 16 tokens = 144 tokens" in said and "ask for fewer (--train-samples)" in said
+
+
 def test_too_little_disk_is_refused_before_any_work(tmp_path, llama, refused, monkeypatch):
     usage = type("Usage", (), {"free": 20_000})
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: usage)

@@ -160,7 +160,7 @@ NO_RAM = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: 
         ),
         ("bqpo", NO_RAM, "use fewer (--samples 8) or shorter samples (--seq-len 8)"),
         ("bqpo", OUT_OF_MEMORY, "(CUDA out of memory); use shorter samples (--seq-len 8), or --device cpu"),
-        ("distill", OUT_OF_MEMORY, "(CUDA out of memory); use smaller steps (--batch-tokens 32); finished stages are"),
+        ("distill", OUT_OF_MEMORY, "(CUDA out of memory); it sufficed before, so free what else uses it, then give"),
         ("e2e-oqp", NO_RAM, "e2e-oqp: the machine has too little memory ([enforce fail at alloc_cpu.cpp:127]"),
     ],
 )
@@ -172,11 +172,17 @@ def test_memory_that_runs_out_later_says_what_would_help(tmp_path, work, capsys,
     assert message in said and said.startswith(f"error: {stage}: the ") and said.count("\n") == 1
 
 
-def test_smaller_steps_after_memory_ran_out_keep_the_stages_before(tmp_path, work, monkeypatch):
+@pytest.mark.parametrize("stage, call", [("distill", 1), ("e2e-oqp", 21)])
+def test_smaller_steps_after_memory_ran_out_keep_the_stages_before(tmp_path, work, capsys, monkeypatch, stage, call):
     command, _ = work
     with monkeypatch.context() as patch:
-        patch.setattr(*raise_at((end_to_end, "token_loss", 1), OUT_OF_MEMORY))
+        patch.setattr(*raise_at((end_to_end, "token_loss", call), OUT_OF_MEMORY))
         assert ended(command, tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert f"error: {stage}: the GPU" in said and "use smaller steps (--batch-tokens 32); finished stages are" in said
+    if stage == "e2e-oqp":  # what distill was trained with stays
+        assert ended([*command, "--train-samples", "8"], tmp_path / "out") == 1
+        assert "another train_samples" in capsys.readouterr().err
     monkeypatch.setattr(*raise_at((run, "allocate", 1), AssertionError("made again")))
     monkeypatch.setattr(*raise_at((blockwise, "collect_hessians", 1), AssertionError("made again")))
     assert ended([*command, "--batch-tokens", "32"], tmp_path / "out") == 0

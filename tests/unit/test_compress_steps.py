@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from gqsac.compress.calibrate import calibration_tokens
 from gqsac.compress.hessian import collect_hessians, inverse
@@ -113,6 +114,11 @@ def test_hessians_are_shared_by_siblings_and_scaled():
         block["a"](x), block["b"](x), block["c"](other)
 
     hessians = collect_hessians(dict(block.items()), run)
+    precisions = []
+    collect_hessians(
+        dict(block.items()), lambda: precisions.append(torch.get_float32_matmul_precision()) or run(), True
+    )
+    assert precisions == ["high"] and torch.get_float32_matmul_precision() == "highest"
     assert hessians["a"] is hessians["b"]
     moments = x.T @ x
     torch.testing.assert_close(hessians["a"], moments / moments.diagonal().mean())
@@ -139,7 +145,7 @@ def test_calibration_windows_are_seeded_and_disjoint(tmp_path):
 class _Bigram(torch.nn.Module):
     """Logits depend on the last token alone, so that every window scores a token alike."""
 
-    device = torch.device("cpu")
+    device, config = torch.device("cpu"), PreTrainedConfig()
 
     def __init__(self):
         super().__init__()

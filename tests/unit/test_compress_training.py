@@ -126,6 +126,14 @@ def test_a_global_budget_is_met_exactly(tmp_path, llama, stages):
     assert len(set(report["sparsity"].values())) > 3
 
 
+def test_a_block_that_stays_dense_is_trained_around(tmp_path, llama, whole):
+    report = compress(llama, tmp_path / "out", skip=("model.layers.0.*",), **whole)
+    first, second = report["stages"]["bqpo"]["blocks"]
+    assert (first["kept"], first["epochs"], first["before"]) == ("dense", 0, first["after"])
+    assert second["kept"] == "trained"
+    assert all(path.startswith("model.layers.1.") for path in report["sparsity"])
+
+
 class _Killed(Exception):
     pass
 
