@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import click
@@ -104,7 +103,7 @@ def compress(source, output, as_json, stages, minutes, e2e_steps, **options):
         chosen["e2e_steps"] = _numbers("--e2e-steps", e2e_steps, int)
     _check_effect(chosen)
     try:
-        report = run(source, output, progress=sys.stderr.isatty(), **chosen)
+        report = run(source, output, **chosen)
     except SafetensorError as error:  # its writer reports a full disk so
         raise DeviceError(
             f"writing {output} failed: {error}; free some space, then give the same command again to go on"

@@ -1,12 +1,15 @@
-"""What a long compression shows and measures: progress bars on a terminal, seconds and peak memory always."""
+"""What a long compression shows and measures: progress bars on a terminal, and in a log a line now and then."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 
 import torch
 from tqdm import tqdm
+
+_LINE_EVERY_S = 60.0  # at most so often in a log
 
 
 class Meter:
@@ -40,14 +43,32 @@ def resident_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
 
 
+class _Log:
+    """Lines on stderr, where a bar is wanted and stderr is no terminal."""
+
+    def __init__(self, title: str, bar: tqdm, shown: bool):
+        self._title, self._on = title, shown and bar.disable
+        self.began = self._last = time.monotonic()
+
+    def line(self, text: str) -> None:
+        now = time.monotonic()
+        if self._on and now - self._last >= _LINE_EVERY_S:
+            self._last = now
+            print(f"{self._title}: {text}", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def block_bar(title: str, blocks: int, shown: bool, meter: Meter):
     """A bar over blocks; gives the function to call after each with its index and a note."""
     with tqdm(total=blocks, desc=title, unit="block", disable=None if shown else True) as bar:
+        log = _Log(title, bar, shown)
 
         def on_block(index: int, note: str) -> None:
             bar.update()
-            bar.set_postfix_str(", ".join(filter(None, (note, meter.memory()))))
+            noted = ", ".join(filter(None, (note, meter.memory())))
+            bar.set_postfix_str(noted)
+            each = (time.monotonic() - log.began) / (index + 1)
+            log.line(f"block {index + 1}/{blocks}, {each * (blocks - index - 1):.0f} s left, {noted}")
 
         yield on_block
 
@@ -56,13 +77,16 @@ def block_bar(title: str, blocks: int, shown: bool, meter: Meter):
 def step_bar(title: str, steps: int | None, shown: bool, meter: Meter):
     """A bar over a training; gives the function to call with step, loss and clock."""
     with tqdm(total=1000, desc=title, disable=None if shown else True, bar_format=_BAR) as bar:
+        log = _Log(title, bar, shown)
 
         def on_read(step: int, loss: float, clock) -> None:
             bar.n = int(1000 * clock.fraction(step))
             left = clock.left_s(step)
             time_left = "" if left is None else f"{left:.0f} s left, "
             of = "" if steps is None else f"/{steps}"
-            bar.set_postfix_str(f"step {step}{of}, loss {loss:.4f}, {time_left}{meter.memory()}")
+            noted = f"step {step}{of}, loss {loss:.4f}, {time_left}{meter.memory()}"
+            bar.set_postfix_str(noted)
+            log.line(noted)
 
         yield on_read
 

@@ -59,8 +59,9 @@ def compress(
 
     src: model folder, hub id or .gguf file, or a gqsac.source.Source, which is left as it is.
     calibration: UTF-8 text file or files, None for the built-in text.
-    device: "auto", "cpu", "cuda". after_stage: called with a stage's name and a function that makes the dequantised
-    model (f32, on the CPU) as that stage left it. The options, see compress/options.py for the defaults:
+    device: "auto", "cpu", "cuda". progress: show it on stderr: bars on a terminal, otherwise a line a minute at most.
+    after_stage: called with a stage's name and a function that makes the dequantised model (f32, on the CPU) as that
+    stage left it. The options, see compress/options.py for the defaults:
 
     bits: 2, 3, 4 or 8 (symmetric). group_size: 8, 16, 32, 64 or 128 columns that are removed together.
     quant_group_size: columns that share a scale and a zero, a multiple of group_size. sparsity: share of all groups

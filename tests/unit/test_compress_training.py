@@ -1,6 +1,7 @@
 """The training stages of `gqsac compress` on tiny random models."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -132,6 +133,21 @@ def test_a_block_that_stays_dense_is_trained_around(tmp_path, llama, whole):
     assert (first["kept"], first["epochs"], first["before"]) == ("dense", 0, first["after"])
     assert second["kept"] == "trained"
     assert all(path.startswith("model.layers.1.") for path in report["sparsity"])
+
+
+def test_a_log_gets_a_line_now_and_then(tmp_path, llama, whole, capfd, monkeypatch):
+    from gqsac.compress import progress
+
+    compress(llama, tmp_path / "quiet", **whole | {"progress": True})
+    assert capfd.readouterr().err == ""  # it took less than a minute
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    compress(llama, tmp_path / "out", **whole | {"progress": True})
+    lines = capfd.readouterr().err.splitlines()
+    assert re.match(r"bqpo \(calibrating on text.txt\): block 1/2, \d+ s left, error 0.\d+, peak \d", lines[0])
+    assert [re.match(r"(\S+): step (\d+)/20, loss \S+, \d+ s left, peak", line).groups() for line in lines[2:]] == [
+        (stage, step) for stage in ("distill", "e2e-oqp") for step in ("10", "20")
+    ]
+    assert "block 2/2, 0 s left" in lines[1] and len(lines) == 6
 
 
 class _Killed(Exception):
