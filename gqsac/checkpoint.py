@@ -129,10 +129,6 @@ class Checkpoint:
         """Whether the linear at this path is stored as BSR streams."""
         return module in self._streams
 
-    def stream_counts(self, module: str) -> tuple[np.ndarray, ...]:
-        """crow_indices, int32 [rows + 1], of each stream, checked; nothing else is read."""
-        return tuple(self._crow_indices(module, i) for i in range(len(self._streams_of(module))))
-
     def stream_headers(self, module: str) -> tuple[StreamHeader, ...]:
         """Shape, bits and number of kept groups of each stream, from the files' headers alone."""
         rows, columns = self._shape_of(module)

@@ -14,21 +14,16 @@ from __future__ import annotations
 import torch
 
 
-def group_saliency(weight: torch.Tensor, hessian_inverse: torch.Tensor, group_size: int) -> torch.Tensor:
-    """f32 [rows, columns / G]. weight: f32 [rows, columns]. hessian_inverse: f32 [columns, columns].
+def saliency_metrics(hessian_inverse: torch.Tensor, group_size: int) -> torch.Tensor:
+    """f32 [n_groups, G, G]: ([H^-1]_gg)^-1 of every group of columns. hessian_inverse: f32 [columns, columns].
 
     A group size of 1 gives the saliency of single weights, w^2 / [H^-1]_jj.
     """
-    return saliency_under(weight, saliency_metrics(hessian_inverse, group_size))
-
-
-def saliency_metrics(hessian_inverse: torch.Tensor, group_size: int) -> torch.Tensor:
-    """f32 [n_groups, G, G]: ([H^-1]_gg)^-1 of every group of columns."""
     return torch.linalg.inv(diagonal_blocks(hessian_inverse, group_size))
 
 
 def saliency_under(weight: torch.Tensor, metrics: torch.Tensor) -> torch.Tensor:
-    """f32 [rows, n_groups]: w_g M_g w_g^T for metrics [n_groups, G, G]."""
+    """f32 [rows, n_groups]: w_g M_g w_g^T for metrics [n_groups, G, G]. weight: f32 [rows, columns]."""
     n_groups, group_size = metrics.shape[:2]
     groups = weight.view(-1, n_groups, group_size).transpose(0, 1)  # [n_groups, rows, G]
     return ((groups @ metrics) * groups).sum(2).T.contiguous()

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from gqsac.compress.calibrate import calibration_tokens
 from gqsac.compress.hessian import collect_hessians, inverse
 from gqsac.compress.quantize import candidate_grids, quantize
-from gqsac.compress.saliency import diagonal_blocks, group_saliency
+from gqsac.compress.saliency import diagonal_blocks, saliency_metrics, saliency_under
 from gqsac.compress.select import select_groups
 from gqsac.errors import InputError, ModelError
 from gqsac.evaluate.perplexity import perplexity
@@ -26,7 +26,7 @@ def hessian_of(columns, seed=0):
 def test_saliency_is_the_error_left_after_the_best_adjustment():
     hessian = hessian_of(32)
     weight = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
-    saliency = group_saliency(weight, torch.linalg.inv(hessian), 8)
+    saliency = saliency_under(weight, saliency_metrics(torch.linalg.inv(hessian), 8))
     for row in range(3):
         for group in range(4):
             gone = torch.zeros(32, dtype=torch.bool)
