@@ -15,7 +15,7 @@ from gqsa_runtime.errors import GqsaError, InputError, ModelError, UnsupportedEr
 
 from gqsac.model_folder import read_json
 
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # of a folder; the first that are there are read
 _LARGEST_WEIGHT = 65504
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Copied byte for byte into the compressed folder where the source has them.
@@ -118,7 +118,7 @@ def _load_folder(path: Path, name: str) -> Source:
         raise ModelError(f"{name} holds no config.json; expected a model folder in Hugging Face layout")
     config = read_json(path / "config.json")
     _check_config(config, name)
-    if not any(any(path.glob(pattern)) for pattern in _WEIGHTS):
+    if not any(any(path.glob(pattern)) for pattern in WEIGHTS):
         raise ModelError(f"{name} has a config.json but no weights (*.safetensors)")
 
     from transformers import AutoModelForCausalLM

@@ -16,6 +16,7 @@ from gqsa_runtime.memory import free_cpu_bytes
 from gqsac.compress.disk import check_disk, stored_bytes
 from gqsac.compress.needs import Free, ModelSize, Need, needs, states_bytes, states_in_memory
 from gqsac.compress.options import Options
+from gqsac.source import WEIGHTS
 
 _SHORTEST = 128  # tokens of a sample, to which advice goes down
 
@@ -36,12 +37,13 @@ def check_memory(model, block_path: str, shapes, options: Options, device: torch
 def check_loading(src) -> None:
     """Raises DeviceError if a model folder or .gguf file is larger than the memory into which it is to be read."""
     path = Path(src)
-    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]
-    size, ram = sum(file.stat().st_size for file in files), free_cpu_bytes()
-    if ram is not None and size > ram + _free_swap_bytes():
+    kinds = [[path]] if path.is_file() else [list(path.glob(pattern)) for pattern in WEIGHTS]
+    size, ram = sum(file.stat().st_size for file in next(filter(None, kinds), [])), free_cpu_bytes()
+    free = None if ram is None else ram + _free_swap_bytes()
+    if free is not None and size > free:
         raise DeviceError(
-            f"{src} has {_gb(size)} of weights, and {_gb(ram + _free_swap_bytes())} of memory are free; use a machine "
-            "with more memory, or a smaller model"
+            f"{src} has {_gb(size)} of weights, and {_gb(free)} of memory are free; use a machine with more memory, or "
+            "a smaller model"
         )
 
 

@@ -280,6 +280,14 @@ def test_weights_larger_than_the_memory_are_refused_before_they_are_read(refused
     assert "llama has 0.0 GB of weights, and 0.0 GB of memory are free; use a machine with more memory" in said
 
 
+def test_weights_that_are_not_read_do_not_count(tmp_path, llama, monkeypatch):
+    shutil.copytree(llama, tmp_path / "both")
+    (tmp_path / "both" / "pytorch_model.bin").write_bytes(bytes(1_000_000))
+    monkeypatch.setattr(memory, "_free_swap_bytes", lambda: 0)
+    monkeypatch.setattr(memory, "free_cpu_bytes", lambda: 1_000_000)
+    memory.check_loading(tmp_path / "both")
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator")]
 )
