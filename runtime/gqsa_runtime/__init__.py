@@ -19,6 +19,8 @@ _EXPORTS = {
     "PerplexityResult": "perplexity",
     "SamplingOptions": "sampling",
     "ScoreResult": "engine",
+    "BusyError": "errors",
+    "ClosedError": "errors",
     "DeviceError": "errors",
     "FormatError": "errors",
     "GqsaError": "errors",

@@ -1,15 +1,22 @@
-"""One sequence on one device: which tokens the KV cache holds, and the launches that extend it."""
+"""Feeds tokens to a device: which tokens its KV cache holds, and the launches that extend them.
+
+Any number of threads may call an engine: each method runs alone, from its checks to its results.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections import abc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from gqsa_runtime.errors import InputError
+from gqsa_runtime.errors import ClosedError, InputError
 from gqsa_runtime.program import Program
+from gqsa_runtime.sequence import Sequence
 
 
 class Device(Protocol):
@@ -36,9 +43,9 @@ class Device(Protocol):
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Of a text of n tokens. log_probs: f32 [n - 1], of tokens 1 .. n - 1, each given those before it.
+    """Of tokens first .. n - 1 of a text, each given those before it. log_probs: f32 [n - first].
 
-    greedy: bool [n - 1], whether the token was the likeliest one.
+    greedy: bool [n - first], whether the token was the likeliest one.
     """
 
     log_probs: np.ndarray
@@ -46,11 +53,17 @@ class ScoreResult:
 
 
 class Engine:
-    """Feeds tokens to a device. context: positions of the KV cache that the device was opened with."""
+    """Feeds tokens to a device. context: positions of the KV cache that the device was opened with.
+
+    Every method raises ClosedError after `close`.
+    """
 
     def __init__(self, program: Program, device: Device, context: int):
         self.program, self.device, self.context = program, device, context
         self._tokens: list[int] = []
+        self._resident: Sequence | None = None  # the sequence that the KV cache holds, if it is any
+        self._lock = threading.Lock()
+        self._closed = False
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -64,66 +77,108 @@ class Engine:
 
     def reset(self) -> None:
         """Forgets all tokens."""
-        self._tokens.clear()
+        with self._alone():
+            self._tokens.clear()
 
     def rewind(self, n_tokens: int) -> None:
         """Keeps the first n_tokens only; their rows of the cache stay valid. Raises InputError."""
-        if not 0 <= n_tokens <= len(self._tokens):
-            raise InputError(f"cannot rewind to {n_tokens} tokens: the cache holds {len(self._tokens)}")
-        del self._tokens[n_tokens:]
+        with self._alone():
+            if not 0 <= n_tokens <= len(self._tokens):
+                raise InputError(f"cannot rewind to {n_tokens} tokens: the cache holds {len(self._tokens)}")
+            del self._tokens[n_tokens:]
 
-    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
+    def prefill(self, tokens: abc.Sequence[int]) -> np.ndarray:
         """Appends tokens, any number up to the context; returns the last one's logits, f32 [vocab].
 
         Raises InputError for no tokens, a token outside the vocabulary, or too many for the context.
         """
-        ids = self._checked(tokens)
-        if len(ids) == 1:
-            return self._decode(ids)
-        for chunk in self._chunks(ids):
-            self._launch(chunk, "prefill_body")
-        self.device.launch("last_logits")
-        return self._logits()
-
-    def prefill_sequence(self, tokens: Sequence[int]) -> tuple[np.ndarray, int]:
-        """Makes the sequence exactly `tokens`, keeping the beginning that the cache already holds.
-
-        Returns the last token's logits, f32 [vocab], and how many tokens were kept.
-        """
-        kept, most = 0, min(len(self._tokens), len(tokens) - 1)  # the last token must run for its logits
-        while kept < most and self._tokens[kept] == tokens[kept]:
-            kept += 1
-        self.rewind(max(kept, 0))
-        return self.prefill(tokens[kept:]), kept
+        with self._alone():
+            return self._append(self._checked(tokens, self.context - self.position))
 
     def decode(self, token: int) -> np.ndarray:
         """Appends one token; returns its logits, f32 [vocab]. Raises InputError as prefill does."""
-        return self._decode(self._checked([token]))
+        return self.prefill([token])
 
-    def score(self, tokens: Sequence[int]) -> ScoreResult:
-        """Log-probabilities of a text of at most `context` tokens. The sequence before is forgotten."""
-        self.reset()
-        ids = self._checked(tokens)
-        log_probs, greedy = [], []
-        inputs, targets = ids[:-1], ids[1:]
-        for chunk in self._chunks(inputs):
-            expected = targets[self.position : self.position + len(chunk)]
-            self.device.upload("targets", expected)
-            self._launch(chunk, "prefill_body")
-            self.device.launch("all_log_probs")
-            log_probs.append(self.device.download("log_probs", len(chunk)))
-            greedy.append(self.device.download("argmax", len(chunk)) == expected)
-        empty = len(inputs) == 0
-        return ScoreResult(
-            np.empty(0, np.float32) if empty else np.concatenate(log_probs).astype(np.float32, copy=False),
-            np.empty(0, bool) if empty else np.concatenate(greedy),
-        )
+    def extend(self, sequence: Sequence, tokens: abc.Sequence[int]) -> np.ndarray:
+        """Appends tokens to a sequence; returns the last one's logits, f32 [vocab].
 
-    def _decode(self, ids: np.ndarray) -> np.ndarray:
-        self._launch(ids, "decode")
+        Where the cache holds another sequence, what the two do not share is computed again. Raises
+        InputError as prefill does, and leaves the sequence as it was.
+        """
+        with self._alone() as resident:
+            new = ids = self._checked(tokens, self.context - len(sequence.tokens))
+            n_reused = 0
+            if resident is not sequence:
+                ids = np.concatenate([np.array(sequence.tokens, np.int32), new])
+                n_reused = self._keep_shared(ids[:-1])  # the last token must run for its logits
+            logits = self._append(ids[n_reused:])
+            sequence.tokens.extend(new.tolist())
+            sequence.n_reused, self._resident = n_reused, sequence
+            return logits
+
+    def score(self, tokens: abc.Sequence[int], first: int = 1) -> ScoreResult:
+        """Log-probabilities of tokens `first` and later of a text; the last is scored, never run.
+
+        What the cache shares with the tokens before `first` is not computed again. Raises InputError.
+        """
+        with self._alone():
+            ids = self._checked(tokens, self.context + 1)
+            if not 1 <= first <= len(ids):
+                raise InputError(f"scores are asked for from token {first} on, expected 1 to {len(ids)}")
+            # The token before the first scored one runs again: its logits predict it.
+            self._keep_shared(ids[: first - 1])
+            log_probs, greedy = [np.empty(0, np.float32)], [np.empty(0, bool)]
+            inputs, targets = ids[:-1], ids[1:]
+            for chunk in self._chunks(inputs[self.position :]):
+                start = self.position
+                self._launch(chunk, "prefill_body")
+                if self.position < first:
+                    continue
+                expected = targets[start : self.position]
+                self.device.upload("targets", expected)
+                self.device.launch("all_log_probs")
+                scored = slice(max(first - 1 - start, 0), None)
+                log_probs.append(self.device.download("log_probs", len(chunk))[scored])
+                greedy.append((self.device.download("argmax", len(chunk)) == expected)[scored])
+            return ScoreResult(np.concatenate(log_probs).astype(np.float32, copy=False), np.concatenate(greedy))
+
+    def close(self) -> None:
+        """Closes the device, once it has finished what it runs: a long prompt ends after its next chunk."""
+        self._closed = True
+        with self._lock:
+            self.device.close()
+
+    @contextmanager
+    def _alone(self) -> Iterator[Sequence | None]:
+        """The device for one caller. Gives the resident sequence, which only `extend` makes resident again."""
+        with self._lock:
+            self._check_open()
+            resident, self._resident = self._resident, None
+            yield resident
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the model is closed")
+
+    def _keep_shared(self, ids: np.ndarray) -> int:
+        """Forgets all but the beginning that the cache shares with ids; returns its length."""
+        held = np.array(self._tokens[: len(ids)], np.int32)
+        differs = held != ids[: len(held)]
+        n_shared = int(differs.argmax()) if differs.any() else len(held)
+        del self._tokens[n_shared:]
+        return n_shared
+
+    def _append(self, ids: np.ndarray) -> np.ndarray:
+        if len(ids) == 1:
+            self._launch(ids, "decode")
+        else:
+            for chunk in self._chunks(ids):
+                self._launch(chunk, "prefill_body")
+            self.device.launch("last_logits")
         return self._logits()
 
     def _launch(self, ids: np.ndarray, phase: str) -> None:
+        self._check_open()
         self.device.upload("tokens", ids)
         self.device.upload("state", np.array([len(ids), self.position], np.int32))
         self.device.launch(phase)
@@ -136,15 +191,15 @@ class Engine:
         size = self.program.prefill_chunk
         return (ids[start : start + size] for start in range(0, len(ids), size))
 
-    def _checked(self, tokens: Sequence[int]) -> np.ndarray:
-        """Tokens as int32 [n], all in the vocabulary and n no more than the room left in the cache."""
+    def _checked(self, tokens: abc.Sequence[int], room: int) -> np.ndarray:
+        """Tokens as int32 [n], all in the vocabulary and n no more than the room."""
         ids = np.asarray(tokens)
         if ids.ndim != 1 or ids.size == 0:
             raise InputError(f"the tokens have the shape {list(ids.shape)}, expected at least one in a row")
         if ids.dtype.kind not in "iu":
             raise InputError(f"the tokens are {ids.dtype}, expected integers")
-        if len(ids) > self.context - self.position:
-            held = f" after the {self.position} that it holds" if self.position else ""
+        if len(ids) > room:
+            held = f" after the {self.context - room} that it holds" if room < self.context else ""
             raise InputError(
                 f"{len(ids)} tokens do not fit the context of {self.context}{held}; "
                 "shorten the text or open the model with a larger context"

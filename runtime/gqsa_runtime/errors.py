@@ -27,3 +27,11 @@ class DeviceError(GqsaError):
 
 class InputError(GqsaError):
     """A prompt, an option or a text is out of range."""
+
+
+class BusyError(GqsaError):
+    """A model is in use by another call, and the caller asked not to wait."""
+
+
+class ClosedError(GqsaError):
+    """A model was closed; nothing more can be asked of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,12 +14,14 @@ from gqsa_runtime import format as gqsa
 from gqsa_runtime import memory
 from gqsa_runtime.chat import ChatTemplate
 from gqsa_runtime.engine import Device, Engine, ScoreResult
-from gqsa_runtime.errors import FormatError, InputError
+from gqsa_runtime.errors import ClosedError, FormatError, InputError
 from gqsa_runtime.load import open_device
 from gqsa_runtime.program import Program
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.sampling import SamplingOptions, sample
+from gqsa_runtime.sequence import Sequence as TokenSequence
 from gqsa_runtime.tokenizer import StopFilter, TextStream, Tokenizer
+from gqsa_runtime.turns import Turns
 from gqsa_runtime.validate import validate
 
 
@@ -49,11 +52,15 @@ class GenerationStats:
 
 
 class Model:
-    """One model on one device with one KV cache. Use it from one thread at a time.
+    """One model on one device with one KV cache. Any number of threads may call it.
+
+    Calls run one after another, in the order in which they came; with wait=False a call that would
+    have to wait raises BusyError instead. A generation whose consumer asks for nothing for a second
+    lets the next call go first and goes on after it: its text stays whole, the cache is made again.
 
     device_reason: which device runs it and why. context_reason: why the context is smaller than the
     default, or None. decode_weight_bytes: what one decode step reads of the weights. stats:
-    GenerationStats of the last generation. engine: for token-level work.
+    GenerationStats of the generation that began last. engine: for token-level work.
     """
 
     def __init__(
@@ -73,7 +80,7 @@ class Model:
         self.decode_weight_bytes = decode_weight_bytes
         self.stats = GenerationStats()
         self._chat_source, self._chat_template = chat_template, None
-        self._running: object | None = None
+        self._turns = Turns()
 
     @classmethod
     def open(
@@ -119,10 +126,17 @@ class Model:
     def __exit__(self, *exc_info) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Frees the device's memory; the model cannot be used afterwards."""
-        self._running = None
-        self.device.close()
+    def close(self, wait: bool = False) -> None:
+        """Frees the device's memory; afterwards every call raises ClosedError. Safe to call twice.
+
+        What runs in other threads ends with ClosedError after its next step; with wait=True the calls
+        that came before are finished first.
+        """
+        if wait:
+            with contextlib.suppress(ClosedError):
+                self._turns.take()
+        self._turns.close()
+        self.engine.close()
 
     @property
     def has_chat_template(self) -> bool:
@@ -131,6 +145,7 @@ class Model:
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with begin-of-text and the like where the model has them."""
+        self._turns.check_open()
         return self.tokenizer.encode(text, add_special_tokens)
 
     def generate(
@@ -144,13 +159,16 @@ class Model:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        wait: bool = True,
     ) -> Iterator[str]:
         """Continues a text or token ids; yields pieces of text as they come, whole characters each.
 
         Ends at an end-of-text token, before a stop string, after max_new_tokens, or where the context
         is full; `stats.finish_reason` says which. temperature 0 is deterministic; so is a seed.
-        Arguments are checked, and InputError is raised, before the first piece.
+        Arguments are checked, and InputError is raised, before the first piece. Its turn begins with
+        the first piece: there wait=False raises BusyError where another call runs.
         """
+        self._turns.check_open()
         options = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty)
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
@@ -166,7 +184,7 @@ class Model:
                 f"the prompt has {len(ids)} tokens, but the context is {self.context}; "
                 f"shorten it or open the model with a larger context (up to {self.program.max_context})"
             )
-        return self._generate(ids, max_new_tokens, options, np.random.default_rng(seed), StopFilter(stop))
+        return self._generate(ids, max_new_tokens, options, np.random.default_rng(seed), StopFilter(stop), wait)
 
     def chat(self, messages: Sequence[Mapping], template_variables: Mapping | None = None, **options) -> Iterator[str]:
         """The assistant's answer to messages such as {"role": "user", "content": "Hello"}, in pieces.
@@ -190,10 +208,12 @@ class Model:
         # The template writes the special tokens itself.
         return self.tokenize(self._chat_template.render(messages, **template_variables), add_special_tokens=False)
 
-    def score(self, text: str | Sequence[int]) -> ScoreResult:
-        """Log-probability of every token of a text, or of token ids, but the first. See ScoreResult."""
-        self._running = None
-        return self.engine.score(self.tokenize(text) if isinstance(text, str) else text)
+    def score(self, text: str | Sequence[int], first: int = 1, wait: bool = True) -> ScoreResult:
+        """Log-probability of the tokens of a text, or of token ids, from `first` on. See ScoreResult."""
+        self._turns.check_open()
+        ids = self.tokenize(text) if isinstance(text, str) else text
+        with self._turns.turn(wait):
+            return self.engine.score(ids, first)
 
     def _generate(
         self,
@@ -202,11 +222,30 @@ class Model:
         options: SamplingOptions,
         random: np.random.Generator,
         stop: StopFilter,
+        wait: bool,
     ) -> Iterator[str]:
-        running = self._running = object()
+        turn = self._turns.take(wait)
+        try:
+            for text in self._pieces(ids, max_new_tokens, options, random, stop):
+                self._turns.pause(turn)
+                yield text
+                self._turns.resume(turn)
+        finally:
+            self._turns.release(turn)
+
+    def _pieces(
+        self,
+        ids: list[int],
+        max_new_tokens: int,
+        options: SamplingOptions,
+        random: np.random.Generator,
+        stop: StopFilter,
+    ) -> Iterator[str]:
         stats = self.stats = GenerationStats(prompt_tokens=len(ids))
         began_s = time.perf_counter()
-        logits, stats.cached_tokens = self.engine.prefill_sequence(ids)
+        sequence = TokenSequence()
+        logits = self.engine.extend(sequence, ids)
+        stats.cached_tokens = sequence.n_reused
         stats.prefill_seconds = time.perf_counter() - began_s
 
         stream, seen = TextStream(self.tokenizer, ids), list(ids)
@@ -230,10 +269,8 @@ class Model:
                 finish = "stop"
                 break
             if count < limit:
-                if self._running is not running:
-                    raise InputError("another generation was started on this model; finish one before the next")
                 began_s = time.perf_counter()
-                logits = self.engine.decode(token)
+                logits = self.engine.extend(sequence, [token])
                 stats.decode_seconds += time.perf_counter() - began_s
         tail = stop.push(stream.flush()) + stop.flush()
         stats.finish_reason = finish

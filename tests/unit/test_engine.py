@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from gqsa_runtime.engine import Engine
-from gqsa_runtime.errors import InputError
+from gqsa_runtime.errors import ClosedError, InputError
+from gqsa_runtime.sequence import Sequence
 
 from tests.format import tiny
 from tests.unit.fake_device import FakeDevice
@@ -65,11 +66,54 @@ def test_sequences_keep_their_common_prefix(second, kept):
     made = engine()
     made.prefill(TOKENS)
     before = len(made.device.launches)
-    logits, n_kept = made.prefill_sequence(second)
-    assert n_kept == kept
-    assert made.tokens == tuple(second)
+    sequence = Sequence()
+    logits = made.extend(sequence, second)
+    assert sequence.n_reused == kept
+    assert made.tokens == tuple(second) == tuple(sequence.tokens)
     assert sum(n for phase, n, _ in made.device.launches[before:] if phase != "last_logits") == len(second) - kept
     np.testing.assert_array_equal(logits, logits_after(second))
+
+
+def test_a_sequence_goes_on_where_it_was():
+    made = engine()
+    first, second = Sequence(), Sequence()
+    made.extend(first, TOKENS[:4])
+    np.testing.assert_array_equal(made.extend(first, [1]), logits_after([*TOKENS[:4], 1]))
+    assert made.device.launches[-1] == ("decode", 1, 4)
+    made.extend(second, [TOKENS[0], 7])
+    np.testing.assert_array_equal(made.extend(first, [2]), logits_after([*TOKENS[:4], 1, 2]))
+    assert first.tokens == [*TOKENS[:4], 1, 2] and second.tokens == [TOKENS[0], 7] and first.n_reused == 1
+    made.score(TOKENS)
+    np.testing.assert_array_equal(made.extend(second, [3]), logits_after([TOKENS[0], 7, 3]))
+
+
+@pytest.mark.parametrize("change", [lambda made: made.rewind(2), lambda made: made.decode(1), Engine.reset])
+def test_a_sequence_notices_what_others_did_to_the_cache(change):
+    made, sequence = engine(), Sequence()
+    made.extend(sequence, TOKENS[:4])
+    change(made)
+    np.testing.assert_array_equal(made.extend(sequence, [9]), logits_after([*TOKENS[:4], 9]))
+
+
+def test_a_refused_extension_leaves_the_sequence():
+    made, sequence = engine(context=6), Sequence()
+    made.extend(sequence, TOKENS[:4])
+    for tokens in ([1, 2, 3], [-1], []):
+        with pytest.raises(InputError):
+            made.extend(sequence, tokens)
+    assert sequence.tokens == TOKENS[:4]
+    np.testing.assert_array_equal(made.extend(sequence, [9]), logits_after([*TOKENS[:4], 9]))
+
+
+def test_a_closed_engine():
+    made = engine()
+    made.close()
+    made.close()
+    assert made.device.closed
+    for call in (made.reset, lambda: made.decode(1), lambda: made.score([1, 2]), lambda: made.extend(Sequence(), [1])):
+        with pytest.raises(ClosedError, match="the model is closed"):
+            call()
+    assert made.device.launches == []
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 4, 5, 6, 9, 11])
@@ -86,6 +130,28 @@ def test_scores(n_tokens):
         assert result.greedy[index] == (row.argmax() == TOKENS[index + 1])
 
 
+@pytest.mark.parametrize("first", range(1, len(TOKENS) + 1))
+@pytest.mark.parametrize("before", [[], TOKENS[:5], [*TOKENS[:3], 1, 1, 1], TOKENS])
+def test_scores_of_a_part_keep_what_the_cache_shares(first, before):
+    made = engine()
+    if before:
+        made.prefill(before)
+    whole = engine().score(TOKENS)
+    launched = len(made.device.launches)
+    part = made.score(TOKENS, first)
+    np.testing.assert_array_equal(part.log_probs, whole.log_probs[first - 1 :])
+    np.testing.assert_array_equal(part.greedy, whole.greedy[first - 1 :])
+    shared = min(first - 1, 3 if before[3:4] == [1] else len(before))
+    n_run = sum(n for phase, n, _ in made.device.launches[launched:] if phase == "prefill_body")
+    assert n_run == len(TOKENS) - 1 - shared
+
+
+def test_scores_from_a_token_that_is_not_there():
+    for first in (0, 4):
+        with pytest.raises(InputError, match=f"from token {first} on, expected 1 to 3"):
+            engine().score(TOKENS[:3], first)
+
+
 def test_greedy_is_true_where_the_likeliest_token_came():
     made = engine()
     best = int(logits_after([5]).argmax())
@@ -93,9 +159,9 @@ def test_greedy_is_true_where_the_likeliest_token_came():
 
 
 def test_a_score_may_fill_the_context():
-    assert engine(context=8).score(TOKENS[:8]).log_probs.shape == (7,)
-    with pytest.raises(InputError, match="9 tokens do not fit the context of 8"):
-        engine(context=8).score(TOKENS[:9])
+    assert engine(context=8).score(TOKENS[:9]).log_probs.shape == (8,)
+    with pytest.raises(InputError, match="10 tokens do not fit the context of 8;"):
+        engine(context=8).score(TOKENS[:10])
 
 
 @pytest.mark.parametrize(
@@ -108,7 +174,7 @@ def test_a_score_may_fill_the_context():
         ([1.5], "expected integers"),
         (["a"], "expected integers"),
         ([2**80], "expected integers"),
-        ([1] * (tiny.CONTEXT + 1), "33 tokens do not fit the context of 32"),
+        ([1] * (tiny.CONTEXT + 2), "34 tokens do not fit the context of 32"),
     ],
 )
 def test_bad_tokens(tokens, match):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from gqsa_runtime import load, memory
-from gqsa_runtime.errors import DeviceError, FormatError, InputError
+from gqsa_runtime.errors import ClosedError, DeviceError, FormatError, InputError
 from gqsa_runtime.model import Model
 from gqsa_runtime.reader import ArtifactFile
 
@@ -54,16 +54,16 @@ def test_seed_makes_sampling_repeatable():
 def test_repetition_penalty_sees_the_prompt_and_the_answer():
     model = fake_device.model()
     ids = []
-    model.engine.decode = _recording(model.engine.decode, ids)
+    model.engine.extend = _recording(model.engine.extend, ids)
     list(model.generate("abc", 25, repetition_penalty=1e9))
-    seen = [*model.tokenize("abc"), *ids]
-    assert len(ids) == 24 and len(set(seen)) == len(seen)
+    assert ids[: len("abc")] == model.tokenize("abc")
+    assert len(ids) == len("abc") + 24 and len(set(ids)) == len(ids)
 
 
 def _recording(function, calls):
-    def recorded(token):
-        calls.append(token)
-        return function(token)
+    def recorded(sequence, tokens):
+        calls.extend(tokens)
+        return function(sequence, tokens)
 
     return recorded
 
@@ -98,13 +98,15 @@ def test_token_outside_the_vocabulary():
         list(fake_device.model().generate([1, 300]))
 
 
-def test_an_overtaken_generation_ends():
-    model = fake_device.model("a", "bcdefgh")
-    first = model.generate("a")
-    assert next(first) == "b"
-    assert "".join(model.generate("a")) == "bcdefgh"
-    with pytest.raises(InputError, match="another generation"):
-        list(first)
+def test_an_overtaken_generation_goes_on():
+    model = fake_device.model()
+    alone = "".join(model.generate("ab", 20, temperature=1.0, seed=3))
+    first = model.generate("ab", 20, temperature=1.0, seed=3)
+    text = next(first)
+    other = "".join(model.generate("abc", 9, temperature=1.0, seed=4))
+    model.score("something else")
+    assert text + "".join(first) == alone
+    assert "".join(model.generate("abc", 9, temperature=1.0, seed=4)) == other
 
 
 def test_chat_renders_and_keeps_the_shared_prefix():
@@ -137,7 +139,20 @@ def test_score_takes_text_and_tokens():
 def test_close_closes_the_device():
     with fake_device.model() as model:
         assert not model.device.closed
+        generation = model.generate("a")
+        next(generation)
     assert model.device.closed
+    model.close()
+    calls = (
+        lambda: next(generation),
+        lambda: model.generate("a"),
+        lambda: model.chat([{"role": "user", "content": "Hi"}]),
+        lambda: model.score("ab"),
+        lambda: model.tokenize("a"),
+    )
+    for call in calls:
+        with pytest.raises(ClosedError, match="^the model is closed$"):
+            call()
 
 
 # Opening files.
