@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from gqsa_runtime.errors import FormatError, ModelError
-from gqsa_runtime.format import ZERO_OF_8_BIT
+from gqsa_runtime.layouts.group_words import ZERO_OF_8_BIT
 from safetensors import SafetensorError, safe_open
 
 from gqsac.bsr import BITS, BsrStream

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from gqsa_runtime.format import ZERO_OF_8_BIT
+from gqsa_runtime.layouts.group_words import ZERO_OF_8_BIT
 
 from gqsac.bsr import BITS, GROUP_SIZES, BsrStream, pack_values
 from gqsac.checkpoint import Checkpoint, StreamHeader

@@ -159,12 +159,11 @@ def count_bytes(graph: ir.Graph, packing: Packing, patterns: Patterns) -> ByteCo
     sizes = {tensor.name: tensor.size for tensor in packing.tensors}
     compressed_parameters = kept = compressed_bytes = 0
     for op in graph.ops:
-        if isinstance(op, ir.Linear) and (streams := patterns.streams[op.output]):
+        if isinstance(op, ir.Linear) and (parts := patterns.linears[op.output])[0].layout.compressed:
             compressed_parameters += op.width * op.k
-            kept += sum(stream.nnz * stream.group_size for stream in streams)
-            compressed_bytes += sum(
-                sizes[name] for stream in packing.linears[op.output].streams for name in asdict(stream).values()
-            )
+            params = {"rows": op.width, "k": op.k}
+            kept += sum(part.layout.n_weights({**params, **part.constants}, part.nnz) for part in parts)
+            compressed_bytes += sum(sizes[name] for names in packing.linears[op.output].parts for name in names)
     dense = [t for t in packing.tensors if t.dtype in ("f16", "f32") and not t.name.startswith("rope.")]
     return ByteCounts(
         parameters=compressed_parameters + sum(t.size // DTYPE_BYTES[t.dtype] for t in dense),

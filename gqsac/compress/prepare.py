@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from gqsa_runtime.errors import DeviceError, InputError, ModelError
-from gqsa_runtime.format import MAX_GROUP_COLUMNS
+from gqsa_runtime.layouts.group_words import MAX_COLUMNS
 from tokenizers import Tokenizer
 
 from gqsac.bsr import GROUP_SIZES
@@ -61,10 +61,10 @@ def _check_columns(path: str, columns: int, options: Options) -> None:
             f"{path} has {columns} input columns, which quantisation groups of {options.quant_group_size} do not "
             "divide; use smaller ones, or skip the layer"
         )
-    if columns // options.group_size > MAX_GROUP_COLUMNS:
+    if columns // options.group_size > MAX_COLUMNS:
         raise InputError(
             f"{path} has {columns // options.group_size} groups in a row, and the format holds at most "
-            f"{MAX_GROUP_COLUMNS}; use a larger group size than {options.group_size}"
+            f"{MAX_COLUMNS}; use a larger group size than {options.group_size}"
         )
 
 

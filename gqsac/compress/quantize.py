@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from gqsa_runtime.format import ZERO_OF_8_BIT
+from gqsa_runtime.layouts.group_words import ZERO_OF_8_BIT
 
 # Share of the group's full range that the grid spans. Clipping an outlier can pay for the others.
 RANGE_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)

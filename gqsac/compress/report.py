@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from gqsa_runtime.layouts import GROUP_WORDS
 
 from gqsac.bsr import BsrStream
 from gqsac.compress.options import Options
@@ -23,7 +24,7 @@ def stored_counts(stream: BsrStream, quant_group_size: int) -> tuple[int, int]:
 def sizes(shapes: dict[str, tuple[int, int]], counts: dict[str, tuple[int, int]], options: Options) -> dict:
     """Numbers of linears, parameters, groups and bits. counts: of each linear, see `stored_counts`.
 
-    bits_per_weight: as `gqsac build` packs one stream, with a 32-bit word for each kept group.
+    bits_per_weight: as `gqsac build` packs one stream, each linear by itself.
     coded_bits_per_weight: what the method itself needs, by the usual count: the kept weights, a float16 scale and
     a zero for each quantisation group of which something is kept, and one bit for each group if any is removed,
     or two bits for each kept weight of 2:4. sparsity: share of the weights removed, by linear.
@@ -31,7 +32,10 @@ def sizes(shapes: dict[str, tuple[int, int]], counts: dict[str, tuple[int, int]]
     parameters = sum(rows * columns for rows, columns in shapes.values())
     groups = parameters // options.group_size
     stored = sum(kept for kept, _ in counts.values())
-    packed = stored * (options.group_size * options.bits // 8 + 4) + sum(4 * (rows + 1) for rows, _ in shapes.values())
+    packed = sum(
+        GROUP_WORDS.stream_bytes(shapes[path][0], kept, options.bits, options.group_size)
+        for path, (kept, _) in counts.items()
+    )
     of_four = options.pattern == "2:4"
     weights = stored * options.group_size * (0.5 if of_four else 1)
     index = 2 * weights if of_four else groups if stored < groups else 0

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from gqsa_runtime.errors import FormatError, InputError, ModelError
+from gqsa_runtime.layouts import GROUP_WORDS
 
 from gqsac.checkpoint import Checkpoint
 from gqsac.evaluate.load import is_artifact
 from gqsac.model_folder import read_json
 
 DENSE_BITS = 16.0  # of a source that gqsac did not compress, whatever type its file stores
-_GROUP_WORD_BYTES = 4  # scale, zero and column of a group, as `gqsac build` packs them
 REFERENCE, UNIFORM, TWO_FOUR, GQSA = "fp16", "INT, no sparsity", "2:4 + INT4", "GQSA, 1xG groups"
 
 
@@ -142,7 +142,7 @@ def bits_per_weight(path: str, count: str = "built") -> float:
         streams = checkpoint.stream_headers(module)
         weights += streams[0].rows * streams[0].columns
         for stream in streams:
-            n_bytes += stream.nnz * (stream.group_size * stream.bits // 8 + _GROUP_WORD_BYTES) + 4 * (stream.rows + 1)
+            n_bytes += GROUP_WORDS.stream_bytes(stream.rows, stream.nnz, stream.bits, stream.group_size)
     if not weights:
         raise ModelError(f"{path} says that it is compressed, but holds no compressed linear")
     return 8 * n_bytes / weights

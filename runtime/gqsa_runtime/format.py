@@ -36,14 +36,6 @@ TENSOR_TYPES: Final = {
     26: ("i32", 4),
 }
 
-# One 32-bit word per kept group: fp16 scale in the low half, then the column, then the zero.
-GROUP_SCALE_BITS: Final = 16
-GROUP_COLUMN_BITS: Final = 12
-GROUP_ZERO_BITS: Final = 4
-MAX_GROUP_COLUMNS: Final = 1 << GROUP_COLUMN_BITS
-# 8-bit groups are symmetric: their zero does not fit the word and is always 128.
-ZERO_OF_8_BIT: Final = 128
-
 
 def canonical_json(value) -> str:
     """JSON text that is the same for the same value: sorted keys, no spaces."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from gqsa_runtime import format as gqsa
 from gqsa_runtime import memory
+from gqsa_runtime.layouts import LAYOUTS
 from gqsa_runtime.program import OPERATORS
 from gqsa_runtime.reader import ArtifactFile
-
-_STREAM = ("values", "groups", "crow_indices", "tasks")
 
 
 def describe(file: ArtifactFile, context: int | None = None) -> dict:
@@ -76,20 +75,22 @@ def tensor_rows(file: ArtifactFile) -> list[dict]:
 def _linears(file: ArtifactFile) -> dict:
     kernels = {kernel.name: kernel for kernel in file.program.kernels}
     weights = kept = n_bytes = 0
-    counted: set[str] = set()
+    counted: set[tuple[str, ...]] = set()
     for step in file.program.phases["decode"]:
         kernel = kernels[step.kernel]
-        if kernel.op != "linear_sparse":
+        layout = LAYOUTS.get(kernel.op)
+        if layout is None or not layout.compressed:
             continue
-        args = zip(OPERATORS[kernel.op], step.args, strict=True)
-        named = {parameter.name: arg.name for parameter, arg in args if parameter.name in _STREAM}
-        if named["values"] in counted:
+        args = {parameter.name: arg.name for parameter, arg in zip(OPERATORS[kernel.op], step.args, strict=True)}
+        names = tuple(args[part.name] for part in layout.parts)
+        if names in counted:
             continue
-        counted.add(named["values"])
+        counted.add(names)
+        held = {part.name: file.tensors[args[part.name]].elements for part in layout.parts}
         # The second stream of a linear adds to the first: its weights are counted there.
-        weights += 0 if kernel.params["accumulate"] else kernel.params["rows"] * kernel.params["k"]
-        kept += file.tensors[named["groups"]].elements * kernel.params["group_size"]
-        n_bytes += sum(file.tensors[name].size for name in named.values())
+        weights += 0 if kernel.params.get("accumulate") else kernel.params["rows"] * kernel.params["k"]
+        kept += layout.n_weights(kernel.params, layout.count_groups(kernel.params, held))
+        n_bytes += sum(file.tensors[name].size for name in names)
     return {
         "weights": weights,
         "bytes": n_bytes,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.format import canonical_json
+from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, Layout
 
 DTYPE_BYTES = {"f32": 4, "f16": 2, "i32": 4, "i16": 2, "i8": 1}
 
@@ -64,9 +65,23 @@ def _head_rows(stride: str, heads: str):
     return elements
 
 
-# Sizes of values and groups depend on each layer's count of kept groups, which is no constant of
-# the kernel; the reader checks them against crow_indices (see validate.py).
-_ANY = lambda p, t, c: 0  # noqa: E731
+def _linear(layout: Layout, out: str) -> tuple[Parameter, ...]:
+    """Arguments of a linear whose weights are stored in a layout. Where the content decides a part's size,
+    the reader checks it by `Layout.check_sizes`."""
+
+    def part_elements(name: str):
+        return lambda p, max_tokens, context: layout.elements(p, 0)[name]
+
+    weights = (Parameter(part.name, part.dtype, part_elements(part.name), "weight") for part in layout.parts)
+    return (
+        Parameter("x", "f32", _rows("x_stride", "k")),
+        *weights,
+        Parameter("bias", "f32", lambda p, t, c: p["rows"], "weight", lambda p: p["bias"]),
+        Parameter("residual", "f32", _rows("residual_stride", "rows"), "in", lambda p: p["residual"]),
+        Parameter("out", "f32", _rows("out_stride", "rows"), out),
+        _STATE,
+    )
+
 
 OPERATORS: dict[str, tuple[Parameter, ...]] = {
     # out[t] (+)= scale * table[ids[t]]  or, for source "positions", table[position + t + position_offset]
@@ -93,30 +108,10 @@ OPERATORS: dict[str, tuple[Parameter, ...]] = {
         Parameter("out", "f32", _rows("out_stride", "width"), "out"),
         _STATE,
     ),
-    # One BSR stream: s = sum over kept groups of scale * (values - zero) . x[column * group_size :]
-    # s += out if accumulate; s += bias; s = activation(s); s += residual; out = s
-    # params: tokens rows k group_size bits n_tasks x_stride out_stride bias activation residual
-    #         residual_stride accumulate
-    "linear_sparse": (
-        Parameter("x", "f32", _rows("x_stride", "k")),
-        Parameter("values", "i8", _ANY, "weight"),  # [nnz, group_size * bits / 8]
-        Parameter("groups", "i32", _ANY, "weight"),  # [nnz], see format.GROUP_*_BITS
-        Parameter("crow_indices", "i32", lambda p, t, c: p["rows"] + 1, "weight"),
-        Parameter("tasks", "i32", lambda p, t, c: p["n_tasks"] + 1, "weight"),  # row boundaries
-        Parameter("bias", "f32", lambda p, t, c: p["rows"], "weight", lambda p: p["bias"]),
-        Parameter("residual", "f32", _rows("residual_stride", "rows"), "in", lambda p: p["residual"]),
-        Parameter("out", "f32", _rows("out_stride", "rows"), "inout"),
-        _STATE,
-    ),
-    # params: tokens rows k x_stride out_stride bias activation residual residual_stride
-    "linear_dense": (
-        Parameter("x", "f32", _rows("x_stride", "k")),
-        Parameter("weight", "f16", lambda p, t, c: p["rows"] * p["k"], "weight"),
-        Parameter("bias", "f32", lambda p, t, c: p["rows"], "weight", lambda p: p["bias"]),
-        Parameter("residual", "f32", _rows("residual_stride", "rows"), "in", lambda p: p["residual"]),
-        Parameter("out", "f32", _rows("out_stride", "rows"), "out"),
-        _STATE,
-    ),
+    # s = W x, W stored in the layout; s += out if accumulate; s += bias; s = activation(s); s += residual; out = s
+    # params: tokens rows k x_stride out_stride bias activation residual residual_stride, the layout's constants
+    "linear_sparse": _linear(GROUP_WORDS, "inout"),
+    "linear_dense": _linear(DENSE_F16, "out"),
     # Rotates q in place and k on its way into the cache (rotary_dim 0: no rotation); stores k and v
     # at cache rows position .. position + n_tokens - 1. Pairs are (i, i + rotary_dim / 2).
     # rope: [context, rotary_dim] f32, a row is cos[rotary_dim / 2] then sin[rotary_dim / 2].

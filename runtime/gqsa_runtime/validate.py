@@ -1,7 +1,7 @@
 """Checks a launch plan before anything of it runs: no kernel may be pointed outside its memory.
 
 `validate` needs the header alone. `ContentChecks` holds what must be true of the numbers inside
-index tensors (crow_indices, groups, tasks), and is applied to each as it is read.
+index tensors, as their layouts say, and is applied to each as it is read.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from gqsa_runtime.errors import FormatError
-from gqsa_runtime.format import ALIGNMENT, GROUP_SCALE_BITS, MAX_GROUP_COLUMNS
+from gqsa_runtime.format import ALIGNMENT
+from gqsa_runtime.layouts import LAYOUTS, ContentRule
 from gqsa_runtime.params import check_params
-from gqsa_runtime.program import DTYPE_BYTES, OPERATORS, PHASES, Argument, Buffer, Kernel, Parameter, Program
+from gqsa_runtime.program import DTYPE_BYTES, OPERATORS, PHASES, Argument, Buffer, Kernel, Parameter, Program, Step
 from gqsa_runtime.reader import TensorInfo
 from gqsa_runtime.typecheck import conforms
 
@@ -167,8 +168,12 @@ class _Checker:
         for parameter, arg in zip(parameters, args, strict=True):
             self._check_arg(f"{where}, argument {parameter.name!r}", kernel, parameter, arg)
         named = {parameter.name: arg for parameter, arg in zip(parameters, args, strict=True)}
-        if kernel.op == "linear_sparse":
-            self._check_stream_sizes(where, kernel.params, named)
+        if kernel.op in LAYOUTS:
+            layout = LAYOUTS[kernel.op]
+            held = {part.name: self.tensors[named[part.name].name].elements for part in layout.parts}
+            wrong = layout.check_sizes(kernel.params, held)
+            if wrong:
+                raise _error(f"{where}: {wrong}")
         elif kernel.op == "embedding" and kernel.params["source"] == "positions":
             rows = self.context + kernel.params["position_offset"]
             if rows > kernel.params["vocab"]:
@@ -227,17 +232,6 @@ class _Checker:
         sizes = (layer.kv_heads, layer.head_dim, self.program.kv_dtype)
         return sizes == (params["kv_heads"], params["head_dim"], params["kv_dtype"])
 
-    def _check_stream_sizes(self, where: str, params: Mapping, args: Mapping[str, Argument]) -> None:
-        nnz = self.tensors[args["groups"].name].elements
-        for name, expected in (
-            ("values", nnz * params["group_size"] * params["bits"] // 8),
-            ("crow_indices", params["rows"] + 1),
-            ("tasks", params["n_tasks"] + 1),
-        ):
-            held = self.tensors[args[name].name].elements
-            if held != expected:
-                raise _error(f"{where}: {name} has {held} elements, expected {expected} for {nnz} groups")
-
     def _tensor(self, where: str, name, dtype: str) -> TensorInfo:
         info = self.tensors.get(name) if isinstance(name, str) else None
         if info is None:
@@ -259,23 +253,20 @@ class ContentChecks:
     """What every index tensor of a program must hold, by tensor name. The program must be valid."""
 
     def __init__(self, program: Program, tensors: Mapping[str, TensorInfo]):
-        self._rules: dict[str, set[tuple[str, int]]] = {}
+        self._rules: dict[str, set[ContentRule]] = {}
         kernels = {kernel.name: kernel for kernel in program.kernels}
         for steps in program.phases.values():
             for step in steps:
                 kernel = kernels[step.kernel]
-                if kernel.op != "linear_sparse":
-                    continue
-                params = kernel.params
-                parameters = OPERATORS[kernel.op]
-                named = {parameter.name: arg.name for parameter, arg in zip(parameters, step.args, strict=True)}
-                nnz = tensors[named["groups"]].elements
-                self._add(named["crow_indices"], ("rises to", nnz))
-                self._add(named["tasks"], ("rises to", params["rows"]))
-                self._add(named["groups"], ("columns below", params["k"] // params["group_size"]))
+                if kernel.op in LAYOUTS:
+                    self._add(kernel, step, tensors)
 
-    def _add(self, name: str, rule: tuple[str, int]) -> None:
-        self._rules.setdefault(name, set()).add(rule)
+    def _add(self, kernel: Kernel, step: Step, tensors: Mapping[str, TensorInfo]) -> None:
+        layout = LAYOUTS[kernel.op]
+        named = {parameter.name: arg.name for parameter, arg in zip(OPERATORS[kernel.op], step.args, strict=True)}
+        held = {part.name: tensors[named[part.name]].elements for part in layout.parts}
+        for part, rule in layout.rules(kernel.params, layout.count_groups(kernel.params, held)).items():
+            self._rules.setdefault(named[part], set()).add(rule)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -284,40 +275,7 @@ class ContentChecks:
 
     def check(self, name: str, array: np.ndarray) -> None:
         """Raises FormatError where the array breaks a rule of the tensor `name`."""
-        for kind, limit in self._rules.get(name, ()):
-            if kind == "rises to":
-                _check_rising(name, array, limit)
-            else:
-                _check_columns(name, array, limit)
-
-
-def validate_stream(
-    params: Mapping, crow: np.ndarray, groups: np.ndarray, tasks: np.ndarray, nnz: int, name: str = "a stream"
-) -> None:
-    """Checks the indices of one BSR stream of a linear_sparse kernel with these params.
-
-    crow: int32 [rows + 1], rises from 0 to nnz. groups: int32 [nnz], columns below k / group_size.
-    tasks: int32 [n_tasks + 1], rises from 0 to rows. Raises FormatError.
-    """
-    for part, array, expected in (
-        ("crow_indices", crow, params["rows"] + 1),
-        ("groups", groups, nnz),
-        ("tasks", tasks, params["n_tasks"] + 1),
-    ):
-        if array.size != expected:
-            raise _error(f"{name}: {part} has {array.size} elements, expected {expected}")
-    _check_rising(f"{name}.crow_indices", crow, nnz)
-    _check_columns(f"{name}.groups", groups, params["k"] // params["group_size"])
-    _check_rising(f"{name}.tasks", tasks, params["rows"])
-
-
-def _check_rising(name: str, array: np.ndarray, last: int) -> None:
-    flat = array.reshape(-1)
-    if flat.size < 2 or flat[0] != 0 or flat[-1] != last or (flat[1:] < flat[:-1]).any():
-        raise _error(f"tensor {name!r} does not rise from 0 to {last}")
-
-
-def _check_columns(name: str, array: np.ndarray, n_columns: int) -> None:
-    columns = (array.reshape(-1).view(np.uint32) >> GROUP_SCALE_BITS) & (MAX_GROUP_COLUMNS - 1)
-    if columns.size and int(columns.max()) >= n_columns:
-        raise _error(f"tensor {name!r} holds column {int(columns.max())}, expected below {n_columns}")
+        for rule in self._rules.get(name, ()):
+            wrong = rule.broken(array)
+            if wrong:
+                raise _error(f"tensor {name!r} {wrong}")

@@ -1,12 +1,14 @@
 """From a model folder to tokens: compress, build, open, and the numbers are those of transformers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from gqsa_runtime import Model, device_cuda
 from gqsa_runtime.device_cpu import supported_targets
 from gqsa_runtime.reader import ArtifactFile
+from safetensors.numpy import load_file, save_file
 
 from gqsac.rounding import Rounding
 from tests.e2e.checkpoints import CONFIGS, save_checkpoint, save_multi_stream
@@ -86,6 +88,18 @@ def test_multi_stream_linears_compute_what_transformers_computes(tmp_path, sourc
         assert bits == {4, 8}
         assert any(kernel.params.get("accumulate") for kernel in file.program.kernels if kernel.op == "linear_sparse")
     check_parity(folder, tmp_path / "mixed.gqsa")
+
+
+def test_a_linear_that_lost_all_groups(built, tmp_path):
+    folder = shutil.copytree(built("llama")[0], tmp_path / "empty")
+    tensors = load_file(folder / "model.safetensors")
+    stem = "model.layers.1.self_attn.o_proj.streams.0."
+    tensors[stem + "crow_indices"][:] = 0
+    for part in ("col_indices", "values", "scales", "zeros"):
+        tensors[stem + part] = tensors[stem + part][:0]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    succeed("build", folder, "-o", tmp_path / "empty.gqsa", "--target", TARGET, "--kv-dtype", "f32")
+    check_parity(folder, tmp_path / "empty.gqsa")
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -3,13 +3,12 @@
 import dataclasses
 import re
 
-import numpy as np
 import pytest
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.params import PARAMS, check_params
 from gqsa_runtime.program import OPERATORS, Argument, Binary, KVLayer, Rope
 from gqsa_runtime.reader import TensorInfo
-from gqsa_runtime.validate import ContentChecks, validate, validate_stream
+from gqsa_runtime.validate import ContentChecks, validate
 
 from tests.format import tiny
 
@@ -298,22 +297,3 @@ def test_index_contents():
     ):
         with pytest.raises(FormatError, match=name):
             contents(**changed(name, place, value))
-
-
-def test_validate_stream():
-    params = {"rows": 2, "k": 32, "group_size": 16, "n_tasks": 1}
-    crow, groups, tasks = (np.array(a, np.int32) for a in ([0, 1, 1], [1 << 16], [0, 2]))
-    validate_stream(params, crow, groups, tasks, 1)
-    empty = np.zeros(0, np.int32)
-    validate_stream(params, np.zeros(3, np.int32), empty, tasks, 0)
-    for broken in (
-        (crow[:-1], groups, tasks, 1),
-        (crow, empty, tasks, 1),
-        (crow, groups, tasks[:-1], 1),
-        (crow, groups, tasks, 2),
-        (crow[::-1], groups, tasks, 1),
-        (crow, groups * 2, tasks, 1),
-        (crow, groups, tasks * 2, 1),
-    ):
-        with pytest.raises(FormatError):
-            validate_stream(params, *broken)

@@ -17,9 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from gqsa_runtime.layouts import LAYOUTS
 from gqsa_runtime.program import OPERATORS
 
-from gqsac.bsr import pack_values
+from gqsac.bsr import BsrStream, pack_values
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
 from tests.kernels import oracles
 
@@ -141,13 +142,6 @@ def _activations(rng, case, params, stride, width, offset=0, filled=True, scale=
     return buffer
 
 
-def _cut(crow_indices, n_tasks):
-    """Row boundaries int32 [n_tasks + 1] that give every task nearly as many kept groups."""
-    goals = np.arange(1, n_tasks) * (crow_indices[-1] / n_tasks)
-    inner = np.searchsorted(crow_indices[1:], goals, side="right")
-    return np.concatenate([[0], np.sort(inner), [len(crow_indices) - 1]]).astype(np.int32)
-
-
 def _keep(rng, pattern, rows, columns):
     """bool [rows, columns]: which groups are kept."""
     keep = rng.random((rows, columns)) < 0.5
@@ -184,23 +178,26 @@ def _linear_sparse(pattern, offset=0):
     def fill(rng, p, case):
         columns = p["k"] // p["group_size"]
         keep = _keep(rng, pattern, p["rows"], columns)
-        row_counts = keep.sum(1)
-        crow_indices = np.concatenate([[0], np.cumsum(row_counts)]).astype(np.int32)
+        crow_indices = np.concatenate([[0], np.cumsum(keep.sum(1))]).astype(np.int32)
         nnz = int(crow_indices[-1])
         levels = rng.integers(0, 1 << p["bits"], (nnz, p["group_size"]), dtype=np.uint8)
-        packed = pack_values(levels, p["bits"]).view(np.int8) if nnz else []
-        zeros = rng.integers(0, 1 << p["bits"], nnz) if p["bits"] < 8 else np.zeros(nnz, int)
         size = (1 << p["bits"]) * np.sqrt(p["k"])
-        scales = ((rng.random(nnz) + 0.5) * 2 / size).astype(np.float16).view(np.uint16)
-        words = scales.astype(np.uint32) | (np.nonzero(keep)[1] << 16) | (zeros << 28)
+        stream = BsrStream(
+            p["rows"], p["k"], p["group_size"], p["bits"], crow_indices, np.nonzero(keep)[1],
+            values=pack_values(levels, p["bits"]),
+            scales=((rng.random(nnz) + 0.5) * 2 / size).astype(np.float16),
+            zeros=rng.integers(0, 1 << p["bits"], nnz) if p["bits"] < 8 else np.full(nnz, 128),
+        )  # fmt: skip
         filled = p["accumulate"] or case.name.endswith("aliased")
         out = _activations(rng, case, p, p["out_stride"], p["rows"], filled=filled)
+        layout = LAYOUTS["linear_sparse"]
+        dtypes = {"i8": np.int8, "i32": np.int32}
         return {
             "x": _activations(rng, case, p, p["x_stride"], p["k"], offset),
-            "values": _array(packed, np.int8),
-            "groups": _array(words.astype(np.uint32).view(np.int32), np.int32),
-            "crow_indices": _array(crow_indices, np.int32),
-            "tasks": _array(_cut(crow_indices, p["n_tasks"]), np.int32),
+            **{
+                part.name: _array(layout.pack(part.name, stream, p).reshape(-1), dtypes[part.dtype])
+                for part in layout.parts
+            },
             **dict(_fill_epilogue(rng, p, case, out)),
             "out": out,
         }

@@ -8,7 +8,7 @@ must leave alone keep the value that they had.
 import math
 
 import numpy as np
-from gqsa_runtime.format import GROUP_COLUMN_BITS, GROUP_SCALE_BITS, MAX_GROUP_COLUMNS, ZERO_OF_8_BIT
+from gqsa_runtime.layouts import LAYOUTS
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -28,34 +28,6 @@ def activate(name, x):
     raise ValueError(f"unknown activation {name!r}")
 
 
-def unpack_groups(words, bits):
-    """(scale float64, column int, zero int) of group words, int32 [nnz]."""
-    words = words.view(np.uint32)
-    scale = (words & 0xFFFF).astype(np.uint16).view(np.float16).astype(np.float64)
-    column = (words >> GROUP_SCALE_BITS) & (MAX_GROUP_COLUMNS - 1)
-    zero = words >> (GROUP_SCALE_BITS + GROUP_COLUMN_BITS)
-    return (scale, column.astype(int), np.full(len(words), ZERO_OF_8_BIT) if bits == 8 else zero.astype(int))
-
-
-def unpack_values(values, bits, group_size):
-    """Levels [nnz, G] of packed values, uint8 [nnz, G * bits / 8]: element i stands at bit i * bits."""
-    stream = np.unpackbits(values.reshape(-1, group_size * bits // 8), axis=1, bitorder="little")
-    return stream.reshape(len(stream), group_size, bits) @ (1 << np.arange(bits))
-
-
-def dequantize(params, arguments):
-    """float64 [rows, k] of a linear_sparse stream."""
-    group_size, rows = params["group_size"], params["rows"]
-    nnz = int(arguments["crow_indices"][rows])
-    packed = arguments["values"].view(np.uint8)[: nnz * group_size * params["bits"] // 8]
-    scale, column, zero = unpack_groups(arguments["groups"][:nnz], params["bits"])
-    levels = unpack_values(packed, params["bits"], group_size)
-    dense = np.zeros((rows, params["k"] // group_size, group_size))
-    row = np.repeat(np.arange(rows), np.diff(arguments["crow_indices"][: rows + 1]))
-    dense[row, column] = (levels - zero[:, None]) * scale[:, None]
-    return dense.reshape(rows, params["k"])
-
-
 def _tokens(params, state):
     """Rows that the launch covers: the decode variant ignores state[0]."""
     return 1 if params.get("tokens") == 1 else int(state[0])
@@ -72,25 +44,20 @@ def _read(array, n_tokens, stride, width):
     return _rows(array, n_tokens, stride, width).astype(np.float64)
 
 
-def _linear(weight, p, a, n):
-    total = _read(a["x"], n, p["x_stride"], p["k"]) @ weight.T
-    if p.get("accumulate"):
-        total = total + _read(a["out"], n, p["out_stride"], p["rows"])
-    if p["bias"]:
-        total = total + a["bias"][: p["rows"]].astype(np.float64)
-    total = activate(p["activation"], total)
-    if p["residual"]:
-        total = total + _read(a["residual"], n, p["residual_stride"], p["rows"])
-    return total
+def _linear(op):
+    def compute(p, a, n, position, write):
+        weight = LAYOUTS[op].unpack(a, p).astype(np.float64)
+        total = _read(a["x"], n, p["x_stride"], p["k"]) @ weight.T
+        if p.get("accumulate"):
+            total = total + _read(a["out"], n, p["out_stride"], p["rows"])
+        if p["bias"]:
+            total = total + a["bias"][: p["rows"]].astype(np.float64)
+        total = activate(p["activation"], total)
+        if p["residual"]:
+            total = total + _read(a["residual"], n, p["residual_stride"], p["rows"])
+        write("out", total, p["out_stride"])
 
-
-def _linear_sparse(p, a, n, position, write):
-    write("out", _linear(dequantize(p, a), p, a, n), p["out_stride"])
-
-
-def _linear_dense(p, a, n, position, write):
-    weight = a["weight"][: p["rows"] * p["k"]].reshape(p["rows"], p["k"]).astype(np.float64)
-    write("out", _linear(weight, p, a, n), p["out_stride"])
+    return compute
 
 
 def _embedding(p, a, n, position, write):
@@ -188,8 +155,7 @@ _ORACLES = {
     "embedding": _embedding,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
-    "linear_sparse": _linear_sparse,
-    "linear_dense": _linear_dense,
+    **{op: _linear(op) for op in LAYOUTS},
     "kv_append": _kv_append,
     "attention": _attention,
     "gated_activation": _gated_activation,

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-
-from gqsac.compiler.passes.group_patterns import cut_tasks
+from gqsa_runtime.layouts.group_words import cut_tasks
 
 
 def crow(counts) -> np.ndarray:

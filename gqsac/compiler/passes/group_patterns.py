@@ -1,48 +1,41 @@
-"""Group patterns: finds the linears whose sparsity patterns are alike, and cuts each cluster's work.
+"""Group patterns: gives each linear its weight layout, and linears whose weights are alike one kernel.
 
-Linears of one shape, block layout and density share one kernel. Work is cut task-centric (as in
-Stream-K): a task is a run of whole rows with nearly the same number of kept groups as every other
-task, whatever the rows look like. The counts are known here, so the cut is made ahead of time.
+Linears of one shape, layout and density share the constants of their kernel, the cut of the work too: a task
+is a run of whole rows with nearly the same number of kept groups as every other task, whatever the rows
+look like. The counts are known here, so the cut is made ahead of time.
 """
 
 import math
 from collections import defaultdict
 from dataclasses import dataclass
 
-import numpy as np
-from gqsa_runtime.format import MAX_GROUP_COLUMNS
+from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, Layout
+from gqsa_runtime.layouts.group_words import MAX_COLUMNS
 
 from gqsac.checkpoint import Checkpoint
 from gqsac.compiler import ir
 from gqsac.errors import UnsupportedError
 
-KERNEL_BITS = (2, 4, 8)
-
-# A task is one warp's work. Enough tasks to fill the largest GPU once with two 512-thread CTAs an SM
-# (132 * 2 * 16), and, where there is less work than that, no task smaller than four 32-lane steps.
-MAX_TASKS = 132 * 2 * 16
-MIN_TASKS = 132 * 8
-MIN_UNITS_PER_TASK = 128  # a unit is what one lane takes at a time: min(group_size, 16) weights
-
 
 @dataclass(frozen=True)
-class StreamPattern:
-    """How one BSR stream of a (possibly stacked) linear is stored and cut.
+class StoredPart:
+    """One addend of a (possibly stacked) linear, as the file holds it.
 
-    nnz: kept groups. n_tasks: row runs that the work is cut into, the same for the whole cluster.
+    constants: what the layout adds to the kernel's constants, the same for the whole cluster.
+    nnz: groups that the checkpoint keeps. n_groups: groups that the file holds.
     """
 
-    bits: int
-    group_size: int
-    nnz: int
-    n_tasks: int
+    layout: Layout
+    constants: dict
+    nnz: int = 0
+    n_groups: int = 0
 
 
 @dataclass(frozen=True)
 class Patterns:
-    """linear output value -> its streams; dense linears have none. n_clusters: for the summary."""
+    """linear output value -> its addends, at least one. n_clusters: for the summary."""
 
-    streams: dict[str, tuple[StreamPattern, ...]]
+    linears: dict[str, tuple[StoredPart, ...]]
     n_clusters: int
 
 
@@ -56,15 +49,17 @@ def group_patterns(graph: ir.Graph, checkpoint: Checkpoint) -> Patterns:
 
     Raises UnsupportedError for a bit width or a row length that the kernels do not cover.
     """
+    linears: dict[str, tuple[StoredPart, ...]] = {}
     found: dict[str, list[tuple[_Cluster, int]]] = {}  # linear -> its streams' clusters and kept groups
     members: dict[_Cluster, list[int]] = defaultdict(list)
     for op in graph.ops:
         if not isinstance(op, ir.Linear):
             continue
-        found[op.output] = []
         modules = [module_of(graph.aliases.get(weight, weight)) for weight in op.weights]
         if not checkpoint.is_compressed(modules[0]):
+            linears[op.output] = (StoredPart(DENSE_F16, {}),)
             continue
+        found[op.output] = []
         for stream in zip(*map(checkpoint.stream_headers, modules), strict=True):
             bits, group_size = stream[0].bits, stream[0].group_size
             _check_kernel_covers(op, bits, group_size)
@@ -73,12 +68,21 @@ def group_patterns(graph: ir.Graph, checkpoint: Checkpoint) -> Patterns:
             found[op.output].append((cluster, nnz))
             members[cluster].append(nnz)
 
-    n_tasks = {cluster: cluster.count_tasks(sum(nnz) / len(nnz)) for cluster, nnz in members.items()}
-    streams = {
-        output: tuple(StreamPattern(c.bits, c.group_size, nnz, n_tasks[c]) for c, nnz in parts)
-        for output, parts in found.items()
+    n_tasks = {
+        cluster: GROUP_WORDS.count_tasks(cluster.rows, sum(nnz) / len(nnz), cluster.group_size)
+        for cluster, nnz in members.items()
     }
-    return Patterns(streams, len(members))
+    for output, parts in found.items():
+        linears[output] = tuple(
+            StoredPart(
+                GROUP_WORDS,
+                {"bits": c.bits, "group_size": c.group_size, "n_tasks": n_tasks[c], "accumulate": index > 0},
+                nnz,
+                GROUP_WORDS.stored_groups(nnz),
+            )
+            for index, (c, nnz) in enumerate(parts)
+        )
+    return Patterns(linears, len(members))
 
 
 @dataclass(frozen=True)
@@ -91,41 +95,20 @@ class _Cluster:
     group_size: int
     density_bucket: int | None
 
-    def count_tasks(self, mean_nnz: float) -> int:
-        units = mean_nnz * max(1, self.group_size // 16)
-        wanted = max(MIN_TASKS, math.ceil(units / MIN_UNITS_PER_TASK))
-        return min(self.rows, wanted, MAX_TASKS)
-
 
 def _density_bucket(nnz: int, n_groups: int) -> int | None:
     # Half an octave: layers of one sparsity fall together, a layer kept twice as dense does not.
     return round(2 * math.log2(nnz / n_groups)) if nnz else None
 
 
-def cut_tasks(crow_indices: np.ndarray, n_tasks: int) -> np.ndarray:
-    """Row boundaries, int32 [n_tasks + 1], of runs of rows with nearly equal numbers of groups.
-
-    crow_indices: int32 [rows + 1]. Boundary i is the row whose start lies nearest to i / n_tasks of
-    all groups; an empty row counts as a sliver of work so that rows without groups are spread too.
-    """
-    rows = len(crow_indices) - 1
-    # Every row costs its reduction and its store beside its groups: about one group's worth.
-    work = crow_indices.astype(np.int64) + np.arange(rows + 1)
-    targets = np.arange(n_tasks + 1) * (int(work[-1]) / n_tasks)
-    right = np.clip(np.searchsorted(work, targets), 1, rows)
-    nearest = np.where(targets - work[right - 1] < work[right] - targets, right - 1, right)
-    nearest[0], nearest[-1] = 0, rows
-    return np.maximum.accumulate(nearest).astype(np.int32)
-
-
 def _check_kernel_covers(op: ir.Linear, bits: int, group_size: int) -> None:
-    if bits not in KERNEL_BITS:
+    if bits not in GROUP_WORDS.kernel_bits:
         raise UnsupportedError(
             f"{op.name}: {bits}-bit kernels are not built; compress with --bits 2, 4 or 8, "
             f"or evaluate this model in PyTorch"
         )
-    if op.k // group_size > MAX_GROUP_COLUMNS:
+    if op.k // group_size > MAX_COLUMNS:
         raise UnsupportedError(
             f"{op.name}: {op.k} columns make {op.k // group_size} groups of {group_size} in a row and at most "
-            f"{MAX_GROUP_COLUMNS} can be indexed; compress with a larger --group-size"
+            f"{MAX_COLUMNS} can be indexed; compress with a larger --group-size"
         )

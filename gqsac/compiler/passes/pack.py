@@ -1,7 +1,7 @@
 """Pack: the device layout of every tensor, made one at a time when the bundle is written.
 
-Layouts are this module's and the kernels' business alone; the checkpoint stays natural BSR. The
-same layout serves CUDA and CPU kernels, so a file with many targets holds the weights once.
+How weights are coded is their layout's business (gqsa_runtime.layouts); the checkpoint stays natural BSR.
+The same layout serves CUDA and CPU kernels, so a file with many targets holds the weights once.
 """
 
 import hashlib
@@ -9,17 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from gqsa_runtime.format import (
-    GROUP_COLUMN_BITS,
-    GROUP_SCALE_BITS,
-    MAX_NAME_BYTES,
-    ZERO_OF_8_BIT,
-)
+from gqsa_runtime.format import MAX_NAME_BYTES
 
 from gqsac.bsr import BsrStream
 from gqsac.checkpoint import Checkpoint
 from gqsac.compiler import ir
-from gqsac.compiler.passes.group_patterns import Patterns, StreamPattern, cut_tasks, module_of
+from gqsac.compiler.passes.group_patterns import Patterns, StoredPart, module_of
 from gqsac.errors import ModelError
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i8": np.int8}
@@ -41,21 +36,10 @@ class PackedTensor:
 
 
 @dataclass(frozen=True)
-class StreamNames:
-    """Tensor names of one packed stream."""
-
-    values: str
-    groups: str
-    crow_indices: str
-    tasks: str
-
-
-@dataclass(frozen=True)
 class LinearNames:
-    """Tensor names of one linear: its streams, or its dense weight; its bias or None."""
+    """Tensor names of one linear: for each addend those of its layout's parts, in order; its bias or None."""
 
-    streams: tuple[StreamNames, ...]
-    weight: str | None
+    parts: tuple[tuple[str, ...], ...]
     bias: str | None
 
 
@@ -79,7 +63,7 @@ def pack(graph: ir.Graph, checkpoint: Checkpoint, patterns: Patterns) -> Packing
             case ir.Embedding():
                 packer.table(op)
             case ir.Linear():
-                packer.linear(op, patterns.streams[op.output])
+                packer.linear(op, patterns.linears[op.output])
             case ir.RMSNorm():
                 packer.vector(op.weight, op.width, op.weight_offset)
             case ir.LayerNorm():
@@ -88,20 +72,6 @@ def pack(graph: ir.Graph, checkpoint: Checkpoint, patterns: Patterns) -> Packing
     for key, rope in graph.ropes.items():
         packer.rope(key, rope)
     return Packing(tuple(packer.tensors.values()), packer.linears, packer.vectors, packer.tables, packer.ropes)
-
-
-def pack_groups(stream: BsrStream, where: str) -> np.ndarray:
-    """One int32 word per kept group [nnz]: fp16 scale, column, zero (see gqsa_runtime.format)."""
-    if stream.bits == 8:
-        if (stream.zeros != ZERO_OF_8_BIT).any():
-            raise ModelError(f"{where}: an 8-bit group has a zero other than {ZERO_OF_8_BIT}; compress the model again")
-        zeros = np.uint32(0)
-    else:
-        zeros = stream.zeros.astype(np.uint32)
-    words = stream.scales.astype(np.float16).view(np.uint16).astype(np.uint32)
-    words |= stream.col_indices.astype(np.uint32) << np.uint32(GROUP_SCALE_BITS)
-    words |= zeros << np.uint32(GROUP_SCALE_BITS + GROUP_COLUMN_BITS)
-    return words.view(np.int32)
 
 
 def stack_streams(streams: list[BsrStream]) -> BsrStream:
@@ -200,10 +170,10 @@ class _Packer:
         inv_freq = np.asarray(rope.inv_freq, np.float32)
         self.ropes[key] = self.add(f"rope.{key}.inv_freq", "f32", inv_freq.shape, lambda: inv_freq)
 
-    def linear(self, op: ir.Linear, patterns: tuple[StreamPattern, ...]) -> None:
+    def linear(self, op: ir.Linear, parts: tuple[StoredPart, ...]) -> None:
         stem = _stacked_name([self.stored(weight) for weight in op.weights])
         for weight, own_bias, rows in zip(op.weights, op.biases, op.rows, strict=True):
-            if patterns:
+            if parts[0].layout.compressed:
                 self.check_streams(weight, rows, op.k)
             else:
                 self.check(weight, (rows, op.k))
@@ -212,14 +182,8 @@ class _Packer:
         bias = None
         if any(op.biases):
             bias = self.add(f"{stem}.bias", "f32", (op.width,), lambda: self._stack_biases(op))
-        if patterns:
-            streams = tuple(self._stream(op, stem, index, pattern) for index, pattern in enumerate(patterns))
-            self.linears[op.output] = LinearNames(streams, None, bias)
-        else:
-            # A tied head shares the embedding's tensor by its stored name.
-            name = _short(self.stored(op.weights[0])) if len(op.weights) == 1 else f"{stem}.weight"
-            weight = self.add(name, "f16", (op.width, op.k), lambda: self._stack_weights(op))
-            self.linears[op.output] = LinearNames((), weight, bias)
+        names = tuple(self._part(op, stem, index, part) for index, part in enumerate(parts))
+        self.linears[op.output] = LinearNames(names, bias)
 
     def _stack_biases(self, op: ir.Linear) -> np.ndarray:
         parts = [
@@ -232,33 +196,36 @@ class _Packer:
         parts = [self.read_f16(weight, (rows, op.k)) for weight, rows in zip(op.weights, op.rows, strict=True)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _stream(self, op: ir.Linear, stem: str, index: int, pattern: StreamPattern) -> StreamNames:
-        # The four tensors of a stream come one after another: read and stack it once for all four.
-        memory: dict[str, BsrStream] = {}
+    def _part(self, op: ir.Linear, stem: str, index: int, part: StoredPart) -> tuple[str, ...]:
+        """Adds the tensors of one addend of a linear; returns their names."""
+        params = {"rows": op.width, "k": op.k, **part.constants}
+        shapes = part.layout.shapes(params, part.n_groups)
+        # They are written one after another: the weights are read and stacked once for all of them.
+        memory: dict[str, object] = {}
+        last = part.layout.parts[-1].name
 
-        def stream(last: bool = False) -> BsrStream:
-            if "stream" not in memory:
-                parts = [self.checkpoint.streams(module_of(self.stored(weight)))[index] for weight in op.weights]
-                memory["stream"] = stack_streams(parts)
-            return memory.pop("stream") if last else memory["stream"]
+        def make(tensor: str) -> np.ndarray:
+            if "source" not in memory:
+                memory["source"] = self._stack(op, index) if part.layout.compressed else self._stack_weights(op)
+            source = memory.pop("source") if tensor == last else memory["source"]
+            try:
+                return part.layout.pack(tensor, source, params)
+            except ModelError as error:
+                raise ModelError(f"{op.name}: {error}") from error
 
-        def add(part: str, dtype: str, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> str:
-            return self.add(f"{stem}.{index}.{part}", dtype, shape, make)
+        def name(tensor: str) -> str:
+            if part.layout.compressed:
+                return f"{stem}.{index}.{tensor}"
+            # A tied head shares the embedding's tensor by its stored name.
+            return _short(self.stored(op.weights[0])) if len(op.weights) == 1 else f"{stem}.{tensor}"
 
-        row_bytes = pattern.group_size * pattern.bits // 8
-        nnz = max(pattern.nnz, 1)  # readers refuse empty tensors: a stream without groups stores one unused
-        return StreamNames(
-            values=add("values", "i8", (nnz, row_bytes), lambda: _at_least_one(stream().values.view(np.int8))),
-            groups=add("groups", "i32", (nnz,), lambda: _at_least_one(pack_groups(stream(), op.name))),
-            crow_indices=add("crow_indices", "i32", (op.width + 1,), lambda: stream().crow_indices),
-            tasks=add(
-                "tasks", "i32", (pattern.n_tasks + 1,), lambda: cut_tasks(stream(True).crow_indices, pattern.n_tasks)
-            ),
+        return tuple(
+            self.add(name(tensor.name), tensor.dtype, shapes[tensor.name], lambda t=tensor.name: make(t))
+            for tensor in part.layout.parts
         )
 
-
-def _at_least_one(array: np.ndarray) -> np.ndarray:
-    return array if len(array) else np.zeros((1, *array.shape[1:]), array.dtype)
+    def _stack(self, op: ir.Linear, index: int) -> BsrStream:
+        return stack_streams([self.checkpoint.streams(module_of(self.stored(weight)))[index] for weight in op.weights])
 
 
 def _short(parameter: str) -> str:

@@ -173,33 +173,16 @@ class _Specializer:
             "residual_stride": self.stride(op.residual) if op.residual else 0,
         }
         residual = op.residual if op.residual else NULL
-        if names.weight is not None:
-            args = (op.x, Argument("tensor", names.weight), bias, residual, op.output)
-            return [self.launch(op, "linear_dense", args, **shape, **epilogue)]
-
-        # Streams add up in the output; only the last one applies the epilogue.
+        # Addends add up in the output; only the last one applies the epilogue.
         no_epilogue = {"bias": False, "activation": "none", "residual": False, "residual_stride": 0}
+        parts = self.patterns.linears[op.output]
         launches = []
-        for index, (stream, pattern) in enumerate(zip(names.streams, self.patterns.streams[op.output], strict=True)):
-            last = index == len(names.streams) - 1
-            weights = [
-                Argument("tensor", tensor)
-                for tensor in (stream.values, stream.groups, stream.crow_indices, stream.tasks)
-            ]
+        for index, (tensors, part) in enumerate(zip(names.parts, parts, strict=True)):
+            last = index == len(parts) - 1
+            weights = [Argument("tensor", tensor) for tensor in tensors]
             args = (op.x, *weights, bias if last else NULL, residual if last else NULL, op.output)
-            launches.append(
-                self.launch(
-                    op,
-                    "linear_sparse",
-                    args,
-                    **shape,
-                    **(epilogue if last else no_epilogue),
-                    bits=pattern.bits,
-                    group_size=pattern.group_size,
-                    n_tasks=pattern.n_tasks,
-                    accumulate=index > 0,
-                )  # fmt: skip
-            )
+            constants = {**shape, **(epilogue if last else no_epilogue), **part.constants}
+            launches.append(self.launch(op, part.layout.op, args, **constants))
         return launches
 
     def attention(self, op: ir.Attention) -> list[Launch]:

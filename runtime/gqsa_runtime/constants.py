@@ -1,0 +1,24 @@
+"""Kinds of constants that are stamped into kernels, and whether a value is of a kind."""
+
+from __future__ import annotations
+
+import math
+
+_MAX_INT = 2**31 - 1  # kernels index with 32 bits
+
+SIZE, COUNT, NUMBER, FLAG = "an integer from 1", "an integer from 0", "a finite number", "true or false"
+
+# One of the kinds above, or a tuple of the allowed values.
+Rule = str | tuple
+
+
+def allowed(value, rule: Rule) -> bool:
+    """Whether a constant is of the kind `rule`, type and range."""
+    if isinstance(rule, tuple):
+        # True == 1 and 8.0 == 8: the type counts too.
+        return any(type(value) is type(choice) and value == choice for choice in rule)
+    if rule is FLAG:
+        return type(value) is bool
+    if rule is NUMBER:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is int and (1 if rule is SIZE else 0) <= value <= _MAX_INT
