@@ -19,7 +19,7 @@ _VOCABULARY = {
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """op: key of gqsa_runtime.program.OPERATORS, also the template's file name.
+    """op: key of gqsa_runtime.operators.OPERATORS, also the template's file name.
 
     params: sorted (name, value) pairs of the constants that `OPERATORS` lists for the operator.
     """

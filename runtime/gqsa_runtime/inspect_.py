@@ -5,7 +5,7 @@ from __future__ import annotations
 from gqsa_runtime import format as gqsa
 from gqsa_runtime import memory
 from gqsa_runtime.layouts import LAYOUTS
-from gqsa_runtime.program import OPERATORS
+from gqsa_runtime.operators import OPERATORS
 from gqsa_runtime.reader import ArtifactFile
 
 
@@ -81,7 +81,8 @@ def _linears(file: ArtifactFile) -> dict:
         layout = LAYOUTS.get(kernel.op)
         if layout is None or not layout.compressed:
             continue
-        args = {parameter.name: arg.name for parameter, arg in zip(OPERATORS[kernel.op], step.args, strict=True)}
+        operands = OPERATORS[kernel.op].operands
+        args = {operand.name: arg.name for operand, arg in zip(operands, step.args, strict=True)}
         names = tuple(args[part.name] for part in layout.parts)
         if names in counted:
             continue

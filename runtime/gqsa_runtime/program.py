@@ -3,7 +3,7 @@
 Every activation is f32 `[n_tokens, width]`, a row per token, stored with a row stride that is a
 constant of the kernel. A kernel takes only pointers; all numbers are stamped into its code, except
 `state` = i32 [2] {n_tokens, position}: how many tokens this launch holds and how many the KV cache
-held before it. `OPERATORS` gives each operator's arguments in order, and `validate` checks every
+held before it. `operators.OPERATORS` gives each operator's operands in order, and `validate` checks every
 argument of every step against it, so that no kernel can be pointed outside its memory.
 """
 
@@ -11,163 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.format import canonical_json
-from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, Layout
 
 DTYPE_BYTES = {"f32": 4, "f16": 2, "i32": 4, "i16": 2, "i8": 1}
 
 # Phases: prefill_body then last_logits make a prompt's next-token logits; prefill_body then
 # all_log_probs score a text; decode is one token from embedding to logits.
 PHASES = ("decode", "prefill_body", "last_logits", "all_log_probs")
-
-ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One argument of an operator.
-
-    dtype: of the memory pointed to, or None for `param:NAME`-typed (given by params[NAME]).
-    elements: fewest elements the memory must hold, from (params, max_tokens, context).
-    access: "in", "out", "inout" or "weight".
-    present: whether the argument is non-null for these params.
-    """
-
-    name: str
-    dtype: str
-    elements: Callable[[Mapping, int, int], int]
-    access: str = "in"
-    present: Callable[[Mapping], bool] = lambda params: True
-
-
-def _rows(stride: str, width: str, per_token: str | None = None):
-    def elements(p, max_tokens, context):
-        n_tokens = 1 if p.get("tokens", 1) == 1 else max_tokens
-        return (n_tokens - 1) * p[stride] + p[width] * (p[per_token] if per_token else 1)
-
-    return elements
-
-
-_STATE = Parameter("state", "i32", lambda p, t, c: 2)
-_IDS = lambda p, t, c: 1 if p["tokens"] == 1 else t  # noqa: E731
-_KV = lambda p, t, c: c * p["kv_heads"] * p["head_dim"]  # noqa: E731
-
-
-def _head_rows(stride: str, heads: str):
-    def elements(p, max_tokens, context):
-        n_tokens = 1 if p["tokens"] == 1 else max_tokens
-        return (n_tokens - 1) * p[stride] + p[heads] * p["head_dim"]
-
-    return elements
-
-
-def _linear(layout: Layout, out: str) -> tuple[Parameter, ...]:
-    """Arguments of a linear whose weights are stored in a layout. Where the content decides a part's size,
-    the reader checks it by `Layout.check_sizes`."""
-
-    def part_elements(name: str):
-        return lambda p, max_tokens, context: layout.elements(p, 0)[name]
-
-    weights = (Parameter(part.name, part.dtype, part_elements(part.name), "weight") for part in layout.parts)
-    return (
-        Parameter("x", "f32", _rows("x_stride", "k")),
-        *weights,
-        Parameter("bias", "f32", lambda p, t, c: p["rows"], "weight", lambda p: p["bias"]),
-        Parameter("residual", "f32", _rows("residual_stride", "rows"), "in", lambda p: p["residual"]),
-        Parameter("out", "f32", _rows("out_stride", "rows"), out),
-        _STATE,
-    )
-
-
-OPERATORS: dict[str, tuple[Parameter, ...]] = {
-    # out[t] (+)= scale * table[ids[t]]  or, for source "positions", table[position + t + position_offset]
-    # params: tokens width vocab source position_offset scale accumulate out_stride
-    "embedding": (
-        Parameter("ids", "i32", _IDS),
-        Parameter("table", "f16", lambda p, t, c: p["vocab"] * p["width"], "weight"),
-        Parameter("out", "f32", _rows("out_stride", "width"), "out"),
-        _STATE,
-    ),
-    # out[t, h] = x[t, h] / sqrt(mean(x[t, h]^2) + eps) * weight, for h in range(heads) slices of width
-    # params: tokens width heads eps x_stride out_stride
-    "rms_norm": (
-        Parameter("x", "f32", _rows("x_stride", "width", "heads")),
-        Parameter("weight", "f32", lambda p, t, c: p["width"], "weight"),
-        Parameter("out", "f32", _rows("out_stride", "width", "heads"), "out"),
-        _STATE,
-    ),
-    # params: tokens width eps x_stride out_stride
-    "layer_norm": (
-        Parameter("x", "f32", _rows("x_stride", "width")),
-        Parameter("weight", "f32", lambda p, t, c: p["width"], "weight"),
-        Parameter("bias", "f32", lambda p, t, c: p["width"], "weight"),
-        Parameter("out", "f32", _rows("out_stride", "width"), "out"),
-        _STATE,
-    ),
-    # s = W x, W stored in the layout; s += out if accumulate; s += bias; s = activation(s); s += residual; out = s
-    # params: tokens rows k x_stride out_stride bias activation residual residual_stride, the layout's constants
-    "linear_sparse": _linear(GROUP_WORDS, "inout"),
-    "linear_dense": _linear(DENSE_F16, "out"),
-    # Rotates q in place and k on its way into the cache (rotary_dim 0: no rotation); stores k and v
-    # at cache rows position .. position + n_tokens - 1. Pairs are (i, i + rotary_dim / 2).
-    # rope: [context, rotary_dim] f32, a row is cos[rotary_dim / 2] then sin[rotary_dim / 2].
-    # params: tokens heads kv_heads head_dim rotary_dim kv_dtype q_stride k_stride v_stride
-    "kv_append": (
-        Parameter("q", "f32", _head_rows("q_stride", "heads"), "inout"),
-        Parameter("k", "f32", _head_rows("k_stride", "kv_heads")),
-        Parameter("v", "f32", _head_rows("v_stride", "kv_heads")),
-        Parameter("rope", "f32", lambda p, t, c: c * p["rotary_dim"], "in", lambda p: p["rotary_dim"] > 0),
-        Parameter("k_cache", "param:kv_dtype", _KV, "out"),  # [context, kv_heads, head_dim]
-        Parameter("v_cache", "param:kv_dtype", _KV, "out"),
-        _STATE,
-    ),
-    # Causal softmax(scale * q k^T) v over cache rows 0 .. position + t (window > 0: the last window
-    # rows only). Head h reads KV head h // (heads / kv_heads).
-    # params: tokens heads kv_heads head_dim scale window kv_dtype q_stride out_stride
-    "attention": (
-        Parameter("q", "f32", _head_rows("q_stride", "heads")),
-        Parameter("k_cache", "param:kv_dtype", _KV),
-        Parameter("v_cache", "param:kv_dtype", _KV),
-        Parameter("out", "f32", _head_rows("out_stride", "heads"), "out"),
-        _STATE,
-    ),
-    # out = activation(gate) * up
-    # params: tokens width activation gate_stride up_stride out_stride
-    "gated_activation": (
-        Parameter("gate", "f32", _rows("gate_stride", "width")),
-        Parameter("up", "f32", _rows("up_stride", "width")),
-        Parameter("out", "f32", _rows("out_stride", "width"), "out"),
-        _STATE,
-    ),
-    # function "add" a + b, "mul" a * b, "scale" a * scalar, or an activation's name: activation(a)
-    # params: tokens width function scalar a_stride b_stride out_stride
-    "elementwise": (
-        Parameter("a", "f32", _rows("a_stride", "width")),
-        Parameter("b", "f32", _rows("b_stride", "width"), "in", lambda p: p["function"] in ("add", "mul")),
-        Parameter("out", "f32", _rows("out_stride", "width"), "out"),
-        _STATE,
-    ),
-    # out[0] = x[n_tokens - 1]
-    # params: width x_stride
-    "last_row": (
-        Parameter("x", "f32", lambda p, t, c: (t - 1) * p["x_stride"] + p["width"]),
-        Parameter("out", "f32", lambda p, t, c: p["width"], "out"),
-        _STATE,
-    ),
-    # log_probs[t] = log softmax(logits[t])[targets[t]]; argmax[t] = first index of the largest logit
-    # params: tokens vocab x_stride
-    "log_probs": (
-        Parameter("logits", "f32", _rows("x_stride", "vocab")),
-        Parameter("targets", "i32", _IDS),
-        Parameter("log_probs", "f32", _IDS, "out"),
-        Parameter("argmax", "i32", _IDS, "out"),
-        _STATE,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -207,7 +60,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Step:
-    """One kernel launch; args in the order of OPERATORS[kernel.op]."""
+    """One kernel launch; args in the order of OPERATORS[kernel.op].operands."""
 
     kernel: str
     args: tuple[Argument, ...]

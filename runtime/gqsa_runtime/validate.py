@@ -14,8 +14,8 @@ import numpy as np
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.format import ALIGNMENT
 from gqsa_runtime.layouts import LAYOUTS, ContentRule
-from gqsa_runtime.params import check_params
-from gqsa_runtime.program import DTYPE_BYTES, OPERATORS, PHASES, Argument, Buffer, Kernel, Parameter, Program, Step
+from gqsa_runtime.operators import OPERATORS, Operand, check_params
+from gqsa_runtime.program import DTYPE_BYTES, PHASES, Argument, Buffer, Kernel, Program, Step
 from gqsa_runtime.reader import TensorInfo
 from gqsa_runtime.typecheck import conforms
 
@@ -35,7 +35,7 @@ _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 
 
 def validate(program: Program, tensors: Mapping[str, TensorInfo], context: int | None = None) -> None:
-    """Checks every step of every phase against `program.OPERATORS`, and all that the steps name.
+    """Checks every step of every phase against `operators.OPERATORS`, and all that the steps name.
 
     tensors: name -> TensorInfo of the file. context: length of the KV cache, default max_context.
     Raises FormatError at the first rule that is broken.
@@ -162,12 +162,12 @@ class _Checker:
                     raise _error(f"{where}: kernel {name!r} lies at {offset} + {length} of {size} bytes")
 
     def check_step(self, where: str, kernel: Kernel, args: tuple[Argument, ...]) -> None:
-        parameters = OPERATORS[kernel.op]
-        if len(args) != len(parameters):
-            raise _error(f"{where}: {len(args)} arguments, expected {len(parameters)}")
-        for parameter, arg in zip(parameters, args, strict=True):
-            self._check_arg(f"{where}, argument {parameter.name!r}", kernel, parameter, arg)
-        named = {parameter.name: arg for parameter, arg in zip(parameters, args, strict=True)}
+        operands = OPERATORS[kernel.op].operands
+        if len(args) != len(operands):
+            raise _error(f"{where}: {len(args)} arguments, expected {len(operands)}")
+        for operand, arg in zip(operands, args, strict=True):
+            self._check_arg(f"{where}, argument {operand.name!r}", kernel, operand, arg)
+        named = {operand.name: arg for operand, arg in zip(operands, args, strict=True)}
         if kernel.op in LAYOUTS:
             layout = LAYOUTS[kernel.op]
             held = {part.name: self.tensors[named[part.name].name].elements for part in layout.parts}
@@ -183,14 +183,14 @@ class _Checker:
         elif kernel.op == "log_probs" and kernel.params["vocab"] < self.program.vocab_size:
             raise _error(f"{where}: {kernel.params['vocab']} logits for {self.program.vocab_size} tokens")
 
-    def _check_arg(self, where: str, kernel: Kernel, parameter: Parameter, arg: Argument) -> None:
+    def _check_arg(self, where: str, kernel: Kernel, operand: Operand, arg: Argument) -> None:
         params = kernel.params
-        if not parameter.present(params):
+        if not operand.present(params):
             expected = "null"
-        elif parameter.access == "weight":
+        elif operand.access == "weight":
             expected = "tensor"
-        elif parameter.name in ("k_cache", "v_cache", "rope"):
-            expected = parameter.name
+        elif operand.name in ("k_cache", "v_cache", "rope"):
+            expected = operand.name
         else:
             expected = "buffer"
         if arg.kind != expected:
@@ -199,25 +199,25 @@ class _Checker:
             raise _error(f"{where} has the offset {arg.offset}")
         if arg.kind == "null":
             return
-        dtype = params[parameter.dtype[6:]] if parameter.dtype.startswith("param:") else parameter.dtype
-        needed = parameter.elements(params, self.program.prefill_chunk, self.context)
+        dtype = operand.dtype_of(params)
+        needed = operand.elements(params, self.program.prefill_chunk, self.context)
         if arg.kind == "tensor":
             held = self._tensor(where, arg.name, dtype).elements
         elif arg.kind == "buffer":
-            held = self._buffer_elements(where, parameter, arg, dtype)
+            held = self._buffer_elements(where, operand, arg, dtype)
         else:
             held = needed if self._fits(params, arg) else -1
         if held < needed:
             raise _error(f"{where} points to {max(held, 0)} elements of {arg.name!r}, expected at least {needed}")
 
-    def _buffer_elements(self, where: str, parameter: Parameter, arg: Argument, dtype: str) -> int:
+    def _buffer_elements(self, where: str, operand: Operand, arg: Argument, dtype: str) -> int:
         buffer = self.buffers.get(arg.name)
         if buffer is None or buffer.dtype != dtype:
             raise _error(f"{where} is buffer {arg.name!r}, expected one of {dtype}")
-        host = {"ids": "tokens", "targets": "targets", "state": "state"}.get(parameter.name)
+        host = {"ids": "tokens", "targets": "targets", "state": "state"}.get(operand.name)
         if host is not None and (arg.name != host or arg.offset):
             raise _error(f"{where} is buffer {arg.name!r} at {arg.offset}, expected {host!r}")
-        if parameter.access != "in" and arg.name in _HOST_BUFFERS:
+        if operand.access != "in" and arg.name in _HOST_BUFFERS:
             raise _error(f"{where} writes to {arg.name!r}, which the runtime alone may write")
         return buffer.elements - arg.offset
 
@@ -263,7 +263,7 @@ class ContentChecks:
 
     def _add(self, kernel: Kernel, step: Step, tensors: Mapping[str, TensorInfo]) -> None:
         layout = LAYOUTS[kernel.op]
-        named = {parameter.name: arg.name for parameter, arg in zip(OPERATORS[kernel.op], step.args, strict=True)}
+        named = {operand.name: arg.name for operand, arg in zip(OPERATORS[kernel.op].operands, step.args, strict=True)}
         held = {part.name: tensors[named[part.name]].elements for part in layout.parts}
         for part, rule in layout.rules(kernel.params, layout.count_groups(kernel.params, held)).items():
             self._rules.setdefault(named[part], set()).add(rule)

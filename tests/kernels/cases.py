@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from gqsa_runtime.layouts import LAYOUTS
-from gqsa_runtime.program import OPERATORS
+from gqsa_runtime.operators import OPERATORS
 
 from gqsac.bsr import BsrStream, pack_values
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
@@ -47,17 +47,17 @@ class Problem:
 
     def check(self) -> None:
         """Compares the arguments, after the kernel ran on them, with what is expected."""
-        for parameter, actual in zip(OPERATORS[self.spec.op], self.arguments, strict=True):
-            if parameter.name not in self.expected:
+        for operand, actual in zip(OPERATORS[self.spec.op].operands, self.arguments, strict=True):
+            if operand.name not in self.expected:
                 continue
-            expected = self.expected[parameter.name]
+            expected = self.expected[operand.name]
             if actual.dtype.kind == "f":
                 rtol = max(self.rtol, 1.1e-3) if actual.dtype == np.float16 else self.rtol
                 np.testing.assert_allclose(
-                    actual.astype(np.float64), expected, rtol, self.atol, equal_nan=True, err_msg=parameter.name
+                    actual.astype(np.float64), expected, rtol, self.atol, equal_nan=True, err_msg=operand.name
                 )
             else:
-                np.testing.assert_array_equal(actual, expected, err_msg=parameter.name)
+                np.testing.assert_array_equal(actual, expected, err_msg=operand.name)
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class Case:
         # The decode variant must not read the count of tokens.
         n_tokens = POISON if params.get("tokens") == 1 else self.n_tokens
         named["state"] = np.array([n_tokens, self.position], np.int32)
-        arguments = [named[parameter.name] for parameter in OPERATORS[self.spec.op]]
-        for parameter, array in zip(OPERATORS[self.spec.op], arguments, strict=True):
-            assert (array is not None) == parameter.present(params), (self.name, parameter.name)
+        arguments = [named[operand.name] for operand in OPERATORS[self.spec.op].operands]
+        for operand, array in zip(OPERATORS[self.spec.op].operands, arguments, strict=True):
+            assert (array is not None) == operand.present(params), (self.name, operand.name)
             if array is not None:
-                assert len(array) >= parameter.elements(params, self.max_tokens, self.context), parameter.name
+                assert len(array) >= operand.elements(params, self.max_tokens, self.context), operand.name
         return Problem(self.spec, arguments, oracles.run(self.spec.op, params, named), self.rtol, self.atol)
 
 
@@ -312,7 +312,7 @@ def _log_probs(rng, p, case):
     return {
         "logits": logits,
         "targets": targets,
-        "log_probs": _output(rows, np.float32),
+        "result": _output(rows, np.float32),
         "argmax": _output(rows, np.int32),
     }
 

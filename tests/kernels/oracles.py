@@ -1,4 +1,4 @@
-"""NumPy oracles: what each operator of `program.OPERATORS` computes, in float64.
+"""NumPy oracles: what each operator of `operators.OPERATORS` computes, in float64.
 
 `run(op, params, arguments)` takes the arrays that a kernel gets, by argument name (flat, `state`
 included), and returns the contents that every output must have afterwards. Elements that a kernel
@@ -147,7 +147,7 @@ def _log_probs(p, a, n, position, write):
     logits = _read(a["logits"], n, p["x_stride"], p["vocab"])
     shifted = logits - logits.max(-1, keepdims=True)
     log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    write("log_probs", log_probs[np.arange(n), a["targets"][:n]][None], n)
+    write("result", log_probs[np.arange(n), a["targets"][:n]][None], n)
     write("argmax", logits.argmax(-1)[None], n)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from gqsa_runtime.errors import GqsaError, UnsupportedError
-from gqsa_runtime.program import OPERATORS
+from gqsa_runtime.operators import OPERATORS
 
 from gqsac.compiler.cuda_launch import MAX_SHARED_BYTES, launch
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels

@@ -1,7 +1,7 @@
 """Every kernel case: the rendered CUDA source, run on the CPU, against the oracle."""
 
 import pytest
-from gqsa_runtime.program import OPERATORS
+from gqsa_runtime.operators import OPERATORS
 
 from gqsac.compiler.kernel_spec import KernelSpec
 from gqsac.compiler.passes import render

@@ -1,7 +1,8 @@
 """Render: stamps a KernelSpec's constants into its template. Knows text, nothing of compilers.
 
 A template `templates/cuda/<op>.cu.j2` (`templates/cpu/<op>.c.j2`) gets `name`, the kernel's C
-identifier, and the spec's params by name. Jinja only stamps constants; algorithms live in the
+identifier, the spec's params by name, and its operands from the schema (gqsa_runtime.operators): for CUDA
+as `signature`, for CPUs as `arguments`, a struct. Jinja only stamps constants; algorithms live in the
 headers under `include/`.
 """
 
@@ -9,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import jinja2
+from gqsa_runtime.operators import OPERATORS
 
 from gqsac.compiler.kernel_spec import KernelSpec
 
@@ -40,7 +42,26 @@ def _environment() -> jinja2.Environment:
 def render(target: str, spec: KernelSpec, name: str) -> str:
     """Source text of one kernel. target: "cuda" or "cpu"."""
     suffix = {"cuda": "cu", "cpu": "c"}[target]
-    return _environment().get_template(f"{target}/{spec.op}.{suffix}.j2").render(name=name, **dict(spec.params))
+    params = dict(spec.params)
+    pointers = OPERATORS[spec.op].pointers(target, params)
+    operands = {"signature": _signature(pointers)} if target == "cuda" else {"arguments": _struct(pointers)}
+    template = _environment().get_template(f"{target}/{spec.op}.{suffix}.j2")
+    return template.render(name=name, **operands, **params)
+
+
+def _signature(pointers: list[tuple[str, str]]) -> str:
+    lines = [""]
+    for kind, name in pointers:
+        piece = f"{kind}* {name}"
+        if len(lines[-1]) + len(piece) > 112 or len(lines) == 1:
+            lines.append("   ")
+        lines[-1] += f" {piece},"
+    return "\n".join(lines).removesuffix(",")
+
+
+def _struct(pointers: list[tuple[str, str]]) -> str:
+    fields = "".join(f"    {kind} *{name};\n" for kind, name in pointers)
+    return f"#include <stdint.h>\n\nstruct arguments {{\n{fields}}};\n"
 
 
 @cache

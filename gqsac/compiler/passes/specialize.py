@@ -34,7 +34,7 @@ class ValueRef:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch; args in the order of OPERATORS[spec.op]. writes: storage it defines."""
+    """One kernel launch; args in the order of OPERATORS[spec.op].operands. writes: storage it defines."""
 
     spec: KernelSpec
     args: tuple[ValueRef | Argument, ...]

@@ -68,11 +68,11 @@ INLINE void attend_block(struct decode_head *head, const float *q, const kv_t *k
     UNROLL for (int part = 0; part < HEAD_PARTS; part++) head->out[part] = even[part] + odd[part];
 }
 
-INLINE void attention(void *const *args, int share, int n_shares) {
-    const float *q = args[0];
-    const kv_t *k_cache = args[1], *v_cache = args[2];
-    float *out = args[3];
-    int position = ((const int32_t *)args[4])[1];
+INLINE void attention(const struct arguments *arg, int share, int n_shares) {
+    const float *q = arg->q;
+    const kv_t *k_cache = arg->k_cache, *v_cache = arg->v_cache;
+    float *out = arg->out;
+    int position = arg->state[1];
     int start = first_seen(position), head_begin, head_end;
     split(HEADS, share, n_shares, &head_begin, &head_end);
     for (int head = head_begin; head < head_end;) {

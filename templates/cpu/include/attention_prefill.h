@@ -87,13 +87,13 @@ INLINE void block_values(struct prefill_tile *tile) {
 
 // Queries query .. query + QUERIES - 1 of one KV head; query = token * PER_KV + head within the KV head.
 // Not inlined: a tile has its own stack, up to 0.6 MiB at HEAD_DIM 256.
-static __attribute__((noinline)) void attend_tile(void *const *args, int kv_head, int query, int n_queries) {
-    const kv_t *k_cache = args[1], *v_cache = args[2];
-    int position = ((const int32_t *)args[4])[1];
+static __attribute__((noinline)) void attend_tile(const struct arguments *arg, int kv_head, int query, int n_queries) {
+    const kv_t *k_cache = arg->k_cache, *v_cache = arg->v_cache;
+    int position = arg->state[1];
     struct prefill_tile tile;
     for (int i = 0; i < QUERIES; i++) {  // a short tile repeats its last query
         int at = min_i(query + i, n_queries - 1), token = at / PER_KV;
-        const float *q = (const float *)args[0] + (size_t)token * Q_STRIDE
+        const float *q = arg->q + (size_t)token * Q_STRIDE
                          + (kv_head * PER_KV + at % PER_KV) * HEAD_DIM;
         for (int d = 0; d < HEAD_DIM; d++) ((float *)tile.q[d])[i] = q[d] * SCALE;
         ((int32_t *)tile.first)[i] = first_seen(position + token);
@@ -118,18 +118,18 @@ static __attribute__((noinline)) void attend_tile(void *const *args, int kv_head
     }
     for (int i = 0; i < min_i(QUERIES, n_queries - query); i++) {
         int at = query + i;
-        float *out = (float *)args[3] + (size_t)(at / PER_KV) * OUT_STRIDE
+        float *out = arg->out + (size_t)(at / PER_KV) * OUT_STRIDE
                      + (kv_head * PER_KV + at % PER_KV) * HEAD_DIM;
         float scale = 1.0f / ((const float *)tile.sum)[i];
         for (int d = 0; d < HEAD_DIM; d++) out[d] = ((const float *)tile.out[d])[i] * scale;
     }
 }
 
-INLINE void attention(void *const *args, int share, int n_shares) {
-    int n_queries = ((const int32_t *)args[4])[0] * PER_KV;
+INLINE void attention(const struct arguments *arg, int share, int n_shares) {
+    int n_queries = arg->state[0] * PER_KV;
     int tiles = (n_queries + QUERIES - 1) / QUERIES;
     for (int unit = share; unit < tiles * KV_HEADS; unit += n_shares)
-        attend_tile(args, unit % KV_HEADS, unit / KV_HEADS * QUERIES, n_queries);
+        attend_tile(arg, unit % KV_HEADS, unit / KV_HEADS * QUERIES, n_queries);
 }
 
 #endif

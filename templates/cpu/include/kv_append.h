@@ -33,11 +33,11 @@ INLINE void store_row(kv_t *to, const float *from) {
     for (int i = 0; i < HEAD_DIM; i += VW) store_kv_n(to + i, load_n(from + i, HEAD_DIM - i), HEAD_DIM - i);
 }
 
-INLINE void kv_append(void *const *args, int share, int n_shares) {
-    float *q = args[0];
-    const float *k = args[1], *v = args[2], *rope = args[3];
-    kv_t *k_cache = args[4], *v_cache = args[5];
-    const int32_t *state = args[6];
+INLINE void kv_append(const struct arguments *arg, int share, int n_shares) {
+    float *q = arg->q;
+    const float *k = arg->k, *v = arg->v, *rope = arg->rope;
+    kv_t *k_cache = arg->k_cache, *v_cache = arg->v_cache;
+    const int32_t *state = arg->state;
     int n_tokens = TOKENS == 1 ? 1 : state[0], begin, end;
     split(n_tokens * (HEADS + KV_HEADS), share, n_shares, &begin, &end);
     for (int unit = begin; unit < end; unit++) {

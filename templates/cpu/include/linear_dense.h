@@ -42,12 +42,12 @@ INLINE void tile_sums(const _Float16 *const weight[BLOCK_ROWS], const float *con
         UNROLL for (int token = 0; token < BLOCK_TOKENS; token++) sums[row][token] = hsum(acc[row][token]);
 }
 
-INLINE void linear_dense(void *const *args, int share, int n_shares) {
-    const float *x = args[0];
-    const _Float16 *weight = args[1];
-    const float *bias = args[2], *residual = args[3];
-    float *out = args[4];
-    int n_tokens = TOKENS == 1 ? 1 : ((const int32_t *)args[5])[0];
+INLINE void linear_dense(const struct arguments *arg, int share, int n_shares) {
+    const float *x = arg->x;
+    const _Float16 *weight = arg->weight;
+    const float *bias = arg->bias, *residual = arg->residual;
+    float *out = arg->out;
+    int n_tokens = TOKENS == 1 ? 1 : arg->state[0];
     int begin, end;
     split((ROWS + BLOCK - 1) / BLOCK, share, n_shares, &begin, &end);
     for (int block = begin; block < end; block++) {

@@ -137,11 +137,11 @@ INLINE vf row_sums(float (*x)[TILE][VW], const uint8_t *values, const uint32_t *
 }
 
 // Rows row_begin .. row_end - 1 for tokens token .. token + n_tokens - 1 of one tile.
-INLINE void tile_rows(void *const *args, float (*x)[TILE][VW], int token, int n_tokens, int row_begin, int row_end) {
-    const uint8_t *values = args[1];
-    const uint32_t *groups = args[2];
-    const int32_t *crow = args[3];
-    const float *bias = args[5], *residual = args[6];
+INLINE void tile_rows(const struct arguments *arg, float (*x)[TILE][VW], int token, int n_tokens, int row_begin, int row_end) {
+    const uint8_t *values = (const uint8_t *)arg->values;
+    const uint32_t *groups = (const uint32_t *)arg->groups;
+    const int32_t *crow = arg->crow_indices;
+    const float *bias = arg->bias, *residual = arg->residual;
     struct chunk chunk;
     chunk.begin = chunk.end = 0;
     for (int row = row_begin; row < row_end; row += VW) {
@@ -151,17 +151,17 @@ INLINE void tile_rows(void *const *args, float (*x)[TILE][VW], int token, int n_
             vf of_row = row_sums(x, values, groups, &chunk, crow[row + i], crow[row + i + 1], crow[row_end]);
             UNROLL for (int j = 0; j < TILE; j++) sums[j][i] = of_row[j];
         }
-        for (int j = 0; j < n_tokens; j++) finish(load(sums[j]), n, row, token + j, bias, residual, args[7]);
+        for (int j = 0; j < n_tokens; j++) finish(load(sums[j]), n, row, token + j, bias, residual, arg->out);
     }
 }
 
-INLINE void linear_sparse(void *const *args, int share, int n_shares) {
-    const float *x = args[0];
-    const int32_t *tasks = args[4];
+INLINE void linear_sparse(const struct arguments *arg, int share, int n_shares) {
+    const float *x = arg->x;
+    const int32_t *tasks = arg->tasks;
     float packed[K / VW][TILE][VW] __attribute__((aligned(64)));
     // Shares take whole tiles, and parts of their rows only where there are fewer tiles than shares: a
     // tile is packed once for each part.
-    const int n_tokens = TOKENS == 1 ? 1 : ((const int32_t *)args[8])[0];
+    const int n_tokens = TOKENS == 1 ? 1 : arg->state[0];
     const int n_tiles = (n_tokens + TILE - 1) / TILE;
     const int parts = min_i(N_TASKS, (n_shares + n_tiles - 1) / n_tiles);
     for (int unit = share; unit < n_tiles * parts; unit += n_shares) {
@@ -173,7 +173,7 @@ INLINE void linear_sparse(void *const *args, int share, int n_shares) {
         // Each task begins its own chunks: where a chunk begins decides the order of a row's sum, which
         // must not depend on the number of threads.
         for (int task = begin; task < end; task++)
-            if (tasks[task] < tasks[task + 1]) tile_rows(args, packed, token, n_now, tasks[task], tasks[task + 1]);
+            if (tasks[task] < tasks[task + 1]) tile_rows(arg, packed, token, n_now, tasks[task], tasks[task + 1]);
     }
 }
 

@@ -1,0 +1,240 @@
+"""The schema of all operators: what a kernel computes, the constants stamped into it, the pointers it takes.
+
+From here come the signatures of the CUDA kernels and the argument structs of the CPU kernels (when they
+are rendered), the reader's checks, and the table of operators in docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from gqsa_runtime.constants import COUNT, FLAG, NUMBER, SIZE, Rule, allowed
+from gqsa_runtime.layouts import LAYOUTS, Layout
+
+ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
+
+# How the two families of kernels spell the types of memory. CUDA sources include no headers: a half is its bits.
+C_TYPES = {
+    "cuda": {"f32": "float", "f16": "unsigned short", "i32": "int", "i8": "signed char"},
+    "cpu": {"f32": "float", "f16": "_Float16", "i32": "int32_t", "i8": "int8_t"},
+}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One pointer that an operator's kernels take.
+
+    dtype: of the memory pointed to, or "param:NAME" where the constant NAME gives it.
+    elements: fewest elements the memory must hold, from (params, max_tokens, context).
+    access: "in", "out", "inout" or "weight".
+    present: whether the pointer is non-null for these params.
+    """
+
+    name: str
+    dtype: str
+    elements: Callable[[Mapping, int, int], int]
+    access: str = "in"
+    present: Callable[[Mapping], bool] = lambda params: True
+
+    def dtype_of(self, params: Mapping) -> str:
+        """The dtype for these constants."""
+        return params[self.dtype[len("param:") :]] if self.dtype.startswith("param:") else self.dtype
+
+
+def _rows(stride: str, width: str, per_token: str | None = None):
+    def elements(p, max_tokens, context):
+        n_tokens = 1 if p.get("tokens", 1) == 1 else max_tokens
+        return (n_tokens - 1) * p[stride] + p[width] * (p[per_token] if per_token else 1)
+
+    return elements
+
+
+@dataclass(frozen=True)
+class Operator:
+    """description: the formula, for people. constants: name -> what it must be. operands: in order.
+
+    check: what is wrong with constants that are each in their range, or None.
+    """
+
+    description: str
+    constants: Mapping[str, Rule]
+    operands: tuple[Operand, ...]
+    check: Callable[[Mapping], str | None] = lambda params: None
+
+    def pointers(self, family: str, params: Mapping) -> list[tuple[str, str]]:
+        """(C type of the pointee, name) of each operand for the templates of a family, "cuda" or "cpu"."""
+        return [
+            ("const " * (o.access in ("in", "weight")) + C_TYPES[family][o.dtype_of(params)], o.name)
+            for o in self.operands
+        ]
+
+
+def check_params(op: str, params: Mapping) -> str | None:
+    """What is wrong with the constants of a kernel of operator `op`, or None."""
+    rules = OPERATORS[op].constants
+    if set(params) != set(rules):
+        return f"the constants are {sorted(params)}, expected {sorted(rules)}"
+    for name, rule in rules.items():
+        value = params[name]
+        if not allowed(value, rule):
+            expected = rule if isinstance(rule, str) else "one of " + ", ".join(map(repr, rule))
+            return f"{name} is {value!r}, expected {expected}"
+    return OPERATORS[op].check(params)
+
+
+def _check_heads(p: Mapping) -> str | None:
+    if p["heads"] % p["kv_heads"]:
+        return f"{p['heads']} heads do not divide into {p['kv_heads']} KV heads"
+    rotary_dim = p.get("rotary_dim", 0)
+    if rotary_dim % 2 or rotary_dim > p["head_dim"]:
+        return f"rotary_dim is {rotary_dim}, expected an even number up to head_dim {p['head_dim']}"
+    return None
+
+
+_HEADS = {"tokens": SIZE, "heads": SIZE, "kv_heads": SIZE, "head_dim": SIZE, "kv_dtype": ("f16", "f32")}
+_STATE = Operand("state", "i32", lambda p, t, c: 2)
+_IDS = lambda p, t, c: 1 if p["tokens"] == 1 else t  # noqa: E731
+_KV = lambda p, t, c: c * p["kv_heads"] * p["head_dim"]  # noqa: E731  [context, kv_heads, head_dim]
+_WIDTH = lambda p, t, c: p["width"]  # noqa: E731
+
+
+def _linear(layout: Layout) -> Operator:
+    """A linear whose weights are stored in a layout. Where the content decides a part's size, the reader
+    checks it by `Layout.check_sizes`."""
+
+    def part_elements(name: str):
+        return lambda p, max_tokens, context: layout.elements(p, 0)[name]
+
+    accumulates = "accumulate" in layout.constants
+    weights = (Operand(part.name, part.dtype, part_elements(part.name), "weight") for part in layout.parts)
+    return Operator(
+        "s = W x; " + "s += out if accumulate; " * accumulates + "out = activation(s + bias) + residual",
+        {
+            "tokens": SIZE, "rows": SIZE, "k": SIZE, "x_stride": SIZE, "out_stride": SIZE, "bias": FLAG,
+            "activation": ACTIVATIONS, "residual": FLAG, "residual_stride": COUNT, **layout.constants,
+        },
+        (
+            Operand("x", "f32", _rows("x_stride", "k")),
+            *weights,
+            Operand("bias", "f32", lambda p, t, c: p["rows"], "weight", lambda p: p["bias"]),
+            Operand("residual", "f32", _rows("residual_stride", "rows"), "in", lambda p: p["residual"]),
+            Operand("out", "f32", _rows("out_stride", "rows"), "inout" if accumulates else "out"),
+            _STATE,
+        ),
+        layout.check_constants,
+    )  # fmt: skip
+
+
+OPERATORS: dict[str, Operator] = {
+    "embedding": Operator(
+        "out[t] (+)= scale * table[ids[t]], or for source positions table[position + t + position_offset]",
+        {
+            "tokens": SIZE, "width": SIZE, "vocab": SIZE, "source": ("tokens", "positions"), "position_offset": COUNT,
+            "scale": NUMBER, "accumulate": FLAG, "out_stride": SIZE,
+        },
+        (
+            Operand("ids", "i32", _IDS),
+            Operand("table", "f16", lambda p, t, c: p["vocab"] * p["width"], "weight"),
+            Operand("out", "f32", _rows("out_stride", "width"), "out"),
+            _STATE,
+        ),
+    ),
+    "rms_norm": Operator(
+        "out[t, h] = x[t, h] / sqrt(mean(x[t, h]^2) + eps) * weight, for each of `heads` slices of `width`",
+        {"tokens": SIZE, "width": SIZE, "heads": SIZE, "eps": NUMBER, "x_stride": SIZE, "out_stride": SIZE},
+        (
+            Operand("x", "f32", _rows("x_stride", "width", "heads")),
+            Operand("weight", "f32", _WIDTH, "weight"),
+            Operand("out", "f32", _rows("out_stride", "width", "heads"), "out"),
+            _STATE,
+        ),
+    ),
+    "layer_norm": Operator(
+        "out[t] = (x[t] - mean(x[t])) / sqrt(var(x[t]) + eps) * weight + bias",
+        {"tokens": SIZE, "width": SIZE, "eps": NUMBER, "x_stride": SIZE, "out_stride": SIZE},
+        (
+            Operand("x", "f32", _rows("x_stride", "width")),
+            Operand("weight", "f32", _WIDTH, "weight"),
+            Operand("bias", "f32", _WIDTH, "weight"),
+            Operand("out", "f32", _rows("out_stride", "width"), "out"),
+            _STATE,
+        ),
+    ),
+    **{op: _linear(layout) for op, layout in LAYOUTS.items()},
+    # rope: [context, rotary_dim] f32, a row is cos[rotary_dim / 2] then sin[rotary_dim / 2].
+    "kv_append": Operator(
+        "rotates q in place and k on its way into the cache, in pairs (i, i + rotary_dim / 2), rotary_dim 0: neither; "
+        "stores k and v at cache rows position .. position + n_tokens - 1",
+        {**_HEADS, "rotary_dim": COUNT, "q_stride": SIZE, "k_stride": SIZE, "v_stride": SIZE},
+        (
+            Operand("q", "f32", _rows("q_stride", "head_dim", "heads"), "inout"),
+            Operand("k", "f32", _rows("k_stride", "head_dim", "kv_heads")),
+            Operand("v", "f32", _rows("v_stride", "head_dim", "kv_heads")),
+            Operand("rope", "f32", lambda p, t, c: c * p["rotary_dim"], "in", lambda p: p["rotary_dim"] > 0),
+            Operand("k_cache", "param:kv_dtype", _KV, "out"),
+            Operand("v_cache", "param:kv_dtype", _KV, "out"),
+            _STATE,
+        ),
+        _check_heads,
+    ),
+    "attention": Operator(
+        "causal softmax(scale * q k^T) v over cache rows 0 .. position + t, with a window > 0 the last `window` of "
+        "them; head h reads KV head h // (heads / kv_heads)",
+        {**_HEADS, "scale": NUMBER, "window": COUNT, "q_stride": SIZE, "out_stride": SIZE},
+        (
+            Operand("q", "f32", _rows("q_stride", "head_dim", "heads")),
+            Operand("k_cache", "param:kv_dtype", _KV),
+            Operand("v_cache", "param:kv_dtype", _KV),
+            Operand("out", "f32", _rows("out_stride", "head_dim", "heads"), "out"),
+            _STATE,
+        ),
+        _check_heads,
+    ),
+    "gated_activation": Operator(
+        "out = activation(gate) * up",
+        {
+            "tokens": SIZE, "width": SIZE, "activation": ACTIVATIONS, "gate_stride": SIZE, "up_stride": SIZE,
+            "out_stride": SIZE,
+        },
+        (
+            Operand("gate", "f32", _rows("gate_stride", "width")),
+            Operand("up", "f32", _rows("up_stride", "width")),
+            Operand("out", "f32", _rows("out_stride", "width"), "out"),
+            _STATE,
+        ),
+    ),
+    "elementwise": Operator(
+        "out = a + b, a * b, a * scalar or activation(a), by `function`",
+        {
+            "tokens": SIZE, "width": SIZE, "function": ("add", "mul", "scale", *ACTIVATIONS), "scalar": NUMBER,
+            "a_stride": SIZE, "b_stride": COUNT, "out_stride": SIZE,
+        },
+        (
+            Operand("a", "f32", _rows("a_stride", "width")),
+            Operand("b", "f32", _rows("b_stride", "width"), "in", lambda p: p["function"] in ("add", "mul")),
+            Operand("out", "f32", _rows("out_stride", "width"), "out"),
+            _STATE,
+        ),
+    ),
+    "last_row": Operator(
+        "out[0] = x[n_tokens - 1]",
+        {"width": SIZE, "x_stride": SIZE},
+        (
+            Operand("x", "f32", lambda p, t, c: (t - 1) * p["x_stride"] + p["width"]),
+            Operand("out", "f32", _WIDTH, "out"),
+            _STATE,
+        ),
+    ),
+    "log_probs": Operator(
+        "result[t] = log softmax(logits[t])[targets[t]]; argmax[t] = first index of the largest logit",
+        {"tokens": SIZE, "vocab": SIZE, "x_stride": SIZE},
+        (
+            Operand("logits", "f32", _rows("x_stride", "vocab")),
+            Operand("targets", "i32", _IDS),
+            Operand("result", "f32", _IDS, "out"),
+            Operand("argmax", "i32", _IDS, "out"),
+            _STATE,
+        ),
+    ),
+}  # fmt: skip
