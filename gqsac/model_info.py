@@ -1,6 +1,7 @@
 """What a checkpoint says of the model beside its graph: its name, special tokens, tokenizer and chat template."""
 
 from gqsa_runtime.chat import ChatTemplate
+from gqsa_runtime.format import MAX_NAME_CHARACTERS
 from gqsa_runtime.tokenizer import Tokenizer
 
 from gqsac.checkpoint import Checkpoint
@@ -8,9 +9,10 @@ from gqsac.errors import FormatError, ModelError
 
 
 def model_name(checkpoint: Checkpoint) -> str:
-    """The name given at compression, else the folder's."""
+    """The name given at compression, else the folder's, as printable characters."""
     details = checkpoint.quantization.details if checkpoint.quantization else {}
-    return str(details.get("name") or checkpoint.path.resolve().name)
+    name = str(details.get("name") or checkpoint.path.resolve().name)
+    return "".join(c if c.isprintable() else "?" for c in name)[:MAX_NAME_CHARACTERS]
 
 
 def bos_token_id(checkpoint: Checkpoint) -> int | None:

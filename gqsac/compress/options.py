@@ -128,6 +128,8 @@ def checked(options: Options) -> Options:
         raise InputError(f"the master dtype is {o.master_dtype!r}, expected one of {', '.join(MASTER_DTYPES)}")
     if o.seq_len is not None and o.seq_len < 2:
         raise InputError(f"the sample length is {o.seq_len} tokens, expected at least 2")
+    if not 0 <= o.seed < 2**63:
+        raise InputError(f"the seed is {o.seed}, expected 0 or more and below 2**63")
     if not 0 < o.damping <= 1:
         raise InputError(f"damping is {o.damping}, expected above 0 and at most 1")
     if not 0 <= o.distill <= 1:

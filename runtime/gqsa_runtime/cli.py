@@ -255,7 +255,9 @@ def inspect(file, context, kernels, tensors, as_json) -> None:
     from gqsa_runtime.validate import validate
 
     with ArtifactFile.open(file) as artifact:
-        validate(artifact.program, artifact.tensors, context)
+        validate(artifact.program, artifact.tensors)
+        if context is not None and not 1 <= context <= artifact.program.max_context:
+            raise InputError(f"--context is {context}, but this model is made for 1 to {artifact.program.max_context}")
         facts = inspect_.describe(artifact, context)
         lists = {"kernel_list": inspect_.kernel_rows(artifact)} if kernels else {}
         lists |= {"tensor_list": inspect_.tensor_rows(artifact)} if tensors else {}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 _MAX_INT = 2**31 - 1  # kernels index with 32 bits
+_MAX_NUMBER = 3.4e38  # kernels calculate with float32
 
-SIZE, COUNT, NUMBER, FLAG = "an integer from 1", "an integer from 0", "a finite number", "true or false"
+SIZE, COUNT, NUMBER, FLAG = "an integer from 1", "an integer from 0", "a number that float32 holds", "true or false"
 
 # One of the kinds above, or a tuple of the allowed values.
 Rule = str | tuple
@@ -20,5 +19,11 @@ def allowed(value, rule: Rule) -> bool:
     if rule is FLAG:
         return type(value) is bool
     if rule is NUMBER:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and -_MAX_NUMBER <= value <= _MAX_NUMBER  # NaN is not
     return type(value) is int and (1 if rule is SIZE else 0) <= value <= _MAX_INT
+
+
+def shown(value) -> str:
+    """A value as a message shows it: a number from a file may have thousands of digits."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -17,6 +17,7 @@ from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.validate import ContentChecks
 
 DEFAULT_CONTEXT = 4096
+MAX_THREADS = 1024
 
 
 class CheckedTensors(Mapping):
@@ -80,10 +81,10 @@ def open_device(
     if context is not None and not 1 <= context <= program.max_context:
         raise InputError(
             f"the context is {context}, but this model is made for 1 to {program.max_context}; "
-            f"choose --context {min(max(context, 1), program.max_context)}"
+            f"choose --context {program.max_context if context > 0 else min(program.max_context, DEFAULT_CONTEXT)}"
         )
-    if threads is not None and threads < 1:
-        raise InputError(f"the number of threads is {threads}, expected at least 1")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise InputError(f"the number of threads is {threads}, expected at least 1 and at most {MAX_THREADS}")
     kind, ordinal, reason = choose_device(program, device)
     tensors = CheckedTensors(file, progress)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from gqsa_runtime.constants import COUNT, FLAG, NUMBER, SIZE, Rule, allowed
+from gqsa_runtime.constants import COUNT, FLAG, NUMBER, SIZE, Rule, allowed, shown
 from gqsa_runtime.layouts import LAYOUTS, Layout
 
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
@@ -79,7 +79,7 @@ def check_params(op: str, params: Mapping) -> str | None:
         value = params[name]
         if not allowed(value, rule):
             expected = rule if isinstance(rule, str) else "one of " + ", ".join(map(repr, rule))
-            return f"{name} is {value!r}, expected {expected}"
+            return f"{name} is {shown(value)}, expected {expected}"
     return OPERATORS[op].check(params)
 
 

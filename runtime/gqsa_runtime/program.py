@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass
 
 from gqsa_runtime.errors import FormatError
-from gqsa_runtime.format import canonical_json
+from gqsa_runtime.format import MAX_PROGRAM_CHARACTERS, canonical_json
 
 DTYPE_BYTES = {"f32": 4, "f16": 2, "i32": 4, "i16": 2, "i8": 1}
 
@@ -129,6 +129,11 @@ class Program:
     @classmethod
     def from_json(cls, text: str) -> Program:
         """Parses what to_json wrote. Raises FormatError where the text has another shape."""
+        if len(text) > MAX_PROGRAM_CHARACTERS:
+            raise FormatError(
+                f"the file's program has {len(text)} characters, expected at most {MAX_PROGRAM_CHARACTERS}; "
+                "rebuild the file with `gqsac build`"
+            )
         try:
             raw = json.loads(text)
             return cls(

@@ -34,7 +34,7 @@ class SamplingOptions:
             ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p < 1, "0 or more and below 1"),
-            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"), "above 0"),
+            ("repetition_penalty", self.repetition_penalty, 1e-3 <= self.repetition_penalty <= 1e9, "0.001 to 1e9"),
         ):
             if not good:
                 raise InputError(f"{name} is {value}, expected {expected}")

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from gqsa_runtime.constants import NUMBER, allowed, shown
 from gqsa_runtime.errors import FormatError
-from gqsa_runtime.format import ALIGNMENT
+from gqsa_runtime.format import ALIGNMENT, MAX_NAME_CHARACTERS
 from gqsa_runtime.layouts import LAYOUTS, ContentRule
 from gqsa_runtime.operators import OPERATORS, Operand, check_params
 from gqsa_runtime.program import DTYPE_BYTES, PHASES, Argument, Buffer, Kernel, Program, Step
@@ -43,6 +44,7 @@ def validate(program: Program, tensors: Mapping[str, TensorInfo], context: int |
     wrong = conforms(program, Program)
     if wrong:
         raise _error(f"{wrong}")
+    _check_texts(program)
     _check_numbers(program)
     if context is not None and not 1 <= context <= program.max_context:
         raise _error(f"the context is {context}, expected 1 to {program.max_context}")
@@ -63,6 +65,14 @@ def validate(program: Program, tensors: Mapping[str, TensorInfo], context: int |
 
 def _error(what: str) -> FormatError:
     return FormatError(f"the file's launch plan is wrong: {what}; rebuild the file with `gqsac build`")
+
+
+def _check_texts(program: Program) -> None:
+    # They are printed as they are: no terminal escapes, nothing that cannot be encoded.
+    for field in ("name", "model_class"):
+        text = getattr(program, field)
+        if not text.isprintable() or len(text) > MAX_NAME_CHARACTERS:
+            raise _error(f"{field} is {text[:80]!r}, expected at most {MAX_NAME_CHARACTERS} printable characters")
 
 
 def _check_numbers(program: Program) -> None:
@@ -121,8 +131,8 @@ class _Checker:
             info = self._tensor(f"rope table {name!r}", rope.inv_freq, "f32")
             if rope.rotary_dim < 2 or rope.rotary_dim % 2 or info.elements != rope.rotary_dim // 2:
                 raise _error(f"rope table {name!r} has {info.elements} frequencies for {rope.rotary_dim} dimensions")
-            if not np.isfinite(rope.scaling):
-                raise _error(f"rope table {name!r} is scaled by {rope.scaling}")
+            if not allowed(rope.scaling, NUMBER):
+                raise _error(f"rope table {name!r} is scaled by {shown(rope.scaling)}, expected {NUMBER}")
 
     def check_kernels(self) -> dict[str, Kernel]:
         kernels = {kernel.name: kernel for kernel in self.program.kernels}

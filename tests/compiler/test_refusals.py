@@ -68,6 +68,11 @@ BROKEN = {
     "text-for-a-number": (config("llama", hidden_size="wide"), "the llama config is broken"),
     "unknown-activation": (config("llama", hidden_act="no-such"), "the llama config is broken.*no-such"),
     "no-layers": (config("llama", num_hidden_layers=0), "no num_hidden_layers"),
+    "a-million-layers": (
+        config("llama", num_hidden_layers=10**6),
+        "num_hidden_layers.* is 1000000, expected 1 to",
+    ),
+    "endless-context": (config("llama", max_position_embeddings=2**40), "max_position_embeddings.* is 1099511627776"),
     "uneven-heads": (config("llama", num_key_value_heads=3), "4 attention heads cannot share 3 key/value heads"),
 }
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
+import time
 
 import pytest
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.operators import OPERATORS, check_params
-from gqsa_runtime.program import Argument, Binary, KVLayer, Rope
+from gqsa_runtime.program import Argument, Binary, KVLayer, Program, Rope
 from gqsa_runtime.reader import TensorInfo
 from gqsa_runtime.validate import ContentChecks, validate
 
@@ -97,6 +98,25 @@ def test_numbers_out_of_range(changes):
     refuse("launch plan is wrong", **changes)
 
 
+@pytest.mark.parametrize("number", [10**400, -(10**400), 1e39, -1e39, float("nan"), float("inf")])
+def test_numbers_that_float32_does_not_hold(number):
+    refuse("eps is .*float32", kernels=with_param("rms_norm_t1", eps=number))
+    refuse("is scaled by .*float32", ropes={"main": dataclasses.replace(tiny.program().ropes["main"], scaling=number)})
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31mb", "\ud800", "a\nb", "x" * 257])
+def test_names_that_cannot_be_shown(name):
+    refuse("name is .*printable", name=name)
+    refuse("model_class is .*printable", model_class=name)
+
+
+def test_a_program_too_large_to_parse():
+    began_s = time.perf_counter()
+    with pytest.raises(FormatError, match="60000000 characters, expected at most"):
+        Program.from_json("[]," * 20_000_000)
+    assert time.perf_counter() - began_s < 1
+
+
 def test_buffers():
     program = tiny.program()
     refuse("same name", buffers=(*program.buffers, program.buffers[0]))
@@ -151,7 +171,7 @@ def test_every_param_is_checked(op):
         for bad in (-1, None, "x", [], float("inf"), 2**40):
             fine = (
                 bad == -1
-                and OPERATORS[op].constants[name] == "a finite number"
+                and OPERATORS[op].constants[name] == "a number that float32 holds"
                 or bad == 2**40
                 and name in ("scale", "scalar", "eps")
             )

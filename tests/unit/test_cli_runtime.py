@@ -86,6 +86,12 @@ def test_chat(gqsa, path):
     assert gqsa("chat", path, stdin="").exit_code == 0
 
 
+def test_inspect_at_a_context_that_the_model_has_not(gqsa, path):
+    for context in ("0", "33"):
+        result = gqsa("inspect", path, "--context", context)
+        assert result.exit_code == 1 and f"--context is {context}, but this model is made for 1 to 32" in result.stderr
+
+
 def test_inspect(gqsa, path):
     result = gqsa("inspect", path, "--kernels", "--tensors", "--context", "16")
     assert result.exit_code == 0

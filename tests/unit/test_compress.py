@@ -143,6 +143,8 @@ def test_options_out_of_range_are_refused(tmp_path, llama, text):
         ({"samples": 0}, "samples is 0"),
         ({"allocation": "column"}, "allocation is 'column'"),
         ({"damping": 0}, "damping is 0"),
+        ({"seed": -1}, "the seed is -1, expected 0 or more"),
+        ({"seed": 2**64}, "the seed is"),
         ({"seq_len": 65}, "context of 64"),
         ({"group_size": 64}, "down_proj has 96 input columns.*group size of 8 or 16 or 32"),
         ({"calibration": text, "samples": 4000}, "4000 samples of 32 tokens = 128000 tokens, but .*text.txt gives"),

@@ -203,8 +203,11 @@ def test_open_with_choices(path, opened):
             Model.open(path, device=device)
     with pytest.raises(InputError, match="context is 33.*1 to 32"):
         Model.open(path, context=33)
-    with pytest.raises(InputError, match="threads is 0"):
-        Model.open(path, threads=0)
+    with pytest.raises(InputError, match="context is 0.* choose --context 32$"):
+        Model.open(path, context=0)
+    for threads in (0, 2**32 + 1):
+        with pytest.raises(InputError, match=f"threads is {threads}, expected at least 1 and at most 1024"):
+            Model.open(path, threads=threads)
 
 
 def test_nothing_to_run_on(path, opened, monkeypatch):

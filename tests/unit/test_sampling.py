@@ -100,7 +100,7 @@ def test_extreme_values():
 @pytest.mark.parametrize(
     "options",
     [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 1.0},
-     {"min_p": -0.1}, {"repetition_penalty": 0}],
+     {"min_p": -0.1}, {"repetition_penalty": 0}, {"repetition_penalty": 1e-320}],
 )  # fmt: skip
 def test_options_out_of_range(options):
     with pytest.raises(InputError, match=f"{next(iter(options))} is .*, expected"):

@@ -28,6 +28,9 @@ N_TOKENS = 3
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
+MAX_LAYERS = 1000  # more than any model has; a config that says a million would be traced for hours
+
+
 @dataclass(frozen=True)
 class Traced:
     """An exported model.
@@ -60,12 +63,18 @@ def trace(config: dict | PretrainedConfig) -> Traced:
     the config is broken, UnsupportedError if the model does what cannot be compiled.
     """
     config = _prepare(config)
+    text = config.get_text_config()
+    n_layers = getattr(text, "num_hidden_layers", None)
+    max_context = getattr(text, "max_position_embeddings", None)
+    for name, value, most in (
+        ("num_hidden_layers", n_layers, MAX_LAYERS),
+        ("max_position_embeddings", max_context, 2**31 - 1),
+    ):
+        if isinstance(value, int) and value > most:
+            raise ModelError(f"{name} of the {config.model_type} config is {value}, expected 1 to {most}")
     with opaque.registered_attention() as recorder:
         model = _build(config)
         aliases = _untie_and_fake(model)
-        text = config.get_text_config()
-        n_layers = getattr(text, "num_hidden_layers", None)
-        max_context = getattr(text, "max_position_embeddings", None)
         if not n_layers or not max_context:
             raise ModelError(f"the {config.model_type} config has no num_hidden_layers or no max_position_embeddings")
         inputs = {"input_ids": torch.zeros(1, N_TOKENS, dtype=torch.long)}
