@@ -86,6 +86,11 @@ class Checkpoint:
         """
         path = Path(path)
         if not path.is_dir():
+            if path.suffix == ".gguf" and path.exists():
+                raise ModelError(
+                    f"{path} is a GGUF file, which is not compressed yet; run `gqsac compress {path} -o OUT` first, "
+                    "then `gqsac build OUT`"
+                )
             what = "is not a folder" if path.exists() else "does not exist"
             raise ModelError(f"{path} {what}; expected a model folder with config.json and *.safetensors")
         if not (path / "config.json").is_file():

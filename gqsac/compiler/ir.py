@@ -80,17 +80,6 @@ class LayerNorm(Op):
 
 
 @dataclass(frozen=True)
-class Rope(Op):
-    """Rotates pairs (i, i + rotary_dim / 2) of each head. table: key of Graph.ropes. Folded into
-    Attention by legalize."""
-
-    x: str
-    heads: int
-    head_dim: int
-    table: str
-
-
-@dataclass(frozen=True)
 class Attention(Op):
     """Causal attention with its own KV cache. Rotates q and k by `rope` first if given.
 
@@ -172,7 +161,7 @@ def width(op: Op) -> int:
     """Features per token of the operator's output."""
     if isinstance(op, RMSNorm):
         return op.width * op.heads
-    if isinstance(op, (Rope, Attention)):
+    if isinstance(op, Attention):
         return op.heads * op.head_dim
     return op.width
 
@@ -203,7 +192,7 @@ def _expected_widths(op: Op) -> list[tuple[str, int]]:
         case Attention():
             kv_width = op.kv_heads * op.head_dim
             return [(op.q, op.heads * op.head_dim), (op.k, kv_width), (op.v, kv_width)]
-        case RMSNorm() | LayerNorm() | Rope():
+        case RMSNorm() | LayerNorm():
             return [(op.x, width(op))]
         case Elementwise():
             return [(op.a, op.width)] + ([(op.b, op.width)] if op.b else [])

@@ -32,6 +32,6 @@ def check_disk(out: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free + there:
         raise DeviceError(
-            f"compressing to {out} needs at least {(needed - there) / 1e9:.1f} GB of disk, and {folder} has "
-            f"{free / 1e9:.1f} GB free; free some space, or choose an output folder on another disk"
+            f"compressing to {out} needs at least {(needed - there) / 1e6:,.1f} MB of disk, and {folder} has "
+            f"{free / 1e6:,.0f} MB free; free some space, or choose an output folder on another disk"
         )

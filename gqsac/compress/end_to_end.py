@@ -16,8 +16,8 @@ import torch
 from gqsa_runtime.errors import ModelError
 from torch import nn
 
+from gqsac.compress.choose_masks import MaskChooser
 from gqsac.compress.clock import Clock, learning_rate_factor
-from gqsac.compress.grow_mask import MaskGrower
 from gqsac.compress.losses import token_loss
 from gqsac.compress.trainable import adamw, autocast, set_learning_rates
 from gqsac.compress.write import sync
@@ -50,7 +50,7 @@ class Training:
     seconds: float | None
     seed: int
     device: torch.device
-    masks: MaskGrower | None = None
+    masks: MaskChooser | None = None
     recomputed: int = 0
     history: list[tuple[int, float]] = field(default_factory=list)  # (step, mean loss of the steps before it)
 

@@ -98,10 +98,6 @@ class GroupLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.effective_weight(), self.bias)
 
-    def master_scales(self) -> torch.Tensor:
-        """f32 [rows, q_groups], not yet rounded to float16."""
-        return (self.base * self.gains).detach()
-
     @torch.no_grad()
     def export(self) -> QuantizedLinear:
         """The levels, scales and zeros that the forward pass uses."""

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from gqsac.compress.blocks import linears_of
+from gqsac.compress.choose_masks import MaskChooser
 from gqsac.compress.compiled import compile_blocks
 from gqsac.compress.end_to_end import Training
 from gqsac.compress.fake_quant import FrozenLinear, GroupLinear
-from gqsac.compress.grow_mask import MaskGrower
 from gqsac.compress.options import Options
 from gqsac.compress.partial import PartialFolder
 from gqsac.compress.store import from_stored, from_stream, load_dense, stored_block, to_stream
@@ -83,7 +83,7 @@ def prepare_training(
         set_master_dtype(linears, options.master_dtype)
         others = [parameter.requires_grad_(True) for parameter in vectors(model)]
         if options.removes_gradually("distill"):
-            masks = MaskGrower(linears, options, already_sparse=previous == "bqpo")
+            masks = MaskChooser(linears, options, already_sparse=previous == "bqpo")
     if large:
         recompute_blocks(blocks)
     else:

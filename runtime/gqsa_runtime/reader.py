@@ -221,7 +221,7 @@ class _Header:
         if key == gqsa.KEY_FORMAT_VERSION and type(value) is int and value > gqsa.FORMAT_VERSION:
             raise FormatError(
                 f"{self._path}: the file has format version {value}, this runtime reads up to {gqsa.FORMAT_VERSION}; "
-                "upgrade with `pip install --upgrade gqsa-runtime`"
+                "update the checkout of gqsac and install it again with `pip install ./runtime`"
             )
 
     def _check_required(self) -> None:

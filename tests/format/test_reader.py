@@ -105,7 +105,7 @@ def test_other_architecture(tmp_path):
 
 
 def test_newer_format_version(tmp_path):
-    refuse(tmp_path, tiny.file_bytes(**{"gqsa.format_version": 2}), "format version 2.*upgrade")
+    refuse(tmp_path, tiny.file_bytes(**{"gqsa.format_version": 2}), "format version 2.*pip install ./runtime")
 
 
 def test_format_version_zero_or_wrong_type(tmp_path):

@@ -10,7 +10,8 @@ from gqsa_runtime.operators import OPERATORS
 from gqsac.compiler.cuda_launch import MAX_SHARED_BYTES, launch
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
 from gqsac.compiler.passes import compile_cuda as compile_pass
-from gqsac.compiler.passes.compile_cuda import DEFAULT_TARGETS, CompileError, compile_cuda, nvrtc_version
+from gqsac.compiler.passes.compile import CUDA_TARGETS
+from gqsac.compiler.passes.compile_cuda import CompileError, compile_cuda, nvrtc_version
 from gqsac.compiler.passes.render import headers, render
 from tests.kernels.cases import CASES
 
@@ -66,7 +67,7 @@ _GENERATIONS = ("sm_80", "sm_90", "sm_120")
 @pytest.fixture(scope="module")
 def binaries():
     """(spec, target) -> CudaBinary."""
-    jobs = [(spec, target) for spec in _first_of_each_variant() for target in DEFAULT_TARGETS]
+    jobs = [(spec, target) for spec in _first_of_each_variant() for target in CUDA_TARGETS]
     jobs += [(spec, target) for spec in _real_shapes() for target in _GENERATIONS]
 
     def compile_one(job):
@@ -83,7 +84,7 @@ def _of_target(binaries, target):
     return found
 
 
-@pytest.mark.parametrize("target", DEFAULT_TARGETS)
+@pytest.mark.parametrize("target", CUDA_TARGETS)
 def test_every_template_compiles(binaries, target):
     for spec, binary in _of_target(binaries, target):
         name = NAMES[spec]
@@ -93,13 +94,13 @@ def test_every_template_compiles(binaries, target):
             assert binary.data.startswith(b"\x7fELF") and 8 <= binary.registers <= 255, name
 
 
-@pytest.mark.parametrize("target", [target for target in DEFAULT_TARGETS if target.startswith("sm_")])
+@pytest.mark.parametrize("target", [target for target in CUDA_TARGETS if target.startswith("sm_")])
 def test_no_kernel_spills(binaries, target):
     for spec, binary in _of_target(binaries, target):
         assert (binary.spill_bytes, binary.stack_bytes) == (0, 0), f"{NAMES[spec]}: {binary.log}"
 
 
-@pytest.mark.parametrize("target", [target for target in DEFAULT_TARGETS if target.startswith("sm_")])
+@pytest.mark.parametrize("target", [target for target in CUDA_TARGETS if target.startswith("sm_")])
 def test_launches_fit_the_device(binaries, target):
     for spec, binary in _of_target(binaries, target):
         name, (grid, block, shared_bytes) = NAMES[spec], launch(spec, 512)

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from gqsac.compress import losses
+from gqsac.compress.choose_masks import MaskChooser
 from gqsac.compress.clock import Clock, learning_rate_factor
 from gqsac.compress.end_to_end import batch_rows
 from gqsac.compress.fake_quant import GroupLinear
-from gqsac.compress.grow_mask import MaskGrower
 from gqsac.compress.losses import relative_error, token_loss
 from gqsac.compress.options import Options, checked
 from gqsac.compress.select import protect_2_of_4, protect_rows, scheduled_sparsity, select_globally, select_groups
@@ -43,22 +43,22 @@ def test_a_global_budget_is_met_exactly_and_spares_every_row():
     assert all((keep.sum(1) >= 1).all() for keep in keeps.values())
 
 
-def test_mask_grower_removes_what_costs_least_and_reaches_the_target():
+def test_mask_chooser_removes_what_costs_least_and_reaches_the_target():
     linears = {}
     for name, rows in (("a", 8), ("b", 4)):
         weight = torch.ones(rows, 64)
         keep = torch.ones(rows, 4, dtype=torch.bool)
         linears[name] = GroupLinear(4, weight, torch.full((rows, 4), 0.1), torch.full((rows, 4), 8), keep, None)
         linears[name].weight.grad = torch.arange(4.0).repeat_interleave(16).expand(rows, 64).clone()
-    grower = MaskGrower(linears, checked(Options(sparsity=0.25)), already_sparse=False)
-    grower.observe()
+    chooser = MaskChooser(linears, checked(Options(sparsity=0.25)), already_sparse=False)
+    chooser.observe()
     removed = []
     for step in range(101):
-        grower.step(step, step / 100)
-        removed.append(sum(int((~keep).sum()) for keep in grower.keeps().values()))
+        chooser.step(step, step / 100)
+        removed.append(sum(int((~keep).sum()) for keep in chooser.keeps().values()))
     assert removed[0] == 0 and removed == sorted(removed) and len(set(removed)) > 3
-    assert removed[-1] == 12 and not grower.unfinished
-    assert all(not keep[:, 0].any() and keep[:, 1:].all() for keep in grower.keeps().values())
+    assert removed[-1] == 12 and not chooser.unfinished
+    assert all(not keep[:, 0].any() and keep[:, 1:].all() for keep in chooser.keeps().values())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from gqsa_runtime.errors import DeviceError
 
-DEFAULT_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_80")
-
 # What changes the code beside the source, the headers, the target and nvrtc_version.
 # No fast math: a compiled model must give the tokens that f32 arithmetic gives.
 OPTIONS = ("--std=c++17", "--ptxas-options=-v", "--no-source-include", "--no-cache")

@@ -1,7 +1,7 @@
 """Legalize: from the exported aten and gqsa operators to the operators of the IR.
 
 Views are not pattern-matched. Every activation carries the positions of its elements in the IR value
-that holds them (see layout.py), and a view, transpose or slice is simply run on those. Where an operator
+that holds them (see symbols.py), and a view, transpose or slice is simply run on those. Where an operator
 reads an activation, the positions say whether it is a whole value, a run of its columns (a Slice), or
 something that no IR operator can read, which is refused.
 
@@ -17,19 +17,19 @@ from gqsa_runtime.errors import ModelError, UnsupportedError
 from torch import Tensor, fx
 
 from gqsac.compiler import ir
-from gqsac.compiler.layout import (
+from gqsac.compiler.passes.trace import N_TOKENS, Traced
+from gqsac.compiler.symbols import (
     Angles,
     Mask,
-    Parameter,
     Rotated,
     Rows,
+    Weight,
     column_run,
     is_constant,
     rows_of,
     scalar,
     token_axis,
 )
-from gqsac.compiler.passes.trace import N_TOKENS, Traced
 
 aten = torch.ops.aten
 gqsa = torch.ops.gqsa
@@ -122,7 +122,7 @@ class _Legalizer:
 
     def _placeholder(self, node: fx.Node) -> object:
         if node.name in self.traced.parameters:
-            return Parameter(self.traced.parameters[node.name], tuple(node.meta["val"].shape))
+            return Weight(self.traced.parameters[node.name], tuple(node.meta["val"].shape))
         if node.name == self.traced.tokens:
             return Rows("tokens", 1, torch.arange(N_TOKENS)[None])
         return self.traced.constants[node.name]
@@ -171,7 +171,7 @@ class _Legalizer:
         raise self._unsupported(node)
 
     def _embedding(self, node, table, index, *unused):
-        if not isinstance(table, Parameter):
+        if not isinstance(table, Weight):
             raise self._unsupported(node)
         rows, width = table.shape
         fields = {"table": table.name, "rows": rows, "width": width}
@@ -187,7 +187,7 @@ class _Legalizer:
         )
 
     def _linear(self, node, x, weight, bias=None):
-        if not isinstance(weight, Parameter) or not (bias is None or isinstance(bias, Parameter)):
+        if not isinstance(weight, Weight) or not (bias is None or isinstance(bias, Weight)):
             raise self._unsupported(node)
         rows, k = weight.shape
         value, count = self._columns(node, x)
@@ -207,7 +207,7 @@ class _Legalizer:
         )
 
     def _layer_norm(self, node, x, shape, weight=None, bias=None, eps=1e-5, *unused):
-        if not isinstance(weight, Parameter):
+        if not isinstance(weight, Weight):
             raise self._unsupported(node, "a layer norm without weights")
         name = bias.name if bias else None
         value, count = self._columns(node, x)

@@ -21,7 +21,7 @@ EVERY = 10  # steps between choices
 _MEMORY = 0.95  # of the running mean of squared group gradients, a step
 
 
-class MaskGrower:
+class MaskChooser:
     """Owns the masks of all GroupLinears of a model.
 
     scores: per linear, f32 [rows, units], the running mean over steps of (w_g . dL/dw_g)^2. By the loss's

@@ -46,7 +46,7 @@ class Mask:
 
 
 @dataclass(frozen=True)
-class Parameter:
+class Weight:
     """A parameter by its state-dict name."""
 
     name: str
@@ -86,7 +86,7 @@ def is_constant(args: object) -> bool:
         return all(is_constant(arg) for arg in args)
     if isinstance(args, dict):
         return all(is_constant(arg) for arg in args.values())
-    return not isinstance(args, (Rows, Rotated, Angles, Mask, Parameter))
+    return not isinstance(args, (Rows, Rotated, Angles, Mask, Weight))
 
 
 def scalar(x: object) -> float | None:
