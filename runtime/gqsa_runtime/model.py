@@ -184,7 +184,8 @@ class Model:
                 f"the prompt has {len(ids)} tokens, but the context is {self.context}; "
                 f"shorten it or open the model with a larger context (up to {self.program.max_context})"
             )
-        return self._generate(ids, max_new_tokens, options, np.random.default_rng(seed), StopFilter(stop), wait)
+        pieces = self._pieces(ids, max_new_tokens, options, np.random.default_rng(seed), StopFilter(stop))
+        return self._in_turn(pieces, wait)
 
     def chat(self, messages: Sequence[Mapping], template_variables: Mapping | None = None, **options) -> Iterator[str]:
         """The assistant's answer to messages such as {"role": "user", "content": "Hello"}, in pieces.
@@ -215,18 +216,11 @@ class Model:
         with self._turns.turn(wait):
             return self.engine.score(ids, first)
 
-    def _generate(
-        self,
-        ids: list[int],
-        max_new_tokens: int,
-        options: SamplingOptions,
-        random: np.random.Generator,
-        stop: StopFilter,
-        wait: bool,
-    ) -> Iterator[str]:
+    def _in_turn(self, pieces: Iterator[str], wait: bool) -> Iterator[str]:
+        """The pieces of a generation, each made while it is this one's turn."""
         turn = self._turns.take(wait)
         try:
-            for text in self._pieces(ids, max_new_tokens, options, random, stop):
+            for text in pieces:
                 self._turns.pause(turn)
                 yield text
                 self._turns.resume(turn)

@@ -7,25 +7,10 @@ import pytest
 from gqsa_runtime.errors import ModelError
 from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, LAYOUTS
 
-from gqsac.bsr import BsrStream, pack_values
+from tests.unit.random_streams import random_stream
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "templates"
 DTYPES = {"i8": np.int8, "i32": np.int32, "f16": np.float16}
-
-
-def random_stream(rows: int, columns: int, group_size: int, bits: int, kept: float = 0.6, seed: int = 0) -> BsrStream:
-    rng = np.random.default_rng(seed)
-    keep = rng.random((rows, columns // group_size)) < kept
-    row, col = np.nonzero(keep)
-    top = 2**bits
-    return BsrStream(
-        rows, columns, group_size, bits,
-        crow_indices=np.concatenate([[0], np.cumsum(keep.sum(1))]).astype(np.int32),
-        col_indices=col.astype(np.int32),
-        values=pack_values(rng.integers(0, top, (len(row), group_size)).astype(np.uint8), bits),
-        scales=rng.normal(size=len(row)).astype(np.float16),
-        zeros=rng.integers(0, top, len(row)).astype(np.uint8) if bits < 8 else np.full(len(row), 128, np.uint8),
-    )  # fmt: skip
 
 
 def _cases():

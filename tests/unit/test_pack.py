@@ -2,27 +2,12 @@
 
 import numpy as np
 
-from gqsac.bsr import BsrStream, pack_values
 from gqsac.compiler.passes.pack import stack_streams
-
-
-def random_stream(rows: int, columns: int, group_size: int, bits: int, seed: int = 0) -> BsrStream:
-    rng = np.random.default_rng(seed)
-    keep = rng.random((rows, columns // group_size)) < 0.6
-    row, col = np.nonzero(keep)
-    top = 2**bits
-    return BsrStream(
-        rows, columns, group_size, bits,
-        crow_indices=np.concatenate([[0], np.cumsum(keep.sum(1))]).astype(np.int32),
-        col_indices=col.astype(np.int32),
-        values=pack_values(rng.integers(0, top, (len(row), group_size)).astype(np.uint8), bits),
-        scales=rng.normal(size=len(row)).astype(np.float16),
-        zeros=rng.integers(0, top, len(row)).astype(np.uint8) if bits < 8 else np.full(len(row), 128, np.uint8),
-    )  # fmt: skip
+from tests.unit.random_streams import random_stream
 
 
 def test_stacked_rows_stand_one_below_another():
-    parts = [random_stream(rows, 96, 16, 4, seed) for seed, rows in enumerate((5, 1, 7))]
+    parts = [random_stream(rows, 96, 16, 4, seed=seed) for seed, rows in enumerate((5, 1, 7))]
     stacked = stack_streams(parts)
     assert stacked.rows == 13 and stacked.crow_indices.dtype == np.int32
     np.testing.assert_array_equal(stacked.dequantize(), np.concatenate([part.dequantize() for part in parts]))
