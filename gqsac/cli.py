@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import click
-from gqsa_runtime.cli import commands
+from gqsa_runtime.cli import Commands, commands
 from gqsa_runtime.cli import main as run_group
 
 from gqsac import __version__
@@ -16,7 +16,7 @@ from gqsac.cli_eval import evaluate
 from gqsac.errors import DeviceError
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="gqsac")
 def cli():
     """Compiles language models compressed with GQSA (INT4 groups, 1xG group sparsity) into one file.

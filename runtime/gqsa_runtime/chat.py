@@ -15,6 +15,8 @@ MAX_TEMPLATE_CHARACTERS = 256 << 10
 _FUEL = 2_000_000  # a long real template uses some thousands
 _FUEL_PER_CHARACTER = 64  # of the messages: templates trim, split and compare what they are given
 _MAX_DATE_FORMAT = 64
+# Those that chat templates know: most of them take any other for a user or drop it.
+ROLES = ("system", "developer", "user", "assistant", "model", "tool", "function", "ipython")
 
 
 class ChatTemplate:
@@ -92,3 +94,7 @@ def _check_messages(messages: Sequence[Mapping]) -> None:
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise InputError(f'message {index} is {str(message)[:100]}, expected {{"role": …, "content": …}}')
+        if message["role"] not in ROLES:
+            raise InputError(
+                f"message {index} has the role {message['role'][:40]!r}, expected one of {', '.join(ROLES)}"
+            )

@@ -23,6 +23,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for mac
 
 def main(group: click.Command | None = None, args: Sequence[str] | None = None, prog_name: str | None = None) -> None:
     """Runs a command group to its end and exits the process with the codes above. gqsac uses it too."""
+    _replace_closed_streams()
     try:
         code = (group or gqsa).main(args=args, prog_name=prog_name, standalone_mode=False)
         sys.stdout.flush()
@@ -35,7 +36,7 @@ def main(group: click.Command | None = None, args: Sequence[str] | None = None, 
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         code = 130
-    except BrokenPipeError:
+    except (_ReaderGone, BrokenPipeError):
         # The reader has gone (`gqsa run … | head`). Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -48,6 +49,27 @@ def main(group: click.Command | None = None, args: Sequence[str] | None = None, 
     sys.exit(code if isinstance(code, int) else 0)
 
 
+class _ReaderGone(Exception):
+    """Standard output was closed by who read it; click would end the process with 1 for a BrokenPipeError."""
+
+
+class Commands(click.Group):
+    """A group of commands whose reader may leave early, as in `gqsa run … | head`."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise _ReaderGone from error
+
+
+def _replace_closed_streams() -> None:
+    # A process may be started without them (`gqsa run … <&-`); Python then has None in their place.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
 def _explain_os_error(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}; check the path, its permissions and the free space on the disk"
@@ -58,7 +80,7 @@ def commands() -> list[click.Command]:
     return [run, chat, inspect, verify, bench, evaluate, doctor]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="gqsa")
 def gqsa() -> None:
     """Runs, inspects and measures compiled models (.gqsa files).
@@ -99,9 +121,10 @@ def _tell(message: str) -> None:
     click.echo(message, err=True)
 
 
-def _open_model(file: str, device: str, context: int | None, threads: int | None):
+def _open_model(file: str, device: str, context: int | None, threads: int | None, sampling: dict | None = None):
     from gqsa_runtime.model import Model
 
+    Model.check_options(**(sampling or {}))  # better refused now than after seconds of loading
     with _LoadingBar() as bar:
         model = Model.open(file, device, context, threads, bar.update)
     _tell(f"device {model.device_reason}")
@@ -186,7 +209,7 @@ def run(file, prompt, raw, device, context, threads, stats, **sampling) -> None:
         if sys.stdin.isatty():
             _tell("reading the prompt from standard input; end it with Ctrl-D")
         prompt = read_text("-", "prompt")
-    with _open_model(file, device, context, threads) as model:
+    with _open_model(file, device, context, threads, sampling) as model:
         if model.has_chat_template and not raw:
             pieces = model.chat([{"role": "user", "content": prompt}], **sampling)
         else:
@@ -205,12 +228,14 @@ def run(file, prompt, raw, device, context, threads, stats, **sampling) -> None:
 def chat(file, system, device, context, threads, stats, **sampling) -> None:
     """Talks with the model, line by line; /reset begins anew, /exit or Ctrl-D ends.
 
+    Ctrl-C ends an answer. Where the context is full, the oldest messages are forgotten.
+
     \b
     Example:
       gqsa chat model.gqsa --system "Answer in one sentence."
     """
     opening = [{"role": "system", "content": system}] if system else []
-    with _open_model(file, device, context, threads) as model:
+    with _open_model(file, device, context, threads, sampling) as model:
         if not model.has_chat_template:
             raise InputError(f"{file}: the file carries no chat template; use `gqsa run` instead")
         messages = list(opening)
@@ -224,10 +249,36 @@ def chat(file, system, device, context, threads, stats, **sampling) -> None:
             if not line:
                 continue
             messages.append({"role": "user", "content": line})
-            answer = _write(model.chat(messages, **sampling))
-            messages.append({"role": "assistant", "content": answer})
+            messages = _forget_oldest(model, messages, len(opening))
+            answer: list[str] = []
+            try:
+                _write(_kept(model.chat(messages, **sampling), answer))
+            except KeyboardInterrupt:
+                click.echo()
+            except InputError as error:  # of this message: too long alone, or the template will not have it
+                _tell(f"error: {error}")
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": "".join(answer)})
             if stats:
                 _tell_stats(model)
+
+
+def _forget_oldest(model, messages: list[dict], n_opening: int) -> list[dict]:
+    """The messages without the oldest ones after the opening, until they leave an eighth of the context free."""
+    kept = list(messages)
+    while len(kept) > n_opening + 1 and len(model.chat_tokens(kept)) > model.context - model.context // 8:
+        # A question goes with its answer, so that roles alternate as before.
+        del kept[n_opening : n_opening + 2]
+    if len(kept) < len(messages):
+        _tell(f"the context of {model.context} tokens is full: the oldest {len(messages) - len(kept)} messages are out")
+    return kept
+
+
+def _kept(pieces: Iterable[str], into: list[str]) -> Iterable[str]:
+    for piece in pieces:
+        into.append(piece)
+        yield piece
 
 
 def _read_line() -> str | None:

@@ -148,6 +148,19 @@ class Model:
         self._turns.check_open()
         return self.tokenizer.encode(text, add_special_tokens)
 
+    @staticmethod
+    def check_options(
+        max_new_tokens: int = 256, seed: int | None = None, stop: str | Sequence[str] = (), **sampling
+    ) -> SamplingOptions:
+        """Raises InputError where options of `generate` are out of range, before there is a model."""
+        options = SamplingOptions(**sampling)
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        if seed is not None and seed < 0:
+            raise InputError(f"the seed is {seed}, expected 0 or more")
+        StopFilter(stop)
+        return options
+
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -169,11 +182,10 @@ class Model:
         the first piece: there wait=False raises BusyError where another call runs.
         """
         self._turns.check_open()
-        options = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty)
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-        if seed is not None and seed < 0:
-            raise InputError(f"the seed is {seed}, expected 0 or more")
+        options = self.check_options(
+            max_new_tokens, seed, stop,
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        )  # fmt: skip
         ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         if not ids and self.program.bos_token_id is not None:
             ids = [self.program.bos_token_id]

@@ -14,6 +14,13 @@ def render(source: str, messages=USER, **variables) -> str:
     return ChatTemplate(source, "<s>", "</s>").render(messages, **variables)
 
 
+def test_a_role_that_no_template_knows():
+    with pytest.raises(InputError, match="message 1 has the role 'wizard', expected one of system, "):
+        ChatTemplate("{{ messages }}").render(
+            [{"role": "user", "content": "a"}, {"role": "wizard", "content": "b"}],
+        )
+
+
 def test_chatml():
     source = """{% for message in messages %}
     {% if loop.first and messages[0]['role'] != 'system' %}

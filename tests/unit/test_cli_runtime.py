@@ -8,6 +8,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 from gqsa_runtime import cli, load
+from gqsa_runtime import model as model_module
 from gqsa_runtime.doctor import examine
 from gqsa_runtime.errors import InputError
 
@@ -84,6 +85,60 @@ def test_chat(gqsa, path):
                   prompt="<s>[user]Hi\n[assistant]")  # fmt: skip
     assert (result.exit_code, result.stdout) == (0, "Yo\nYo\n")
     assert gqsa("chat", path, stdin="").exit_code == 0
+
+
+def test_options_are_checked_before_the_model_is_loaded(gqsa, path, monkeypatch):
+    monkeypatch.setattr(load, "open_device", lambda *args: pytest.fail("loaded"))
+    for command in ("run", "chat"):
+        result = gqsa(command, path, "--top-p", "2", stdin="Hi")
+        assert result.exit_code == 1 and "top_p is 2.0" in result.stderr
+
+
+def test_chat_forgets_the_oldest_where_the_context_is_full(gqsa, path):
+    result = gqsa("chat", path, "--max-new-tokens", "1", stdin="abc\n" * 4)
+    assert result.exit_code == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 4
+    assert "the context of 32 tokens is full: the oldest" in result.stderr
+
+
+def test_a_message_that_is_too_long_does_not_end_the_chat(gqsa, path):
+    result = gqsa("chat", path, "--max-new-tokens", "1", stdin="x" * 99 + "\nab\n")
+    assert result.exit_code == 0 and len(result.stdout.splitlines()) == 1
+    assert "error: the prompt has" in result.stderr
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(gqsa, path, monkeypatch):
+    asked = []
+
+    def chat(self, messages, **options):
+        asked.append([message["content"] for message in messages])
+        yield "half"
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        yield " and whole"
+
+    monkeypatch.setattr(model_module.Model, "chat", chat)
+    monkeypatch.setattr(model_module.Model, "chat_tokens", lambda self, messages: [])
+    result = gqsa("chat", path, stdin="a\nb\n")
+    assert (result.exit_code, result.stdout) == (0, "half\nhalf and whole\n")
+    assert asked[1] == ["a", "half", "b"]
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
+def test_streams_that_are_closed(path, closed):
+    redirect = {"stdin": "<&-", "stdout": ">&-", "stderr": "2>&-"}[closed]
+    command = f'"{sys.executable}" -m gqsa_runtime inspect "{path}" {redirect}'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error(path):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone:
+        command = [sys.executable, "-m", "gqsa_runtime", "inspect", path, "--kernels", "--tensors"]
+        done = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stderr == ""
 
 
 def test_inspect_at_a_context_that_the_model_has_not(gqsa, path):
