@@ -8,9 +8,10 @@ blocks past the last token exit at once.
 from gqsa_runtime.errors import UnsupportedError
 
 from gqsac.compiler.kernel_spec import KernelSpec
+from gqsac.compiler.records_launch import records_launch
 
 WARP = 32
-MAX_SHARED_BYTES = 96 * 1024  # MAX_STAGED_BYTES in activations_in_shared.cuh
+MAX_SHARED_BYTES = 160 * 1024  # MAX_STAGED_BYTES in activations_in_shared.cuh
 _MAX_GRID_Y = 65535
 _POINTWISE_BLOCK = 128
 _NORM_BLOCK = 512
@@ -42,6 +43,14 @@ def launch(spec: KernelSpec, max_tokens: int) -> Launch:
             f"every supported GPU offers only {MAX_SHARED_BYTES}; such a model cannot be built for CUDA"
         )
     return (x, y, 1), block, shared_bytes
+
+
+def constants(spec: KernelSpec) -> dict[str, int]:
+    """What of its launch a kernel's code must know, by the names of its constants."""
+    params = dict(spec.params)
+    if spec.op == "linear_records":
+        return records_launch(params).constants
+    return {"WARPS": _NORM_BLOCK // WARP} if spec.op == "quantize" else {}
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -78,6 +87,11 @@ def _linear_dense(p, n_tokens):
     if p["tokens"] > 1:
         return (grid, _ceil_div(n_tokens, p["tokens"])), _DENSE_BLOCK, 0
     return (grid, 1), _DENSE_BLOCK, _staged_bytes(p["k"], 8) if vector else 0
+
+
+def _linear_records(p, n_tokens):
+    launch = records_launch(p)
+    return (launch.blocks, _ceil_div(n_tokens, p["tokens"])), launch.threads, launch.shared_bytes
 
 
 def _attention(p, n_tokens):
@@ -118,6 +132,8 @@ _LAUNCHES = {
     "layer_norm": _block_per_token,
     "linear_sparse": _linear_sparse,
     "linear_dense": _linear_dense,
+    "linear_records": _linear_records,
+    "quantize": _block_per_token,
     "kv_append": _kv_append,
     "attention": _attention,
     "gated_activation": _pointwise("width"),

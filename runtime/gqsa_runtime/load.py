@@ -40,7 +40,7 @@ class CheckedTensors(Mapping):
         array = self._alive.get(name)
         if array is None:
             array = self._file.read(name)
-            self._checks.check(name, array)
+            self._checks.check(name, array, self)
             array.flags.writeable = False
             self._alive[name] = array
             self._read_bytes += array.nbytes

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gqsa_runtime.constants import COUNT, FLAG, NUMBER, SIZE, Rule, allowed, shown
-from gqsa_runtime.layouts import LAYOUTS, Layout
+from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS, Layout
 
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
 
@@ -54,13 +54,14 @@ def _rows(stride: str, width: str, per_token: str | None = None):
 class Operator:
     """description: the formula, for people. constants: name -> what it must be. operands: in order.
 
-    check: what is wrong with constants that are each in their range, or None.
+    check: what is wrong with constants that are each in their range, or None. layout: of a linear's weights.
     """
 
     description: str
     constants: Mapping[str, Rule]
     operands: tuple[Operand, ...]
     check: Callable[[Mapping], str | None] = lambda params: None
+    layout: Layout | None = None
 
     def pointers(self, family: str, params: Mapping) -> list[tuple[str, str]]:
         """(C type of the pointee, name) of each operand for the templates of a family, "cuda" or "cpu"."""
@@ -123,7 +124,50 @@ def _linear(layout: Layout) -> Operator:
             _STATE,
         ),
         layout.check_constants,
+        layout,
     )  # fmt: skip
+
+
+_TILE = 64  # columns that share a scale of their quantised activations
+NORMS = ("none", "rms", "layer")
+EPILOGUES = ("rows", "gated")
+_NORMS = {"norm": NORMS, "eps": NUMBER}
+_NORM_WEIGHT = Operand("norm_weight", "f32", lambda p, t, c: p["k"], "weight", lambda p: p["norm"] != "none")
+_NORM_BIAS = Operand("norm_bias", "f32", lambda p, t, c: p["k"], "weight", lambda p: p["norm"] == "layer")
+
+
+def _tiles(per_tile: int):
+    return lambda p, max_tokens, context: max_tokens * (p["k"] // _TILE) * per_tile
+
+
+def _linear_records() -> Operator:
+    """One token is normalised and quantised by the kernel itself; several come quantised (operator quantize)."""
+    one, several = (lambda p: p["tokens"] == 1), (lambda p: p["tokens"] > 1)
+    linear = _linear(RECORDS)
+    x, *weights, _ = linear.operands
+    fused = (
+        Operand(x.name, x.dtype, x.elements, present=one),
+        Operand("planes", "i8", _tiles(2 * _TILE), present=several),
+        Operand("ranges", "f32", _tiles(2), present=several),
+        Operand("norm_weight", "f32", _NORM_WEIGHT.elements, "weight", lambda p: one(p) and p["norm"] != "none"),
+        Operand("norm_bias", "f32", _NORM_BIAS.elements, "weight", lambda p: one(p) and p["norm"] == "layer"),
+    )
+    out = next(operand for operand in weights if operand.name == "out")
+    weights[weights.index(out)] = Operand("out", "f32", _rows("out_stride", "out_width"), "out")
+    return Operator(
+        "s = W norm(x) + bias; out = activation(s) + residual, or, gated, activation(first half of s) * second half",
+        {**linear.constants, **_NORMS, "epilogue": EPILOGUES, "out_width": SIZE},
+        (*fused, *weights, _STATE),
+        _check_linear_records,
+        RECORDS,
+    )
+
+
+def _check_linear_records(p: Mapping) -> str | None:
+    parts = 2 if p["epilogue"] == "gated" else 1
+    if p["out_width"] * parts != p["rows"] or (parts == 2 and p["residual"]):
+        return f"{p['rows']} rows make {p['out_width']} results by the epilogue {p['epilogue']}"
+    return RECORDS.check_constants(p)
 
 
 OPERATORS: dict[str, Operator] = {
@@ -161,7 +205,23 @@ OPERATORS: dict[str, Operator] = {
             _STATE,
         ),
     ),
-    **{op: _linear(layout) for op, layout in LAYOUTS.items()},
+    "linear_dense": _linear(DENSE_F16),
+    "linear_sparse": _linear(GROUP_WORDS),
+    "linear_records": _linear_records(),
+    "quantize": Operator(
+        "per tile of 64 columns of norm(x): q = round(x / scale), |q| <= 32639; planes: high and low bytes, "
+        "256 * high + low = q; ranges: {scale, sum of q}",
+        {"tokens": SIZE, "k": SIZE, "x_stride": SIZE, **_NORMS},
+        (
+            Operand("x", "f32", _rows("x_stride", "k")),
+            _NORM_WEIGHT,
+            _NORM_BIAS,
+            Operand("planes", "i8", _tiles(2 * _TILE), "out"),
+            Operand("ranges", "f32", _tiles(2), "out"),
+            _STATE,
+        ),
+        lambda p: f"k is {p['k']}, expected a multiple of {_TILE}" if p["k"] % _TILE else None,
+    ),
     # rope: [context, rotary_dim] f32, a row is cos[rotary_dim / 2] then sin[rotary_dim / 2].
     "kv_append": Operator(
         "rotates q in place and k on its way into the cache, in pairs (i, i + rotary_dim / 2), rotary_dim 0: neither; "

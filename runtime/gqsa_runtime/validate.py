@@ -14,7 +14,7 @@ import numpy as np
 from gqsa_runtime.constants import NUMBER, allowed, shown
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.format import ALIGNMENT, MAX_NAME_CHARACTERS
-from gqsa_runtime.layouts import LAYOUTS, ContentRule
+from gqsa_runtime.layouts import ContentRule, Layout
 from gqsa_runtime.operators import OPERATORS, Operand, check_params
 from gqsa_runtime.program import DTYPE_BYTES, PHASES, Argument, Buffer, Kernel, Program, Step
 from gqsa_runtime.reader import TensorInfo
@@ -178,8 +178,8 @@ class _Checker:
         for operand, arg in zip(operands, args, strict=True):
             self._check_arg(f"{where}, argument {operand.name!r}", kernel, operand, arg)
         named = {operand.name: arg for operand, arg in zip(operands, args, strict=True)}
-        if kernel.op in LAYOUTS:
-            layout = LAYOUTS[kernel.op]
+        layout = OPERATORS[kernel.op].layout
+        if layout is not None:
             held = {part.name: self.tensors[named[part.name].name].elements for part in layout.parts}
             wrong = layout.check_sizes(kernel.params, held)
             if wrong:
@@ -263,29 +263,30 @@ class ContentChecks:
     """What every index tensor of a program must hold, by tensor name. The program must be valid."""
 
     def __init__(self, program: Program, tensors: Mapping[str, TensorInfo]):
-        self._rules: dict[str, set[ContentRule]] = {}
+        self._rules: dict[str, set[tuple[ContentRule, tuple[str, ...]]]] = {}
         kernels = {kernel.name: kernel for kernel in program.kernels}
         for steps in program.phases.values():
             for step in steps:
                 kernel = kernels[step.kernel]
-                if kernel.op in LAYOUTS:
-                    self._add(kernel, step, tensors)
+                layout = OPERATORS[kernel.op].layout
+                if layout is not None:
+                    self._add(layout, kernel, step, tensors)
 
-    def _add(self, kernel: Kernel, step: Step, tensors: Mapping[str, TensorInfo]) -> None:
-        layout = LAYOUTS[kernel.op]
+    def _add(self, layout: Layout, kernel: Kernel, step: Step, tensors: Mapping[str, TensorInfo]) -> None:
         named = {operand.name: arg.name for operand, arg in zip(OPERATORS[kernel.op].operands, step.args, strict=True)}
         held = {part.name: tensors[named[part.name]].elements for part in layout.parts}
         for part, rule in layout.rules(kernel.params, layout.count_groups(kernel.params, held)).items():
-            self._rules.setdefault(named[part], set()).add(rule)
+            needs = tuple(named[other] for other in rule.needs)
+            self._rules.setdefault(named[part], set()).add((rule, needs))
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the tensors that have a rule."""
         return tuple(self._rules)
 
-    def check(self, name: str, array: np.ndarray) -> None:
-        """Raises FormatError where the array breaks a rule of the tensor `name`."""
-        for rule in self._rules.get(name, ()):
-            wrong = rule.broken(array)
+    def check(self, name: str, array: np.ndarray, tensors: Mapping[str, np.ndarray]) -> None:
+        """Raises FormatError where the array breaks a rule of the tensor `name`. tensors: all, checked."""
+        for rule, needs in self._rules.get(name, ()):
+            wrong = rule.broken(array, *(tensors[other] for other in needs))
             if wrong:
                 raise _error(f"tensor {name!r} {wrong}")

@@ -48,6 +48,9 @@ class Gpu:
         function = _checked(self.driver.cuModuleGetFunction(module, name.encode()))
         attribute = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(self.driver.cuFuncSetAttribute(function, attribute, shared_bytes))
+        # All kernels of a chain must split the L1 alike, or the next one cannot start early.
+        carveout = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        _checked(self.driver.cuFuncSetAttribute(function, carveout, 100))
         return function
 
     def allocate(self, nbytes: int) -> int:
@@ -84,9 +87,10 @@ class Gpu:
 class GpuKernels:
     """Kernels compiled for one target: "sm_XX" (a cubin) or "compute_XX" (PTX, assembled by the driver)."""
 
-    def __init__(self, gpu: Gpu, kernels: dict[KernelSpec, str], target: str):
+    def __init__(self, gpu: Gpu, kernels: dict[KernelSpec, str], target: str, change=lambda text: text):
+        """change: of the headers' texts, to measure what a part of a kernel costs."""
         self._gpu = gpu
-        texts = headers("cuda")
+        texts = {name: change(text) for name, text in headers("cuda").items()}
 
         def compile_one(item):
             spec, name = item

@@ -1,14 +1,14 @@
 """NumPy oracles: what each operator of `operators.OPERATORS` computes, in float64.
 
 `run(op, params, arguments)` takes the arrays that a kernel gets, by argument name (flat, `state`
-included), and returns the contents that every output must have afterwards. Elements that a kernel
+included), and returns the contents that every output must have afterwards, or a function that checks them. Elements that a kernel
 must leave alone keep the value that they had.
 """
 
 import math
 
 import numpy as np
-from gqsa_runtime.layouts import LAYOUTS
+from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -44,9 +44,9 @@ def _read(array, n_tokens, stride, width):
     return _rows(array, n_tokens, stride, width).astype(np.float64)
 
 
-def _linear(op):
+def _linear(layout):
     def compute(p, a, n, position, write):
-        weight = LAYOUTS[op].unpack(a, p).astype(np.float64)
+        weight = layout.unpack(a, p).astype(np.float64)
         total = _read(a["x"], n, p["x_stride"], p["k"]) @ weight.T
         if p.get("accumulate"):
             total = total + _read(a["out"], n, p["out_stride"], p["rows"])
@@ -58,6 +58,56 @@ def _linear(op):
         write("out", total, p["out_stride"])
 
     return compute
+
+
+def _normalized(p, a, x):
+    if p["norm"] == "none":
+        return x
+    if p["norm"] == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x * x).mean(-1, keepdims=True) + p["eps"]) * a["norm_weight"][: p["k"]]
+    return x + a["norm_bias"][: p["k"]] if p["norm"] == "layer" else x
+
+
+def _linear_records(p, a, n, position, write):
+    if p["tokens"] == 1:
+        x = _normalized(p, a, _read(a["x"], n, p["x_stride"], p["k"]))
+    else:
+        n_tiles = p["k"] // 64
+        planes = a["planes"][: n * 2 * p["k"]].reshape(n, n_tiles, 2, 64).astype(np.float64)
+        scales = a["ranges"][: n * n_tiles * 2].reshape(n, n_tiles, 2)[..., :1].astype(np.float64)
+        x = ((planes[:, :, 0] * 256 + planes[:, :, 1]) * scales).reshape(n, -1)
+    total = x @ RECORDS.unpack(a, p).astype(np.float64).T
+    if p["bias"]:
+        total = total + a["bias"][: p["rows"]].astype(np.float64)
+    if p["epilogue"] == "gated":
+        total = activate(p["activation"], total[:, : p["out_width"]]) * total[:, p["out_width"] :]
+    else:
+        total = activate(p["activation"], total)
+    if p["residual"]:
+        total = total + _read(a["residual"], n, p["residual_stride"], p["rows"])
+    write("out", total, p["out_stride"])
+
+
+def _quantize(p, a, n, position, write):
+    n_tiles = p["k"] // 64
+    x = _normalized(p, a, _read(a["x"], n, p["x_stride"], p["k"])).reshape(n, n_tiles, 64)
+    scale = np.abs(x).max(2, keepdims=True) / 32639
+
+    def check_planes(actual):
+        planes = actual[: n * 2 * p["k"]].reshape(n, n_tiles, 2, 64).astype(np.int64)
+        q = planes[:, :, 0] * 256 + planes[:, :, 1]
+        assert np.abs(q).max() <= 32639
+        np.testing.assert_allclose(q, x / scale, atol=0.55)  # half a step, and f32's rounding of a norm
+        assert (actual[n * 2 * p["k"] :] == a["planes"][n * 2 * p["k"] :]).all()
+
+    def check_ranges(actual):
+        ranges = actual[: n * n_tiles * 2].reshape(n, n_tiles, 2)
+        np.testing.assert_allclose(ranges[..., 0], scale[..., 0], rtol=1e-5)
+        np.testing.assert_allclose(ranges[..., 1], (x / scale).sum(2), atol=33)
+        assert (actual[n * n_tiles * 2 :] == a["ranges"][n * n_tiles * 2 :]).all()
+
+    return {"planes": check_planes, "ranges": check_ranges}
 
 
 def _embedding(p, a, n, position, write):
@@ -155,7 +205,10 @@ _ORACLES = {
     "embedding": _embedding,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
-    **{op: _linear(op) for op in LAYOUTS},
+    "linear_dense": _linear(DENSE_F16),
+    "linear_sparse": _linear(GROUP_WORDS),
+    "linear_records": _linear_records,
+    "quantize": _quantize,
     "kv_append": _kv_append,
     "attention": _attention,
     "gated_activation": _gated_activation,
@@ -180,5 +233,5 @@ def run(op, params, arguments):
         _rows(result[start:], rows.shape[0], stride, rows.shape[1])[:] = rows
         outputs[name] = result
 
-    _ORACLES[op](params, arguments, _tokens(params, state), int(state[1]), write)
-    return outputs
+    checks = _ORACLES[op](params, arguments, _tokens(params, state), int(state[1]), write)
+    return outputs | (checks or {})

@@ -12,6 +12,7 @@ from pathlib import Path
 import jinja2
 from gqsa_runtime.operators import OPERATORS
 
+from gqsac.compiler.cuda_launch import constants
 from gqsac.compiler.kernel_spec import KernelSpec
 
 
@@ -35,6 +36,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.filters["f32"] = lambda value: f"{float(value)!r}f"  # 1e-05 -> 1e-05f
+    environment.filters["norm"] = lambda value: {"none": "NO_NORM", "rms": "RMS_NORM", "layer": "LAYER_NORM"}[value]
     environment.filters["flag"] = lambda value: "1" if value else "0"
     return environment
 
@@ -45,6 +47,8 @@ def render(target: str, spec: KernelSpec, name: str) -> str:
     params = dict(spec.params)
     pointers = OPERATORS[spec.op].pointers(target, params)
     operands = {"signature": _signature(pointers)} if target == "cuda" else {"arguments": _struct(pointers)}
+    if target == "cuda":
+        operands["geometry"] = constants(spec)
     template = _environment().get_template(f"{target}/{spec.op}.{suffix}.j2")
     return template.render(name=name, **operands, **params)
 

@@ -3,10 +3,10 @@
 from gqsa_runtime.layouts.base import ContentRule, Layout, Part
 from gqsa_runtime.layouts.dense_f16 import DenseF16
 from gqsa_runtime.layouts.group_words import GroupWords
+from gqsa_runtime.layouts.records import Records
 
-DENSE_F16, GROUP_WORDS = DenseF16(), GroupWords()
+DENSE_F16, GROUP_WORDS, RECORDS = DenseF16(), GroupWords(), Records()
 
-# Operator -> the layout that its kernels read.
-LAYOUTS: dict[str, Layout] = {layout.op: layout for layout in (DENSE_F16, GROUP_WORDS)}
+LAYOUTS: tuple[Layout, ...] = (DENSE_F16, GROUP_WORDS, RECORDS)
 
-__all__ = ["DENSE_F16", "GROUP_WORDS", "LAYOUTS", "ContentRule", "Layout", "Part"]
+__all__ = ["DENSE_F16", "GROUP_WORDS", "LAYOUTS", "RECORDS", "ContentRule", "Layout", "Part"]

@@ -30,10 +30,15 @@ class Part:
 
 
 class ContentRule(ABC):
-    """What must be true of the numbers in an index tensor; rules with the same fields are equal."""
+    """What must be true of the numbers in an index tensor; rules with the same fields are equal.
+
+    needs: parts of the linear that the rule compares the array with.
+    """
+
+    needs: tuple[str, ...] = ()
 
     @abstractmethod
-    def broken(self, array: np.ndarray) -> str | None:
+    def broken(self, array: np.ndarray, *needed: np.ndarray) -> str | None:
         """How the array breaks the rule, in words that follow the tensor's name, or None."""
 
 
@@ -43,7 +48,7 @@ class Layout(ABC):
     op: the operator whose kernels read it, also the name of their templates. parts: its tensors, in the
     order of the kernels' arguments. constants: what of the operator's constants it adds to a linear's.
     headers: of the algorithm, by family. compressed: whether its weights are quantised. n_groups: what
-    follows from the content alone, 0 where nothing does.
+    follows from the content alone, as the layout counts it, 0 where nothing does.
     """
 
     op: str

@@ -26,6 +26,9 @@ struct alignas(16) float4 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(8) float2 {
+    float x, y;
+};
 struct alignas(8) uint2 {
     unsigned x, y;
 };
@@ -36,6 +39,7 @@ void* dynamic_shared();
 void block_barrier();
 void warp_barrier();
 unsigned exchange(unsigned value, int source, bool relative);  // value of lane source, or own lane ^ source
+void gather(const unsigned* values, int count, unsigned (*all)[8]);  // of the warp's lanes, [32][8]
 void check_alignment(const void* address, std::size_t bytes);
 }  // namespace emulation
 
@@ -90,5 +94,46 @@ inline T load_streaming(const T* address) {
     emulation::check_alignment(address, sizeof(T));
     return *address;
 }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int round_to_int(float value) { return static_cast<int>(std::nearbyint(value)); }
+
+// One mma: each lane shows its fragments and multiplies what its four elements of D need.
+template <int HALVES>
+inline void mma(int* d, const unsigned* a, const unsigned* b) {
+    unsigned mine[8] = {}, all[32][8];
+    for (int i = 0; i < 2 * HALVES; ++i) mine[i] = a[i];
+    for (int i = 0; i < HALVES; ++i) mine[4 + i] = b[i];
+    emulation::gather(mine, 8, all);
+    const int lane = threadIdx.x % 32, pair = lane / 4, quarter = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+        const int row = i / 2, column = 2 * quarter + i % 2;
+        for (int h = 0; h < HALVES; ++h)
+            for (int q = 0; q < 4; ++q)
+                for (int e = 0; e < 4; ++e) {
+                    const unsigned char left = all[pair * 4 + q][2 * h + row] >> 8 * e;
+                    const signed char right = all[column * 4 + q][4 + h] >> 8 * e;
+                    d[i] += left * right;
+                }
+    }
+}
+inline void mma_32(int* d, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    const unsigned a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+    mma<2>(d, a, b);
+}
+inline void mma_16(int* d, unsigned a0, unsigned a1, unsigned b0) {
+    const unsigned a[2] = {a0, a1};
+    mma<1>(d, a, &b0);
+}
+
+#define GQSA_BULK_COPY 0
+inline void copy_16(void* to, const void* from) {
+    emulation::check_alignment(to, 16);
+    emulation::check_alignment(from, 16);
+    std::memcpy(to, from, 16);
+}
+inline void copy_commit() {}
+template <int LATER>
+inline void copy_wait() {}
+
 inline void wait_for_inputs() {}
 inline void let_dependents_start() {}

@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 #include <ucontext.h>
+#include <utility>
 #include <vector>
 
 #include "cuda_shim.h"
@@ -17,7 +18,7 @@ Dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace {
 
 constexpr int WARP = 32;
-constexpr std::size_t STACK_BYTES = 128 * 1024, SHARED_BYTES = 100 * 1024, GUARD_BYTES = 4096;
+constexpr std::size_t STACK_BYTES = 128 * 1024, SHARED_BYTES = 164 * 1024, GUARD_BYTES = 4096;
 enum State { READY, AT_WARP_BARRIER, AT_BLOCK_BARRIER, DONE };
 
 struct Fiber {
@@ -37,29 +38,29 @@ struct Kernel {
 alignas(64) unsigned char shared[SHARED_BYTES + GUARD_BYTES];
 std::vector<Fiber> fibers;
 std::vector<unsigned> slots;  // [2, threads]: values on exchange, of even and odd exchanges
+std::vector<unsigned> wide_slots;  // [2, threads, 8]: the same for fragments
 int threads, current, live;
 jmp_buf scheduler;
 std::string problem;
 
+template <std::size_t... I>
+void call_with(std::index_sequence<I...>) {
+    using Function = void (*)(decltype(I, static_cast<void*>(nullptr))...);
+    reinterpret_cast<Function>(kernel.function)(kernel.arguments[I]...);
+}
+
+template <int COUNT>
+void call_counted() {
+    if (kernel.count == COUNT)
+        call_with(std::make_index_sequence<COUNT>());
+    else if constexpr (COUNT > 0)
+        call_counted<COUNT - 1>();
+}
+
 void call() {
-    void** a = kernel.arguments;
-    using P = void*;
-    switch (kernel.count) {
-        case 3: reinterpret_cast<void (*)(P, P, P)>(kernel.function)(a[0], a[1], a[2]); break;
-        case 4: reinterpret_cast<void (*)(P, P, P, P)>(kernel.function)(a[0], a[1], a[2], a[3]); break;
-        case 5: reinterpret_cast<void (*)(P, P, P, P, P)>(kernel.function)(a[0], a[1], a[2], a[3], a[4]); break;
-        case 6:
-            reinterpret_cast<void (*)(P, P, P, P, P, P)>(kernel.function)(a[0], a[1], a[2], a[3], a[4], a[5]);
-            break;
-        case 7:
-            reinterpret_cast<void (*)(P, P, P, P, P, P, P)>(kernel.function)(a[0], a[1], a[2], a[3], a[4], a[5], a[6]);
-            break;
-        case 9:
-            reinterpret_cast<void (*)(P, P, P, P, P, P, P, P, P)>(kernel.function)(a[0], a[1], a[2], a[3], a[4], a[5],
-                                                                                  a[6], a[7], a[8]);
-            break;
-        default: problem = "no kernel has " + std::to_string(kernel.count) + " arguments";
-    }
+    constexpr int MOST = 24;
+    if (kernel.count > MOST) problem = "no kernel has " + std::to_string(kernel.count) + " arguments";
+    call_counted<MOST>();
 }
 
 void release_block() {
@@ -158,6 +159,14 @@ unsigned exchange(unsigned value, int source, bool relative) {
     return set[relative ? current ^ source : current / WARP * WARP + source % WARP];
 }
 
+void gather(const unsigned* values, int count, unsigned (*all)[8]) {
+    // Two sets, as for exchanges.
+    unsigned* const set = wide_slots.data() + fibers[current].exchanges++ % 2 * threads * 8;
+    std::memcpy(set + current * 8, values, count * sizeof *values);
+    yield(AT_WARP_BARRIER);
+    std::memcpy(all, set + current / WARP * WARP * 8, WARP * 8 * sizeof *values);
+}
+
 void check_alignment(const void* address, std::size_t bytes) {
     if (reinterpret_cast<std::uintptr_t>(address) % bytes) problem = "a load is not aligned to its size";
 }
@@ -178,6 +187,7 @@ extern "C" const char* emulation_launch(void* function, void** arguments, int co
     while (fibers.size() < block) fibers.push_back({READY, false, 0, {}, std::make_unique<char[]>(STACK_BYTES)});
     fibers.resize(block);
     slots.assign(2 * block, 0);
+    wide_slots.assign(16 * block, 0);
     for (unsigned y = 0; y < grid[1] && problem.empty(); ++y)
         for (unsigned x = 0; x < grid[0] && problem.empty(); ++x) {
             blockIdx = {x, y, 0};

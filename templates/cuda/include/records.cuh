@@ -1,0 +1,194 @@
+// Records: 16 rows by up to 4 tiles of 64 columns, multiplied on the tensor cores' 8-bit integers; the bytes are
+// described in gqsa_runtime/layouts/records.py. lane = 4 * pair + quarter: rows pair and pair + 8 of the block,
+// columns 16 * quarter .. + 15 of a tile.
+//
+// Activations are 16-bit integers q with a scale per token and tile: two planes of bytes, high and low (signed,
+// 256 * high + low = q). Levels are masked out of their bytes, never shifted: what stands higher is a class of its
+// own, whose sums are put right at the end. All sums within a tile are exact integers, so neither the order nor
+// the number of tokens matters; only sums over tiles round, in f32.
+#pragma once
+#include "common.cuh"
+
+constexpr int TILE = 64, TILES = 4;
+constexpr float Q_MAX = 32639.0f;  // 127 * 256 + 127: its high byte is still a signed one
+
+// A record in shared memory.
+struct Record {
+    const unsigned char* bytes;
+
+    __device__ __forceinline__ int tile(int slot) const {
+        return reinterpret_cast<const unsigned short*>(bytes)[slot];
+    }
+    __device__ __forceinline__ unsigned kind() const { return reinterpret_cast<const unsigned*>(bytes)[2]; }
+};
+
+// What one lane holds of a tile: its group's levels of both rows, as words in the order of mma fragments.
+template <int WIDTH>
+struct Groups {
+    // Sums of a tile or a record come in CLASSES parts, class c times 2^SHIFT(c).
+    static constexpr int WIDTH_ = WIDTH;
+    static constexpr int CLASSES = WIDTH == 8 ? 1 : WIDTH == 4 ? 2 : WIDTH == 3 ? 3 : 4;
+    static constexpr int SHIFT = WIDTH == 4 ? 4 : 2;
+    static constexpr int WORDS = WIDTH == 8 ? 4 : WIDTH == 4 ? 2 : 1;  // of a row
+    static constexpr int ENTRY_BYTES = 2 * WIDTH;
+
+    unsigned row[2][WORDS];  // 1 bit: of both rows in row[0]
+    unsigned high;           // 3 bits: the high bits of both rows
+
+    // values: of a whole tile.
+    __device__ __forceinline__ void load(const unsigned char* values, int lane) {
+        if constexpr (WIDTH == 8) {
+            copy(reinterpret_cast<const uint4*>(values)[lane], row[0]);
+            copy(reinterpret_cast<const uint4*>(values)[WARP + lane], row[1]);
+        } else if constexpr (WIDTH == 4) {
+            unsigned four[4];
+            copy(reinterpret_cast<const uint4*>(values)[lane], four);
+            row[0][0] = four[0], row[0][1] = four[1], row[1][0] = four[2], row[1][1] = four[3];
+        } else if constexpr (WIDTH == 1) {
+            row[0][0] = reinterpret_cast<const unsigned*>(values)[lane];
+        } else {
+            const uint2 two = reinterpret_cast<const uint2*>(values)[lane];
+            row[0][0] = two.x, row[1][0] = two.y;
+            if constexpr (WIDTH == 3) high = reinterpret_cast<const unsigned*>(values + WARP * 8)[lane];
+        }
+    }
+
+    // kept: a bit per lane for each row. zeros: of both rows, a nibble each; removed groups have the level of
+    // their zero throughout, which is a weight of 0. values moves on past the tile's kept groups.
+    __device__ __forceinline__ void load_masked(const unsigned char*& values, const unsigned* kept, unsigned zeros,
+                                                int lane) {
+        constexpr unsigned EACH = WIDTH == 8 ? 0x01010101u : WIDTH == 4 ? 0x11111111u : 0x55555555u;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const unsigned zero = zeros >> 4 * r & 15;
+            const unsigned removed = EACH * (WIDTH == 8 ? zero << 4 : zero >> (4 - WIDTH) % 32);
+            const unsigned before = kept[r] & ((1u << lane) - 1);
+            const unsigned char* entry = values + __popc(before) * ENTRY_BYTES;
+#pragma unroll
+            for (int i = 0; i < WORDS; ++i) row[r][i] = removed;
+            if (kept[r] >> lane & 1) {
+                if constexpr (WIDTH == 8) copy(*reinterpret_cast<const uint4*>(entry), row[r]);
+                if constexpr (WIDTH == 4) {
+                    const uint2 two = *reinterpret_cast<const uint2*>(entry);
+                    row[r][0] = two.x, row[r][1] = two.y;
+                }
+                if constexpr (WIDTH == 2) row[r][0] = *reinterpret_cast<const unsigned*>(entry);
+            }
+            values += __popc(kept[r]) * ENTRY_BYTES;
+        }
+    }
+
+    // sums [CLASSES][4] += levels times activations; x: the four words of a plane that this lane's column of B has.
+    __device__ __forceinline__ void multiply(const unsigned* x, int (*sums)[4]) const {
+        if constexpr (WIDTH == 8) {
+            mma_32(sums[0], row[0][0], row[1][0], row[0][1], row[1][1], x[0], x[1]);
+            mma_32(sums[0], row[0][2], row[1][2], row[0][3], row[1][3], x[2], x[3]);
+        } else if constexpr (WIDTH == 4) {
+            constexpr unsigned LOW = 0x0f0f0f0fu, HIGH = 0xf0f0f0f0u;
+            mma_32(sums[0], row[0][0] & LOW, row[1][0] & LOW, row[0][1] & LOW, row[1][1] & LOW, x[0], x[1]);
+            mma_32(sums[1], row[0][0] & HIGH, row[1][0] & HIGH, row[0][1] & HIGH, row[1][1] & HIGH, x[2], x[3]);
+        } else if constexpr (WIDTH == 3) {
+            const unsigned raised = high << 2;
+#pragma unroll
+            for (int s = 0; s < 3; ++s) {
+                const unsigned low = 0x03030303u << 2 * s, bit = 0x04040404u << 2 * s;
+                mma_16(sums[s], row[0][0] & low | raised & bit, row[1][0] & low | raised >> 1 & bit, x[s]);
+            }
+            mma_16(sums[0], row[0][0] >> 6 & 0x03030303u | high >> 4 & 0x04040404u,
+                   row[1][0] >> 6 & 0x03030303u | high >> 5 & 0x04040404u, x[3]);
+        } else {
+            constexpr unsigned LEVEL = WIDTH == 2 ? 0x03030303u : 0x01010101u;
+            const unsigned second = WIDTH == 2 ? row[1][0] : row[0][0] >> 1;
+#pragma unroll
+            for (int s = 0; s < 4; ++s) mma_16(sums[s], row[0][0] & LEVEL << 2 * s, second & LEVEL << 2 * s, x[s]);
+        }
+    }
+
+    // The levels' sum from its classes: element i of a lane's four.
+    static __device__ __forceinline__ int total(const int (*sums)[4], int i) {
+        int sum = sums[0][i];
+#pragma unroll
+        for (int c = 1; c < CLASSES; ++c) sum += sums[c][i] >> SHIFT * c;
+        return sum;
+    }
+
+private:
+    static __device__ __forceinline__ void copy(uint4 from, unsigned* to) {
+        to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
+    }
+};
+
+// Scales and zeros of one tile slot of a record, for rows pair and pair + 8.
+struct Steps {
+    float scale[2];
+    int zero[2];
+
+    __device__ __forceinline__ Steps(const unsigned char* fields, int n_tiles, int slot, int pair) {
+        const unsigned both = reinterpret_cast<const unsigned*>(fields)[slot * 8 + pair];
+        const unsigned nibbles = fields[32 * n_tiles + slot * 8 + pair];
+        scale[0] = half_to_float(both & 0xffff), scale[1] = half_to_float(both >> 16);
+        zero[0] = nibbles & 15, zero[1] = nibbles >> 4;
+    }
+
+    // scale * (levels - zero) . x for row half r; sums of q in sixteenths of the width's range are exact.
+    template <int WIDTH>
+    __device__ __forceinline__ float product(int r, int high, int low, float2 range) const {
+        const int levels = high * 256 + low, q_sum = static_cast<int>(range.y);
+        const int steps = WIDTH == 8 ? levels - (zero[r] << 4) * q_sum : (levels << (4 - WIDTH) % 32) - zero[r] * q_sum;
+        constexpr float STEP = WIDTH == 8 ? 1.0f : 1.0f / (1 << (4 - WIDTH) % 32);
+        return static_cast<float>(steps) * (scale[r] * (range.x * STEP));
+    }
+};
+
+// Bytes of the scales and zeros of n tiles.
+__device__ __forceinline__ constexpr int fields_bytes(int n) { return 32 * n + ceil_div(8 * n, 16) * 16; }
+
+// Whether two sets of widths have one element together.
+__device__ __forceinline__ constexpr bool one_kind(int widths, int masked_widths) {
+    return (widths & (widths - 1)) == 0 && (masked_widths & (masked_widths - 1)) == 0 && !(widths && masked_widths);
+}
+
+// Reads a record. C: WIDTHS, MASKED_WIDTHS (bit w is set where records of w bits occur; code for others is not made) and WHOLE (all
+// records have four tiles). body(kind, n, fields, load) is called once; kind is a Groups<W> to tell the width by,
+// load(t) gives the groups of tile t and is called for each t < n in turn.
+template <class C, class Body>
+__device__ __forceinline__ void with_record(Record record, int lane, Body body) {
+    const unsigned kind = C::WHOLE && one_kind(C::WIDTHS, C::MASKED_WIDTHS) ? 0 : record.kind();
+    const int width = kind & 0xff, n = C::WHOLE ? TILES : kind >> 8 & 0xff;
+    const auto whole = [&](auto of_width) {
+        using G = decltype(of_width);
+        const unsigned char* const steps = record.bytes + 16;
+        const unsigned char* const values = steps + fields_bytes(n);
+        body(of_width, n, steps, [&](int t) {
+            G groups;
+            groups.load(values + t * (G::ENTRY_BYTES * 2 * WARP), lane);
+            return groups;
+        });
+    };
+    const auto masked = [&](auto of_width) {
+        using G = decltype(of_width);
+        const uint2* const mask = reinterpret_cast<const uint2*>(record.bytes + 16);
+        const unsigned char* const steps = record.bytes + 48;
+        const unsigned char* values = steps + fields_bytes(n);
+        body(of_width, n, steps, [&](int t) {
+            G groups;
+            const uint2 kept = mask[t];
+            const unsigned both[2] = {kept.x, kept.y};
+            groups.load_masked(values, both, steps[32 * n + 8 * t + lane / 4], lane);
+            return groups;
+        });
+    };
+    if (C::MASKED_WIDTHS && (!C::WIDTHS || (kind >> 16 & 0xff))) {
+        constexpr int ALONE = one_kind(C::MASKED_WIDTHS, 0);
+        if ((C::MASKED_WIDTHS & 1 << 4) && (ALONE || width == 4)) masked(Groups<4>());
+        if ((C::MASKED_WIDTHS & 1 << 2) && (ALONE || width == 2)) masked(Groups<2>());
+        if ((C::MASKED_WIDTHS & 1 << 8) && (ALONE || width == 8)) masked(Groups<8>());
+        return;
+    }
+    constexpr int ALONE = one_kind(C::WIDTHS, 0);
+    if ((C::WIDTHS & 1 << 4) && (ALONE || width == 4)) whole(Groups<4>());
+    if ((C::WIDTHS & 1 << 3) && (ALONE || width == 3)) whole(Groups<3>());
+    if ((C::WIDTHS & 1 << 2) && (ALONE || width == 2)) whole(Groups<2>());
+    if ((C::WIDTHS & 1 << 1) && (ALONE || width == 1)) whole(Groups<1>());
+    if ((C::WIDTHS & 1 << 8) && (ALONE || width == 8)) whole(Groups<8>());
+}

@@ -1,0 +1,129 @@
+"""Kernel cases of the operators over records: linear_records and quantize."""
+
+import numpy as np
+from gqsa_runtime.layouts import RECORDS
+from gqsa_runtime.layouts.records import make_plan
+
+from gqsac.compiler.kernel_spec import KernelSpec
+from tests.unit.random_matrices import random_keep, random_matrix
+
+TILE = 64
+
+
+def _source(p, pattern, seed):
+    rows, k = p["rows"], p["k"]
+    rng = np.random.default_rng(seed)
+    widths = rng.choice([0, 1, 2, 3, 4, 8], rows) if p["width"] == "mixed" else p["width"]
+    pairs = None
+    if p["epilogue"] == "gated":
+        pairs = np.stack([np.arange(rows // 2), np.arange(rows // 2) + rows // 2], 1)
+        widths = widths if np.isscalar(widths) else np.tile(widths[: rows // 2], 2)
+    matrix = random_matrix(rows, k, widths, random_keep(rows, k, pattern, seed), seed=seed, scale=k**-0.5)
+    return matrix, make_plan(matrix.row_bits, k, matrix.keep, pairs)
+
+
+def _linear_records(helpers, pattern, offset):
+    def fill(rng, p, case):
+        source = _source({**p, "width": case.extra}, pattern, len(case.name))
+        assert source[1].constants.items() <= p.items()
+        filled = case.name.endswith("aliased")
+        out = helpers.activations(rng, case, p, p["out_stride"], p["out_width"], filled=filled)
+        dtypes = {"i8": np.int8, "i32": np.int32}
+        arguments = dict(helpers.fill_epilogue(rng, p, case, out))
+        arguments |= {
+            part.name: helpers.array(RECORDS.pack(part.name, source, p), dtypes[part.dtype]) for part in RECORDS.parts
+        }
+        several = p["tokens"] > 1
+        arguments |= {"x": None, "planes": None, "ranges": None, "norm_weight": None, "norm_bias": None, "out": out}
+        if several:
+            n_tiles = p["k"] // TILE
+            q = rng.integers(-32639, 32640, (case.max_tokens, n_tiles, TILE))
+            ranges = np.stack([(rng.random(q.shape[:2]) + 0.5) / 20000, q.sum(2)], 2).astype(np.float32)
+            # What lies behind the last token is never read.
+            ranges[case.n_tokens :] = np.nan
+            arguments["planes"] = helpers.array(_planes(q), np.int8)
+            arguments["ranges"] = helpers.array(ranges, np.float32)
+        else:
+            arguments["x"] = helpers.activations(rng, case, p, p["x_stride"], p["k"], offset)
+            if p["norm"] != "none":
+                arguments["norm_weight"] = helpers.normal(rng, p["k"])
+            if p["norm"] == "layer":
+                arguments["norm_bias"] = helpers.normal(rng, p["k"])
+        return arguments
+
+    return fill
+
+
+def _planes(q):
+    """int8 [..., 2, 64] of integers [..., 64]."""
+    high = q + 128 >> 8
+    return np.stack([high, q - 256 * high], -2).astype(np.int8)
+
+
+def _quantize(helpers):
+    def fill(rng, p, case):
+        n_tiles = p["k"] // TILE
+        return {
+            "x": helpers.activations(rng, case, p, p["x_stride"], p["k"], scale=3.0),
+            "norm_weight": helpers.normal(rng, p["k"]) if p["norm"] != "none" else None,
+            "norm_bias": helpers.normal(rng, p["k"]) if p["norm"] == "layer" else None,
+            "planes": helpers.output(case.max_tokens * n_tiles * 2 * TILE, np.int8),
+            "ranges": helpers.output(case.max_tokens * n_tiles * 2, np.float32),
+        }
+
+    return fill
+
+
+def make_cases(Case, helpers):
+    """All cases. helpers: the array makers of tests.kernels.cases."""
+    base = {
+        "tokens": 1, "rows": 37, "k": 576, "bias": False, "activation": "none", "residual": False, "norm": "none",
+        "eps": 1e-5, "epilogue": "rows",
+    }  # fmt: skip
+
+    def case(name, width=4, pattern="all", offset=0, n_tokens=1, **changes):
+        p = {**base, **changes}
+        out_width = p["rows"] // (2 if p["epilogue"] == "gated" else 1)
+        p = {"x_stride": p["k"], "out_stride": out_width, "residual_stride": out_width, "out_width": out_width, **p}
+        full_name = f"linear_records/{name}"
+        _, plan = _source({**p, "width": width}, pattern, len(full_name))
+        spec = KernelSpec.make("linear_records", **p, **plan.constants)
+        fill = _linear_records(helpers, pattern, offset)
+        # 16-bit activations: an error of 2^-16 of a tile's largest in each, over sums of about 1.
+        return Case(full_name, spec, fill, n_tokens, 3, 16, 64, atol=1.5e-4 if p["tokens"] == 1 else 5e-5, extra=width)
+
+    several = {"tokens": 8, "n_tokens": 13}
+    for width in (1, 2, 3, 4, 8, "mixed"):
+        yield case(f"w{width}", width)
+        yield case(f"w{width}_tile", width, **several)
+    for width in (2, 4, 8):
+        for pattern in ("groups", "tiles", "skewed"):
+            yield case(f"w{width}_{pattern}", width, pattern)
+        yield case(f"w{width}_groups_tile", width, "groups", **several)
+    yield case("empty", pattern="empty", bias=True)
+    yield case("empty_tile", pattern="empty", bias=True, **several)
+    yield case("k64", k=64)
+    yield case("k4096", k=4096, rows=40, norm="rms")
+    yield case("k11008", pattern="groups", k=11008, rows=33, residual=True)
+    yield case("many_rows", k=64, rows=16 * 300, width=2)
+    yield case("many_rows_tile", k=64, rows=16 * 300, width=2, tokens=8, n_tokens=2)
+    yield case("unaligned_x", offset=3, norm="rms")
+    for norm in ("rms", "layer"):
+        yield case(f"norm_{norm}", norm=norm, k=640)
+    for activation in ("relu", "silu", "gelu", "gelu_tanh"):
+        yield case(f"epilogue_{activation}", activation=activation, bias=True, residual=True, residual_stride=41)
+    yield case("residual_aliased", residual=True)
+    yield case("tile_residual_aliased", residual=True, **several)
+    for tokens in (2, 4, 8):
+        for n_tokens in (1, 2, 5, 16):
+            yield case(f"tile{tokens}_tokens_{n_tokens}", tokens=tokens, n_tokens=n_tokens, bias=True, out_stride=45)
+    yield case("gated", rows=72, epilogue="gated", activation="silu", norm="rms")
+    yield case("gated_mixed_bias", "mixed", rows=72, epilogue="gated", activation="silu", bias=True)
+    yield case("gated_tile", pattern="groups", rows=72, epilogue="gated", activation="gelu", **several)
+
+    for norm in ("none", "rms", "layer"):
+        for k in (64, 576, 4096):
+            for tokens, n_tokens in ((1, 1), (8, 13)):
+                p = {"tokens": tokens, "k": k, "x_stride": k + 4, "norm": norm, "eps": 1e-5}
+                name = f"quantize/{norm}_k{k}{'_tile' if tokens > 1 else ''}"
+                yield Case(name, KernelSpec.make("quantize", **p), _quantize(helpers), n_tokens, 3, 16, 64)
