@@ -93,9 +93,9 @@ def test_multi_stream_linears_compute_what_transformers_computes(tmp_path, sourc
 def test_a_linear_that_lost_all_groups(built, tmp_path):
     folder = shutil.copytree(built("llama")[0], tmp_path / "empty")
     tensors = load_file(folder / "model.safetensors")
-    stem = "model.layers.1.self_attn.o_proj.streams.0."
-    tensors[stem + "crow_indices"][:] = 0
-    for part in ("col_indices", "values", "scales", "zeros"):
+    stem = "model.layers.1.self_attn.o_proj."
+    tensors[stem + "keep"][:] = 0
+    for part in ("levels.4", "scales", "zeros"):
         tensors[stem + part] = tensors[stem + part][:0]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     succeed("build", folder, "-o", tmp_path / "empty.gqsa", "--target", TARGET, "--kv-dtype", "f32")
