@@ -81,8 +81,12 @@ def load_linears(name: str, linears: dict, stored: dict[str, np.ndarray], option
 def load_dense(model, stored: dict[str, np.ndarray]) -> None:
     """Puts stored dense tensors (norms, biases, …) into a model that has them by those names."""
     own = model.state_dict()
+    compressed = {name.rpartition(".levels.")[0] for name in stored if ".levels." in name}
     for name, array in stored.items():
-        if name in own:
+        module, _, part = name.rpartition(".")
+        # A linear in training has buffers of its own that are called as parts of its stored form are.
+        of_linear = module in compressed and codec.TENSORS.fullmatch(part)
+        if name in own and not of_linear:
             own[name].copy_(torch.from_numpy(array))
 
 
