@@ -38,7 +38,7 @@ class _Stored:
 
 
 class Checkpoint:
-    """An open model folder. Make one with `Checkpoint.open`.
+    """An open model folder. Make one with `Checkpoint.open`, which also reads compressed-tensors' `pack-quantized`.
 
     config: the parsed config.json. quantization: of a compressed checkpoint, else None.
     """
@@ -85,6 +85,10 @@ class Checkpoint:
             raise ModelError(f"{path} holds no config.json; expected a model folder in Hugging Face layout")
         config = read_json(path / "config.json")
         raw = config.get("quantization_config")
+        if isinstance(raw, dict) and raw.get("quant_method") == "compressed-tensors":
+            from gqsac.compressed_tensors import PackedCheckpoint  # which is a Checkpoint
+
+            return PackedCheckpoint(path, config, weight_files(path))
         quantization = None if raw is None else QuantizationConfig.from_dict(raw, str(path / "config.json"))
         return cls(path, config, quantization, weight_files(path))
 
@@ -117,6 +121,16 @@ class Checkpoint:
 
         with _opened(stored.file, "pt") as handle:
             return handle.get_tensor(name).to(torch.float32).numpy()
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the folder says that it holds compressed linears."""
+        return self.quantization is not None
+
+    def parts_of(self, module: str) -> list[str]:
+        """Names of the tensors that a compressed linear is stored as."""
+        self._header(module)
+        return [f"{module}.{part}" for part in self._parts[module]]
 
     def is_compressed(self, module: str) -> bool:
         """Whether the linear at this path is stored compressed."""
