@@ -1,6 +1,7 @@
 """Writes a compressed checkpoint with random weights of a known model's shapes, to measure speed with.
 
     python benchmarks/random_checkpoint.py llama-7b out/ --sparsity 0.5
+    python benchmarks/random_checkpoint.py llama-7b out/ --sparsity 0.5 --quant-group-size 64 --tiles
     python benchmarks/random_checkpoint.py path/to/config.json out/ --bits 2 --group-size 64 --skew 0.5
 
 The text it generates is noise; shapes, bytes and the spread of groups over rows are what matter. Weights are
@@ -22,11 +23,15 @@ import torch
 from tqdm import tqdm
 
 import gqsac
-from gqsac.bsr import BITS, GROUP_SIZES, BsrStream
+from gqsac import codec
+from gqsac.bsr import GROUP_SIZES, unpack_values
 from gqsac.compress.blocks import find_blocks, linears_of
-from gqsac.compress.write import ShardWriter, stream_tensors, write_json
+from gqsac.compress.write import ShardWriter, write_json
 from gqsac.errors import GqsaError, InputError
 from gqsac.quantization_config import QuantizationConfig
+from gqsac.quantized_matrix import QUANT_GROUP_SIZES, ROW_BITS, ZERO_STEPS, QuantizedMatrix
+
+TILE = (16, 64)  # rows, columns
 
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
@@ -77,17 +82,35 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def random_checkpoint(model: str, out, *, bits=4, group_size=16, sparsity=0.5, skew=0.0, seed=0, progress=True) -> Path:
+def random_checkpoint(
+    model: str,
+    out,
+    *,
+    bits=4,
+    group_size=16,
+    quant_group_size=None,
+    sparsity=0.5,
+    skew=0.0,
+    tiles=False,
+    seed=0,
+    progress=True,
+) -> Path:
     """Writes the folder `out` whole or not at all and returns its path.
 
-    model: a key of CONFIGS or the path of a config.json. skew: standard deviation of the logarithm of a row's
-    share of the kept groups; 0 gives all rows the same number, 1 gives some rows none and some all.
+    model: a key of CONFIGS or the path of a config.json. quant_group_size: columns that share a scale, by default a
+    group's. skew: standard deviation of the logarithm of a row's share of the kept groups; 0 gives all rows the same
+    number, 1 gives some rows none and some all. tiles: remove whole tiles of TILE rows and columns, not single groups.
     """
     out = Path(out)
     if out.exists():
         raise InputError(f"{out} exists already; choose another folder or delete it first")
     if not 0 <= sparsity < 1 or skew < 0:
         raise InputError(f"sparsity is {sparsity} and skew {skew}, expected 0 to below 1 and at least 0")
+    quant_group_size = quant_group_size or group_size
+    if quant_group_size % group_size and group_size % quant_group_size:
+        raise InputError(f"groups of {quant_group_size} columns that share a scale do not fit groups of {group_size}")
+    if tiles and TILE[1] % group_size:
+        raise InputError(f"a tile of {TILE[1]} columns holds no whole groups of {group_size}; leave the tiles out")
     config = _config(model)
     skeleton = _skeleton(config)
     block_path, blocks = find_blocks(skeleton)
@@ -97,8 +120,9 @@ def random_checkpoint(model: str, out, *, bits=4, group_size=16, sparsity=0.5, s
         for path, linear in linears_of(block, f"{block_path}.{i}", ()).items()
     }
     for name, (_, columns) in linears.items():
-        if columns % group_size:
-            raise InputError(f"{name} has {columns} columns, which groups of {group_size} do not divide")
+        for size in (group_size, quant_group_size, *TILE[1:] * tiles):
+            if columns % size:
+                raise InputError(f"{name} has {columns} columns, which groups of {size} do not divide")
     rng = np.random.default_rng(seed)
     folder = out.parent / f"{out.name}.partial"
     shutil.rmtree(folder, ignore_errors=True)
@@ -108,14 +132,15 @@ def random_checkpoint(model: str, out, *, bits=4, group_size=16, sparsity=0.5, s
     for name, parameter in tqdm(parameters.items(), desc="tensors", disable=None if progress else True):
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in linears:
-            stream = random_stream(rng, *linears[module], bits, group_size, sparsity, skew)
-            writer.add(stream_tensors(module, (stream,)))
+            sizes = bits, group_size, quant_group_size
+            matrix = random_matrix(rng, *linears[module], *sizes, sparsity, skew, tiles)
+            writer.add({f"{module}.{part}": array for part, array in codec.pack(matrix).items()})
         else:
             writer.add({name: _dense(rng, name, tuple(parameter.shape))})
     writer.finish()
     details = {"name": Path(model).stem if model not in CONFIGS else model, "gqsac": gqsac.__version__,
-               "weights": "random", "skew": skew, "seed": seed}  # fmt: skip
-    quantization = QuantizationConfig(bits, group_size, sparsity, (), linears, details)
+               "weights": "random", "skew": skew, "tiles": tiles, "seed": seed}  # fmt: skip
+    quantization = QuantizationConfig(bits, group_size, sparsity, (), linears, details, quant_group_size)
     write_json(folder / "config.json", {**config, "dtype": "float16", "quantization_config": quantization.to_dict()})
     (folder / "tokenizer.json").write_text(_tokenizer_json(config["vocab_size"]), encoding="utf-8")
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
@@ -123,40 +148,49 @@ def random_checkpoint(model: str, out, *, bits=4, group_size=16, sparsity=0.5, s
     return out
 
 
-def random_stream(rng, rows, columns, bits, group_size, sparsity, skew) -> BsrStream:
-    """A stream whose rows keep unequal numbers of groups, as skew says, at random columns.
+def random_matrix(
+    rng, rows, columns, bits, group_size, quant_group_size, sparsity, skew=0.0, tiles=False
+) -> QuantizedMatrix:
+    """A matrix whose rows, or rows of tiles, keep unequal numbers of groups, as skew says, at random columns.
 
     Scales keep the outputs about as large as the inputs.
     """
-    n_groups = columns // group_size
+    if tiles:
+        kept = _random_mask(rng, -(-rows // TILE[0]), columns // TILE[1], sparsity, skew)
+        keep = np.repeat(np.repeat(kept, TILE[0], axis=0)[:rows], TILE[1] // group_size, axis=1)
+    else:
+        keep = _random_mask(rng, rows, columns // group_size, sparsity, skew)
+    share = max(np.count_nonzero(keep), 1) / keep.size
+    # The middle of the levels, and below it at random where a level below is left.
+    shape = (rows, columns // quant_group_size)
+    zeros = np.full(shape, ZERO_STEPS // 2 if bits > 1 else ZERO_STEPS // 4, np.uint8)
+    if bits in (2, 3, 4):
+        zeros -= rng.integers(0, 2, shape, dtype=np.uint8) * np.uint8(ZERO_STEPS >> bits)
+    deviation = 2**bits / np.sqrt(12)  # of uniform levels
+    scale = 1 / (deviation * np.sqrt(columns * share))
+    values = np.frombuffer(rng.bytes(rows * columns * bits // 8), np.uint8)
+    return QuantizedMatrix(
+        group_size=group_size,
+        quant_group_size=quant_group_size,
+        row_bits=np.full(rows, bits, np.uint8),
+        levels=unpack_values(values.reshape(rows, -1), bits, columns),
+        scales=((rng.random(shape, dtype=np.float32) + 0.5) * np.float32(scale)).astype(np.float16),
+        zeros=zeros,
+        keep=None if keep.all() else keep,
+    )
+
+
+def _random_mask(rng, rows, n_groups, sparsity, skew) -> np.ndarray:
+    """bool [rows, n_groups], True where a group is kept."""
     counts = _row_counts(rng, rows, n_groups, sparsity, skew)
-    crow, cols = [np.zeros(1, np.int64)], []
+    keep = np.empty((rows, n_groups), bool)
     for start in range(0, rows, 4096):
         wanted = counts[start : start + 4096]
         keys = rng.integers(0, 1 << 32, (len(wanted), n_groups), dtype=np.uint32)
         ordered = np.sort(keys, axis=1)
         last = np.take_along_axis(ordered, np.maximum(wanted - 1, 0)[:, None], axis=1)
-        keep = (keys <= last) & (wanted > 0)[:, None]
-        crow.append(crow[-1][-1] + np.cumsum(keep.sum(1)))
-        cols.append(np.nonzero(keep)[1].astype(np.int32))
-    col = np.concatenate(cols)
-    nnz, middle = len(col), 1 << (bits - 1)
-    spread = middle / np.sqrt(3)  # standard deviation of uniform levels
-    scale = 1 / (spread * np.sqrt(columns * max(nnz, 1) / (rows * n_groups)))
-    zeros = np.full(nnz, middle, np.uint8)
-    if bits != 8:
-        zeros -= rng.integers(0, 2, nnz, dtype=np.uint8)
-    return BsrStream(
-        rows=rows,
-        columns=columns,
-        group_size=group_size,
-        bits=bits,
-        crow_indices=np.concatenate(crow).astype(np.int32),
-        col_indices=col,
-        values=np.frombuffer(rng.bytes(nnz * group_size * bits // 8), np.uint8).reshape(nnz, -1),
-        scales=(rng.uniform(0.5, 1.5, nnz).astype(np.float32) * scale).astype(np.float16),
-        zeros=zeros,
-    )
+        keep[start : start + 4096] = (keys <= last) & (wanted > 0)[:, None]
+    return keep
 
 
 def _row_counts(rng, rows, n_groups, sparsity, skew) -> np.ndarray:
@@ -223,10 +257,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help=f"config.json, or one of {', '.join(CONFIGS)}")
     parser.add_argument("out", type=Path, help="folder to make")
-    parser.add_argument("--bits", type=int, default=4, choices=BITS)
+    parser.add_argument("--bits", type=int, default=4, choices=ROW_BITS)
     parser.add_argument("--group-size", type=int, default=16, choices=GROUP_SIZES)
+    parser.add_argument(
+        "--quant-group-size", type=int, choices=sorted(QUANT_GROUP_SIZES),
+        help="columns that share a scale; default: the group size",
+    )  # fmt: skip
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--skew", type=float, default=0.0, help="how unequal the rows' kept counts are, 0 to about 1")
+    parser.add_argument("--tiles", action="store_true", help="remove whole tiles of 16 rows and 64 columns")
     parser.add_argument("--seed", type=int, default=0)
     arguments = vars(parser.parse_args())
     started = time.monotonic()

@@ -10,6 +10,7 @@ import numpy as np
 
 GROUP_SIZES = (8, 16, 32, 64, 128)
 BITS = (2, 3, 4, 8)
+_WORDS = {2: "<u4", 4: "<u2"}  # words of as many levels as a byte takes, a level in each byte
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,36 @@ class BsrStream:
 def pack_values(levels: np.ndarray, bits: int) -> np.ndarray:
     """Packs uint8 levels [n, G] into uint8 [n, G * bits / 8].
 
-    2, 4, 8 bits: element i stands at bit i * bits of the little-endian group, lowest first.
+    1, 2, 4, 8 bits: element i stands at bit i * bits of the little-endian group, lowest first.
     3 bits: the plane of the low two bits, packed as 2-bit values, then the plane of the high bit.
     """
     if bits == 3:
-        return np.concatenate([pack_values(levels & 3, 2), np.packbits(levels >> 2, axis=1, bitorder="little")], axis=1)
-    per_byte = 8 // bits
-    parts = levels.reshape(len(levels), levels.shape[1] // per_byte, per_byte).astype(np.uint8)
-    shifts = np.arange(per_byte, dtype=np.uint8) * bits
-    return np.bitwise_or.reduce(parts << shifts, axis=2).astype(np.uint8)
+        return np.concatenate([pack_values(levels & 3, 2), pack_values(levels >> 2, 1)], axis=1)
+    levels = np.ascontiguousarray(levels, np.uint8)
+    if bits == 8:
+        return levels
+    if bits == 1:
+        return np.packbits(levels.ravel(), bitorder="little").reshape(len(levels), levels.shape[1] // 8)
+    # As many levels as a byte takes are one little-endian word: each is shifted down to its place in the lowest byte.
+    words = levels.view(_WORDS[bits])
+    packed = words.astype(np.uint8)
+    for i in range(1, 8 // bits):
+        packed |= (words >> (8 - bits) * i).astype(np.uint8)
+    return packed
 
 
 def unpack_values(values: np.ndarray, bits: int, group_size: int) -> np.ndarray:
     """Inverse of pack_values: uint8 [n, G]."""
     if bits == 3:
         low_bytes = group_size // 4
-        high = np.unpackbits(values[:, low_bytes:], axis=1, bitorder="little")
-        return unpack_values(values[:, :low_bytes], 2, group_size) | (high << 2)
-    shifts = np.arange(8 // bits, dtype=np.uint8) * bits
-    levels = (values[:, :, None] >> shifts) & ((1 << bits) - 1)
-    return levels.reshape(len(values), group_size)
+        high = unpack_values(np.ascontiguousarray(values[:, low_bytes:]), 1, group_size)
+        return unpack_values(np.ascontiguousarray(values[:, :low_bytes]), 2, group_size) | (high << 2)
+    if bits == 8:
+        return values
+    if bits == 1:
+        return np.unpackbits(values.ravel(), bitorder="little").reshape(len(values), group_size)
+    words = spread = values.astype(_WORDS[bits])
+    for i in range(1, 8 // bits):
+        spread = spread | words << (8 - bits) * i
+    spread &= words.dtype.type(int.from_bytes([(1 << bits) - 1] * (8 // bits), "little"))
+    return spread.view(np.uint8)

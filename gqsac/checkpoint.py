@@ -1,13 +1,14 @@
 """Reads model folders in Hugging Face layout, compressed by gqsac or not, one tensor at a time.
 
-A compressed linear MODULE has, in place of `MODULE.weight`, for each stream i the tensors
-`MODULE.streams.<i>.{crow_indices, col_indices, values, scales, zeros}` (see gqsac.bsr.BsrStream).
+A compressed linear MODULE has other tensors in place of `MODULE.weight`: in format version 2 those of gqsac.codec,
+in version 1 BSR streams, see gqsac.stored_streams.
 Nothing is trusted: a damaged or hostile checkpoint gives a FormatError that names the tensor.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,18 +17,14 @@ from gqsa_runtime.errors import FormatError, ModelError
 from gqsa_runtime.layouts.group_words import ZERO_OF_8_BIT
 from safetensors import SafetensorError, safe_open
 
-from gqsac.bsr import BITS, BsrStream
+from gqsac import codec, stored_streams
+from gqsac.bsr import BsrStream
+from gqsac.codec import MatrixHeader
 from gqsac.model_folder import read_json, read_text, weight_files
-from gqsac.quantization_config import QuantizationConfig
+from gqsac.quantization_config import STREAMS_VERSION, QuantizationConfig
+from gqsac.quantized_matrix import QuantizedMatrix
+from gqsac.stored_streams import StreamHeader
 
-STREAM_TENSORS = ("crow_indices", "col_indices", "values", "scales", "zeros")
-_DTYPES = {
-    "crow_indices": ("I32",),
-    "col_indices": ("I16", "I32"),
-    "values": ("U8",),
-    "scales": ("F16",),
-    "zeros": ("U8",),
-}
 _DENSE_DTYPES = ("F16", "F32", "F64", "BF16", "U8", "I8", "I16", "I32", "I64", "BOOL")
 
 
@@ -40,19 +37,8 @@ class _Stored:
     dtype: str  # as safetensors names it, e.g. F16
 
 
-@dataclass(frozen=True)
-class StreamHeader:
-    """What a stream is, without its contents. rows, columns: of the linear. nnz: kept groups."""
-
-    rows: int
-    columns: int
-    group_size: int
-    bits: int
-    nnz: int
-
-
 class Checkpoint:
-    """An open model folder. Make one with `Checkpoint.open`.
+    """An open model folder. Make one with `Checkpoint.open`, which also reads compressed-tensors' `pack-quantized`.
 
     config: the parsed config.json. quantization: of a compressed checkpoint, else None.
     """
@@ -74,9 +60,11 @@ class Checkpoint:
                         )
                     piece = handle.get_slice(name)
                     self._tensors[name] = _Stored(file, tuple(piece.get_shape()), piece.get_dtype())
-        self._streams: dict[str, dict[int, set[str]]] = {}  # module -> stream -> its tensors
+        # Compressed linears: module -> names of its tensors, and what their headers say.
+        self._parts: dict[str, list[str]] = {}
+        self._headers: dict[str, MatrixHeader | tuple[StreamHeader, ...]] = {}
         if quantization is not None:
-            self._index_streams()
+            self._index()
 
     @classmethod
     def open(cls, path) -> Checkpoint:
@@ -97,16 +85,20 @@ class Checkpoint:
             raise ModelError(f"{path} holds no config.json; expected a model folder in Hugging Face layout")
         config = read_json(path / "config.json")
         raw = config.get("quantization_config")
+        if isinstance(raw, dict) and raw.get("quant_method") == "compressed-tensors":
+            from gqsac.compressed_tensors import PackedCheckpoint  # which is a Checkpoint
+
+            return PackedCheckpoint(path, config, weight_files(path))
         quantization = None if raw is None else QuantizationConfig.from_dict(raw, str(path / "config.json"))
         return cls(path, config, quantization, weight_files(path))
 
     def names(self) -> list[str]:
-        """All tensor names as stored, sorted; a compressed linear's streams among them."""
+        """All tensor names as stored, sorted; those of compressed linears among them."""
         return sorted(self._tensors)
 
     def modules(self) -> list[str]:
         """Paths of the compressed linears, sorted."""
-        return sorted(self._streams)
+        return sorted(self._headers)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -130,23 +122,83 @@ class Checkpoint:
         with _opened(stored.file, "pt") as handle:
             return handle.get_tensor(name).to(torch.float32).numpy()
 
+    @property
+    def compressed(self) -> bool:
+        """Whether the folder says that it holds compressed linears."""
+        return self.quantization is not None
+
+    def parts_of(self, module: str) -> list[str]:
+        """Names of the tensors that a compressed linear is stored as."""
+        self._header(module)
+        return [f"{module}.{part}" for part in self._parts[module]]
+
     def is_compressed(self, module: str) -> bool:
-        """Whether the linear at this path is stored as BSR streams."""
-        return module in self._streams
+        """Whether the linear at this path is stored compressed."""
+        return module in self._headers
+
+    def matrix_header(self, module: str) -> MatrixHeader:
+        """Shape, group sizes, widths and number of kept groups of a compressed linear, from the files' headers alone.
+
+        Of a version 1 linear the scale groups are its groups. Raises ModelError if it is the sum of several streams.
+        """
+        known = self._header(module)
+        if isinstance(known, MatrixHeader):
+            return known
+        self._check_one_stream(module, known)
+        (stream,) = known
+        sizes = stream.group_size, stream.group_size
+        return MatrixHeader(stream.rows, stream.columns, *sizes, (stream.bits,), stream.nnz)
+
+    def matrix(self, module: str) -> QuantizedMatrix:
+        """A compressed linear's weights, every count and value checked. Raises FormatError, and ModelError if a
+        version 1 linear is the sum of several streams."""
+        known = self._header(module)
+        if isinstance(known, MatrixHeader):
+            sizes = known.group_size, known.quant_group_size
+            return codec.unpack(self._contents(module), (known.rows, known.columns), *sizes, self._where(module))
+        self._check_one_stream(module, known)
+        return QuantizedMatrix.from_stream(*self.streams(module))
 
     def stream_headers(self, module: str) -> tuple[StreamHeader, ...]:
-        """Shape, bits and number of kept groups of each stream, from the files' headers alone."""
-        rows, columns = self._shape_of(module)
-        headers = []
-        for i in range(len(self._streams_of(module))):
-            bits = self._bits(module, i)  # first: it checks that values has two dimensions
-            nnz = self.shape(f"{module}.streams.{i}.values")[0]
-            headers.append(StreamHeader(rows, columns, self.quantization.group_size, bits, nnz))
-        return tuple(headers)
+        """Shape, width and number of kept groups of each stream, from the files' headers alone.
+
+        Raises ModelError if the linear is no sum of BSR streams: if its rows have several widths, or its groups
+        several scales.
+        """
+        known = self._header(module)
+        if not isinstance(known, MatrixHeader):
+            return known
+        if len(known.widths) > 1:
+            widths = " and ".join(map(str, known.widths))
+            raise ModelError(
+                f"{self.path}: {module} has rows of {widths} bits, and a BSR stream has one width; "
+                "compress it with one width for all rows"
+            )
+        if known.quant_group_size % known.group_size:
+            raise ModelError(
+                f"{self.path}: {module} has several scales in a group of {known.group_size} columns, one for every "
+                f"{known.quant_group_size}, and a BSR stream has one; compress it with a smaller group size"
+            )
+        return (StreamHeader(known.rows, known.columns, known.group_size, known.widths[0], known.nnz),)
 
     def streams(self, module: str) -> tuple[BsrStream, ...]:
-        """The linear's weights. Every index, count and dtype has been checked. Raises FormatError."""
-        return tuple(self._stream(module, i) for i in range(len(self._streams_of(module))))
+        """The linear's weights as BSR streams, every index, count and value checked. Raises FormatError, and
+        ModelError as `stream_headers` does and for zeros that are no levels, or not 128 at 8 bits."""
+        known = self._header(module)
+        if not isinstance(known, MatrixHeader):
+            shape, group_size = self.quantization.shapes[module], self.quantization.group_size
+            return stored_streams.unpack(self._contents(module), shape, group_size, self._where(module))
+        self.stream_headers(module)  # what they refuse is refused before anything is read
+        try:
+            stream = self.matrix(module).to_stream()
+        except ValueError as error:
+            raise ModelError(f"{self.path}: {module} is not stored as a BSR stream can hold it: {error}") from error
+        if stream.bits == 8 and (stream.zeros != ZERO_OF_8_BIT).any():
+            raise ModelError(
+                f"{self.path}: {module} has 8-bit rows with zeros other than {ZERO_OF_8_BIT}, and 8-bit streams "
+                "are symmetric; compress it with this gqsac"
+            )
+        return (stream,)
 
     def tokenizer_json(self) -> str:
         """Text of tokenizer.json. Raises ModelError if the folder has none."""
@@ -182,99 +234,49 @@ class Checkpoint:
             raise ModelError(f"{self.path} holds no tensor {name}; is the checkpoint complete?")
         return self._tensors[name]
 
-    def _index_streams(self) -> None:
+    def _where(self, module: str) -> str:
+        return f"{self.path}: tensor {module}"
+
+    def _index(self) -> None:
+        of_streams = self.quantization.format_version == STREAMS_VERSION
+        kind = (stored_streams if of_streams else codec).TENSORS
         for name in self._tensors:
-            module, mark, rest = name.rpartition(".streams.")
-            number, _, tensor = rest.partition(".")
-            if mark and number.isdecimal() and tensor in STREAM_TENSORS:
-                self._streams.setdefault(module, {}).setdefault(int(number), set()).add(tensor)
-        for module, streams in self._streams.items():
-            if module not in self.quantization.shapes:
-                raise FormatError(f"{self.path}: config.json gives no shape for the compressed linear {module}")
-            if sorted(streams) != list(range(len(streams))):
-                raise FormatError(f"{self.path}: {module} has streams {sorted(streams)}, expected 0, 1, … without gaps")
-            for number, tensors in streams.items():
-                for tensor in STREAM_TENSORS:
-                    if tensor not in tensors:
-                        raise FormatError(f"{self.path}: tensor {module}.streams.{number}.{tensor} is missing")
-        for module in self.quantization.shapes:
-            if module not in self._streams:
-                raise FormatError(f"{self.path}: the streams of the compressed linear {module} are missing")
+            found = re.fullmatch(rf"(.+)\.({kind.pattern})", name)
+            if found and found[1] in self.quantization.shapes:
+                self._parts.setdefault(found[1], []).append(found[2])
+            elif found and found[2].startswith(("streams.", "levels.")):  # "scales" alone may be anyone's
+                raise FormatError(f"{self.path}: config.json gives no shape for the compressed linear {found[1]}")
+        for module, shape in self.quantization.shapes.items():
+            if module not in self._parts:
+                raise FormatError(f"{self.path}: the tensors of the compressed linear {module} are missing")
+            stored = {part: self._tensors[f"{module}.{part}"] for part in self._parts[module]}
+            stored = {part: (tensor.dtype, tensor.shape) for part, tensor in stored.items()}
+            sizes, where = self.quantization.group_sizes_of(module), self._where(module)
+            if of_streams:
+                self._headers[module] = stored_streams.headers(stored, shape, sizes[0], where)
+            else:
+                self._headers[module] = codec.header(stored, shape, *sizes, where)
 
-    def _streams_of(self, module: str) -> dict[int, set[str]]:
-        if module not in self._streams:
+    def _header(self, module: str) -> MatrixHeader | tuple[StreamHeader, ...]:
+        if module not in self._headers:
             raise ModelError(f"{self.path}: {module} is not a compressed linear of this checkpoint")
-        return self._streams[module]
+        return self._headers[module]
 
-    def _shape_of(self, module: str) -> tuple[int, int]:
-        self._streams_of(module)
-        return self.quantization.shapes[module]
+    def _contents(self, module: str) -> dict[str, np.ndarray]:
+        """A compressed linear's tensors, by their names after `MODULE.`."""
+        tensors = {}
+        for part in self._parts[module]:
+            name = f"{module}.{part}"
+            with _opened(self._tensors[name].file) as handle:
+                tensors[part] = handle.get_tensor(name)
+        return tensors
 
-    def _checked(self, module: str, number: int, tensor: str, ndim: int) -> np.ndarray:
-        name = f"{module}.streams.{number}.{tensor}"
-        stored = self._stored(name)
-        if stored.dtype not in _DTYPES[tensor]:
-            expected = " or ".join(_DTYPES[tensor])
-            raise FormatError(f"{self.path}: tensor {name} is of type {stored.dtype}, expected {expected}")
-        if len(stored.shape) != ndim:
-            raise FormatError(f"{self.path}: tensor {name} has shape {list(stored.shape)}, expected {ndim} dimensions")
-        with _opened(stored.file) as handle:
-            return handle.get_tensor(name)
-
-    def _crow_indices(self, module: str, number: int) -> np.ndarray:
-        rows, columns = self._shape_of(module)
-        crow = self._checked(module, number, "crow_indices", 1)
-        name = f"{self.path}: tensor {module}.streams.{number}.crow_indices"
-        if len(crow) != rows + 1:
-            raise FormatError(f"{name} has {len(crow)} entries, expected rows + 1 = {rows + 1}")
-        counts = np.diff(crow.astype(np.int64))
-        if crow[0] != 0 or (counts < 0).any() or (counts > columns // self.quantization.group_size).any():
-            raise FormatError(
-                f"{name} is not a list of row starts: expected 0 first, then rises of 0 to "
-                f"{columns // self.quantization.group_size}"
+    def _check_one_stream(self, module: str, streams: tuple[StreamHeader, ...]) -> None:
+        if len(streams) > 1:
+            raise ModelError(
+                f"{self.path}: {module} is the sum of {len(streams)} streams, and one is expected; "
+                "compress the model again with this gqsac"
             )
-        nnz = self.shape(f"{module}.streams.{number}.col_indices")
-        if nnz != (int(crow[-1]),):
-            raise FormatError(f"{name} ends at {crow[-1]}, but col_indices has shape {list(nnz)}")
-        return crow
-
-    def _bits(self, module: str, number: int) -> int:
-        name = f"{module}.streams.{number}.values"
-        shape, group_size = self.shape(name), self.quantization.group_size
-        for bits in BITS:
-            if len(shape) == 2 and shape[1] * 8 == group_size * bits:
-                return bits
-        raise FormatError(
-            f"{self.path}: tensor {name} has shape {list(shape)}, expected [nnz, bytes of a group of {group_size} "
-            f"at {', '.join(map(str, BITS))} bits]"
-        )
-
-    def _stream(self, module: str, number: int) -> BsrStream:
-        rows, columns = self._shape_of(module)
-        group_size, bits = self.quantization.group_size, self._bits(module, number)
-        crow = self._crow_indices(module, number)
-        where = f"{self.path}: tensor {module}.streams.{number}"
-        col = self._checked(module, number, "col_indices", 1).astype(np.int32)
-        if len(col) and (col.min() < 0 or col.max() >= columns // group_size):
-            raise FormatError(f"{where}.col_indices leaves the range 0 to {columns // group_size - 1}")
-        rising = np.diff(col) > 0
-        starts = crow[1:-1]
-        rising[starts[(starts > 0) & (starts < len(col))] - 1] = True  # a new row may start lower
-        if not rising.all():
-            raise FormatError(f"{where}.col_indices is not ascending within row {_row_of(crow, rising.argmin() + 1)}")
-        values = self._checked(module, number, "values", 2)
-        scales = self._checked(module, number, "scales", 1)
-        zeros = self._checked(module, number, "zeros", 1)
-        for tensor, array in (("values", values), ("scales", scales), ("zeros", zeros)):
-            if len(array) != len(col):
-                raise FormatError(f"{where}.{tensor} has {len(array)} entries, expected one per group: {len(col)}")
-        if not np.isfinite(scales).all():
-            raise FormatError(f"{where}.scales holds a NaN or an infinity")
-        if bits == 8 and (zeros != ZERO_OF_8_BIT).any():
-            raise FormatError(f"{where}.zeros is not {ZERO_OF_8_BIT} throughout, as 8-bit groups must be")
-        if len(zeros) and zeros.max() >= 1 << bits:
-            raise FormatError(f"{where}.zeros reaches {zeros.max()}, expected at most {(1 << bits) - 1}")
-        return BsrStream(rows, columns, group_size, bits, crow, col, values, scales, zeros)
 
 
 @contextlib.contextmanager
@@ -285,7 +287,3 @@ def _opened(file: Path, framework: str = "numpy"):
             yield handle
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{file} is damaged or cut off ({error}); download or compress the model again") from error
-
-
-def _row_of(crow: np.ndarray, group: int) -> int:
-    return int(np.searchsorted(crow, group, side="right")) - 1

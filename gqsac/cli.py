@@ -167,7 +167,8 @@ def build(model, output, targets, jobs, kv_dtype, max_context, bits, group_size,
           no_cache, as_json):  # fmt: skip
     """Compiles a checkpoint folder into one .gqsa file.
 
-    MODEL is a folder made by `gqsac compress`. An uncompressed Hugging Face folder is taken too if
+    MODEL is a folder made by `gqsac compress`, or by llm-compressor with 4 or 8 bits (compressed-tensors'
+    pack-quantized). An uncompressed Hugging Face folder is taken too if
     --bits is given: it is rounded without calibration data, for trying out.
 
     \b
@@ -199,6 +200,27 @@ def build(model, output, targets, jobs, kv_dtype, max_context, bits, group_size,
     if kernel_table:
         click.echo(kernel_table + "\n", err=True)
     click.echo(summary.table(), err=True)
+
+
+@cli.command()
+@click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+def export(model, output):
+    """Writes a compressed checkpoint as compressed-tensors, for vLLM and others.
+
+    MODEL is a folder made by `gqsac compress` with 4 or 8 bits and without removed groups (--sparsity 0); other
+    weights have no place in that format. What it writes, and what llm-compressor writes as `pack-quantized`, can be
+    given to `gqsac build`.
+
+    \b
+    gqsac compress models/llama-7b -o llama-w4/ --sparsity 0 --group-size 128
+    gqsac export llama-w4/ -o llama-w4-vllm/
+    """
+    from gqsac.checkpoint import Checkpoint
+    from gqsac.compressed_tensors import export as run
+
+    run(Checkpoint.open(model), output)
+    click.echo(f"written to {output}", err=True)
 
 
 for command in commands():

@@ -15,6 +15,7 @@ from gqsac.bsr import BsrStream, pack_values, unpack_values
 # two levels: zero = zeros * 2**bits / 16. At 4 bits they are the levels themselves, at 8 bits 8 is 128.
 ZERO_STEPS = 16
 QUANT_GROUP_SIZES = (128, 64, 32, 16, 8)
+ROW_BITS = (1, 2, 3, 4, 8)  # widths that a row may have
 
 
 @dataclass(frozen=True)
@@ -113,3 +114,10 @@ class QuantizedMatrix:
             zeros=zeros.astype(np.uint8),
             keep=None if keep.all() else keep,
         )
+
+
+def scales_in_use(keep: np.ndarray, group_size: int, quant_group_size: int) -> np.ndarray:
+    """bool [rows, columns / Q]: scale groups in which something is kept. keep: bool [rows, columns / G]."""
+    if quant_group_size < group_size:
+        return np.repeat(keep, group_size // quant_group_size, axis=1)
+    return keep.reshape(len(keep), -1, quant_group_size // group_size).any(axis=2)

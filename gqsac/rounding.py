@@ -5,9 +5,12 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from gqsa_runtime.layouts.group_words import ZERO_OF_8_BIT
 
-from gqsac.bsr import BITS, GROUP_SIZES, BsrStream, pack_values
-from gqsac.checkpoint import Checkpoint, StreamHeader
+from gqsac.bsr import BITS, GROUP_SIZES, BsrStream
+from gqsac.checkpoint import Checkpoint
+from gqsac.codec import MatrixHeader
 from gqsac.errors import InputError, ModelError
+from gqsac.quantized_matrix import ZERO_STEPS, QuantizedMatrix
+from gqsac.stored_streams import StreamHeader
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class RoundedCheckpoint(Checkpoint):
         numbered = any(part.isdigit() for part in module.split("."))
         return self._rounding.bits != 16 and numbered and len(self._dense.shape(weight)) == 2
 
-    def stream_headers(self, module: str) -> tuple[StreamHeader, ...]:
+    def matrix_header(self, module: str) -> MatrixHeader:
         rows, columns = self._dense.shape(f"{module}.weight")
         self._check_divides(module, columns)
-        kept = self._kept(columns)
-        return (StreamHeader(rows, columns, self._rounding.group_size, self._rounding.bits, rows * kept),)
+        group_size, bits = self._rounding.group_size, self._rounding.bits
+        return MatrixHeader(rows, columns, group_size, group_size, (bits,), rows * self._kept(columns))
 
-    def streams(self, module: str) -> tuple[BsrStream, ...]:
+    def matrix(self, module: str) -> QuantizedMatrix:
         weight = self._dense.read(f"{module}.weight").astype(np.float32)
         if not np.isfinite(weight).all():
             raise ModelError(f"{module}.weight: the checkpoint holds NaN or infinite weights; convert the model again")
@@ -58,29 +61,32 @@ class RoundedCheckpoint(Checkpoint):
         self._check_divides(module, columns)
         group_size, bits = self._rounding.group_size, self._rounding.bits
         groups = weight.reshape(rows, -1, group_size)
-        kept = self._kept(columns)
+        n_groups, kept = groups.shape[1], self._kept(columns)
         order = np.argsort(-np.square(groups).sum(axis=2), axis=1, kind="stable")[:, :kept]
-        columns_kept = np.sort(order, axis=1)
-        chosen = np.take_along_axis(groups, columns_kept[:, :, None], axis=1).reshape(-1, group_size)
-        scales, zeros, levels = round_groups(chosen, bits)
+        keep = np.zeros((rows, n_groups), bool)
+        np.put_along_axis(keep, order, True, axis=1)
+        scales, zeros, levels = round_groups(groups.reshape(-1, group_size), bits)
         if not np.isfinite(scales).all():
             raise ModelError(
                 f"{module}.weight: its largest weight is {np.abs(weight).max():g}, and at {bits} bits that is beyond "
                 "the range of fp16 scales; the model cannot be rounded"
             )
-        return (
-            BsrStream(
-                rows=rows,
-                columns=columns,
-                group_size=group_size,
-                bits=bits,
-                crow_indices=np.arange(rows + 1, dtype=np.int32) * kept,
-                col_indices=columns_kept.reshape(-1).astype(np.int32),
-                values=pack_values(levels, bits),
-                scales=scales,
-                zeros=zeros,
-            ),
+        return QuantizedMatrix(
+            group_size=group_size,
+            quant_group_size=group_size,
+            row_bits=np.full(rows, bits, np.uint8),
+            levels=levels.reshape(rows, columns),
+            scales=scales.reshape(rows, n_groups),
+            zeros=(zeros.astype(np.int64) * ZERO_STEPS >> bits).astype(np.uint8).reshape(rows, n_groups),
+            keep=None if kept == n_groups else keep,
         )
+
+    def stream_headers(self, module: str) -> tuple[StreamHeader, ...]:
+        h = self.matrix_header(module)
+        return (StreamHeader(h.rows, h.columns, h.group_size, h.widths[0], h.nnz),)
+
+    def streams(self, module: str) -> tuple[BsrStream, ...]:
+        return (self.matrix(module).to_stream(),)
 
     def _kept(self, columns: int) -> int:
         n_groups = columns // self._rounding.group_size

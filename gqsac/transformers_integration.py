@@ -6,8 +6,10 @@ fast execution is the compiler's and the runtime's business. Works with transfor
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from gqsa_runtime.errors import FormatError
 from safetensors import safe_open
@@ -17,9 +19,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gqsac.bsr import BsrStream
+from gqsac import codec, stored_streams
 from gqsac.model_folder import read_json
-from gqsac.quantization_config import QUANT_METHOD, QuantizationConfig
+from gqsac.quantization_config import QUANT_METHOD, STREAMS_VERSION, QuantizationConfig
 
 
 class GqsaConfig(QuantizationConfigMixin):
@@ -38,49 +40,40 @@ class GqsaConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
 
-class _StoredStream(nn.Module):
-    """Buffers of a stream's stored shapes and dtypes, for transformers to load into."""
-
-    def __init__(self, pieces: dict[str, tuple[tuple[int, ...], torch.dtype]]):
-        super().__init__()
-        for name, (shape, dtype) in pieces.items():
-            self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
-
-
 class _StoredLinear(nn.Module):
-    """Stands in an nn.Linear's place while the weights load; `to_linear` makes the nn.Linear."""
+    """Stands in an nn.Linear's place while the weights load; `to_linear` makes the nn.Linear.
 
-    def __init__(self, linear: nn.Linear, streams: list[dict]):
+    parts: buffers of the stored shapes and dtypes, by their names after the linear's, for transformers to load into.
+    """
+
+    def __init__(self, linear: nn.Linear, parts: dict[str, tuple[tuple[int, ...], torch.dtype]]):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.streams = nn.ModuleList(_StoredStream(pieces) for pieces in streams)
+        self.part_names = tuple(parts)
+        for name, (shape, dtype) in parts.items():
+            *path, leaf = name.split(".")
+            owner = self
+            for step in path:
+                if not hasattr(owner, step):
+                    owner.add_module(step, nn.Module())
+                owner = getattr(owner, step)
+            owner.register_buffer(leaf, torch.empty(shape, dtype=dtype, device="meta"))
         self.register_parameter("bias", linear.bias)
 
-    def to_linear(self, group_size: int, dtype: torch.dtype, scales: list[torch.Tensor]) -> nn.Linear:
-        """nn.Linear with the sum of the dequantised streams. scales: the streams' f16 scales."""
-        device = self.streams[0].values.device
-        weight = torch.zeros(self.out_features, self.in_features)
-        for stream, stream_scales in zip(self.streams, scales, strict=True):
-            bsr = BsrStream(
-                rows=self.out_features,
-                columns=self.in_features,
-                group_size=group_size,
-                bits=stream.values.shape[1] * 8 // group_size,
-                crow_indices=stream.crow_indices.cpu().numpy(),
-                col_indices=stream.col_indices.cpu().numpy(),
-                values=stream.values.cpu().numpy(),
-                scales=stream_scales.cpu().numpy(),
-                zeros=stream.zeros.cpu().numpy(),
-            )
-            weight += torch.from_numpy(bsr.dequantize())
+    def parts(self) -> dict[str, torch.Tensor]:
+        return {name: self.get_buffer(name) for name in self.part_names}
+
+    def to_linear(self, weight: np.ndarray, dtype: torch.dtype) -> nn.Linear:
+        """nn.Linear with a weight f32 [rows, columns], on the device of the parts."""
+        device = self.get_buffer(self.part_names[0]).device
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight.to(device=device, dtype=dtype), requires_grad=False)
+        linear.weight = nn.Parameter(torch.from_numpy(weight).to(device=device, dtype=dtype), requires_grad=False)
         linear.bias = self.bias
         return linear
 
 
 class GqsaQuantizer(HfQuantizer):
-    """Reads BSR streams in place of weights, then puts plain linears back."""
+    """Reads stored tensors in place of weights, then puts plain linears back."""
 
     requires_calibration = True  # compressing is `gqsac compress`, not a from_pretrained option
 
@@ -100,8 +93,9 @@ class GqsaQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         self._files = [str(file) for file in checkpoint_files or _cached_files(model.config)]
-        stored = _stored_streams(self._files)
-        for name, (rows, columns) in self.quantization_config.checked.shapes.items():
+        config = self.quantization_config.checked
+        stored = _stored_parts(self._files, config)
+        for name, (rows, columns) in config.shapes.items():
             try:
                 linear = model.get_submodule(name)
             except AttributeError:
@@ -112,19 +106,21 @@ class GqsaQuantizer(HfQuantizer):
                     f"{type(model).__name__} has {linear} there"
                 )
             if name not in stored:
-                raise FormatError(f"the streams of the compressed linear {name} are missing in {self._files}")
+                raise FormatError(f"the tensors of the compressed linear {name} are missing in {self._files}")
             model.set_submodule(name, _StoredLinear(linear, stored[name]))
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        group_size = self.quantization_config.checked.group_size
+        config = self.quantization_config.checked
         dtype = model.get_input_embeddings().weight.dtype
         for name, module in list(model.named_modules()):
             if isinstance(module, _StoredLinear):
-                scales = [stream.scales for stream in module.streams]
-                if any(scale.dtype != torch.float16 for scale in scales):  # transformers 4 casts them as it loads
-                    scales = [self._read(f"{name}.streams.{i}.scales") for i in range(len(scales))]
-                model.set_submodule(name, module.to_linear(group_size, dtype, scales))
+                parts = {}
+                for part, tensor in module.parts().items():
+                    # transformers 4 casts float16 tensors as it loads them.
+                    cast = tensor.is_floating_point() and tensor.dtype != torch.float16
+                    parts[part] = (self._read(f"{name}.{part}") if cast else tensor).cpu().numpy()
+                model.set_submodule(name, module.to_linear(_dequantize(config, name, parts), dtype))
         self.remove_quantization_config(model)
         model.config._is_quantized = False
         return model
@@ -173,20 +169,28 @@ def _cached_files(config) -> list[str]:
 _TORCH_DTYPES = {"I32": torch.int32, "I16": torch.int16, "U8": torch.uint8, "F16": torch.float16}
 
 
-def _stored_streams(files: list[str]) -> dict[str, list[dict]]:
-    """module -> per stream, tensor -> (shape, dtype), from the headers of the safetensors files."""
-    found: dict[str, dict[int, dict]] = {}
+def _stored_parts(files: list[str], config: QuantizationConfig) -> dict[str, dict]:
+    """compressed module -> name of a tensor after the module's -> (shape, dtype), from the files' headers."""
+    kind = stored_streams if config.format_version == STREAMS_VERSION else codec
+    pattern = re.compile(rf"(.+)\.({kind.TENSORS.pattern})")
+    parts: dict[str, dict] = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
             names = handle.keys()
             for name in names:
-                module, mark, rest = name.rpartition(".streams.")
-                number, _, tensor = rest.partition(".")
-                if mark and number.isdecimal():
+                found = pattern.fullmatch(name)
+                if found and found[1] in config.shapes:
                     piece = handle.get_slice(name)
                     dtype = piece.get_dtype()
                     if dtype not in _TORCH_DTYPES:
-                        raise FormatError(f"{file}: tensor {name} is of type {dtype}, which no stream holds")
-                    entry = (tuple(piece.get_shape()), _TORCH_DTYPES[dtype])
-                    found.setdefault(module, {}).setdefault(int(number), {})[tensor] = entry
-    return {module: [streams[number] for number in sorted(streams)] for module, streams in found.items()}
+                        raise FormatError(f"{file}: tensor {name} is of type {dtype}, which no compressed linear holds")
+                    parts.setdefault(found[1], {})[found[2]] = (tuple(piece.get_shape()), _TORCH_DTYPES[dtype])
+    return parts
+
+
+def _dequantize(config: QuantizationConfig, module: str, parts: dict[str, np.ndarray]) -> np.ndarray:
+    """f32 [rows, columns] of a compressed linear. Raises FormatError where its tensors do not fit together."""
+    shape, sizes, where = config.shapes[module], config.group_sizes_of(module), f"tensor {module}"
+    if config.format_version != STREAMS_VERSION:
+        return codec.unpack(parts, shape, *sizes, where).dequantize()
+    return sum(stream.dequantize() for stream in stored_streams.unpack(parts, shape, sizes[0], where))

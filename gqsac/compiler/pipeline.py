@@ -170,7 +170,7 @@ def build(
 def open_checkpoint(model: str | Path, rounding: Rounding | None) -> Checkpoint:
     """A compressed checkpoint, or an uncompressed one that is rounded without data on the way."""
     checkpoint = Checkpoint.open(model)
-    if checkpoint.quantization is not None:
+    if checkpoint.compressed:
         if rounding is not None:
             raise InputError(f"{model} is compressed already; build it without --bits, --group-size and --sparsity")
         return checkpoint

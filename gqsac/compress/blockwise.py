@@ -20,7 +20,7 @@ from gqsac.compress.hessian import collect_hessians
 from gqsac.compress.one_shot import quantize_block, siblings_of
 from gqsac.compress.options import Options
 from gqsac.compress.partial import PartialFolder
-from gqsac.compress.store import load_linears, stored_block, to_numpy, to_stream
+from gqsac.compress.store import load_linears, stored_block, to_matrix, to_numpy
 from gqsac.compress.trainable import autocast, install
 
 
@@ -75,7 +75,7 @@ class BlockwiseStage:
                     with self._passing(), autocast(self.device):
                         runner.run_reference(index, block)
             facts.append(fact)
-            load_linears(name, linears, stored, self.options.group_size)
+            load_linears(name, linears, stored, self.options)
             if index + 1 < len(self.blocks):
                 with self._passing():
                     runner.run(index, block, keep=True)
@@ -120,8 +120,8 @@ class BlockwiseStage:
             }
         else:
             quantized = quantize_block({p: m.weight.detach() for p, m in linears.items()}, siblings, rates, options)
-        streams = {path: to_stream(quantized[path], options.bits, options.group_size) for path in linears}
-        stored = stored_block(name, block, streams, self.dense)
+        matrices = {path: to_matrix(quantized[path], options.bits, options.group_size) for path in linears}
+        stored = stored_block(name, block, matrices, self.dense)
         if self.keep_master:
             master = {}
             for path, part in quantized.items():

@@ -27,6 +27,7 @@ _STATE = ".state"  # ending of what an end-to-end stage under way has saved
 _END_TO_END = ("batch_tokens", "e2e_steps", "train_samples", "train_tokens", "distill")
 _IN_WORDS = {
     "calibration": "calibration text",
+    "format_version": "version of the checkpoint format",
     "gqsac": "version of gqsac",
     "tokens": "calibration text (by its tokens)",
     "train_tokens": "training text (by its tokens)",

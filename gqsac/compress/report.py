@@ -7,18 +7,19 @@ from pathlib import Path
 import numpy as np
 from gqsa_runtime.layouts import GROUP_WORDS
 
-from gqsac.bsr import BsrStream
 from gqsac.compress.options import Options
 from gqsac.compress.write import write_json
+from gqsac.quantized_matrix import QuantizedMatrix, scales_in_use
 
 _SCALE_BITS = 16
 
 
-def stored_counts(stream: BsrStream, quant_group_size: int) -> tuple[int, int]:
+def stored_counts(matrix: QuantizedMatrix) -> tuple[int, int]:
     """Of a linear: kept groups, and the quantisation groups of which something is kept."""
-    shared = quant_group_size // stream.group_size
-    per_row = stream.columns // quant_group_size
-    return stream.nnz, len(np.unique(stream.row_indices() * per_row + stream.col_indices // shared))
+    if matrix.keep is None:
+        return matrix.n_groups, matrix.scales.size
+    used = scales_in_use(matrix.keep, matrix.group_size, matrix.quant_group_size)
+    return matrix.n_groups, int(np.count_nonzero(used))
 
 
 def sizes(shapes: dict[str, tuple[int, int]], counts: dict[str, tuple[int, int]], options: Options) -> dict:

@@ -38,7 +38,7 @@ from gqsac.compress.sensitivity import allocate
 from gqsac.compress.store import dense_names, from_stored, load_dense, load_linears, to_numpy
 from gqsac.compress.tune import prepare_training, store_trained
 from gqsac.compress.write import ShardWriter, dense_tensor, write_json
-from gqsac.quantization_config import QuantizationConfig
+from gqsac.quantization_config import FORMAT_VERSION, QuantizationConfig
 from gqsac.source import Source, load_source
 
 _COPIED_BELOW = 1 << 30  # parameters
@@ -139,6 +139,7 @@ class _Run:
         }
         digests = {"tokens": _digest(self._tokens), "train_tokens": _digest(self._train_tokens)}
         identity = {"model": source.fingerprint(), **digests, "gqsac": gqsac.__version__, **self._identity}
+        identity["format_version"] = FORMAT_VERSION  # finished blocks are kept as the checkpoint stores them
         self._partial = PartialFolder(out, identity)
         self._dense = dense_names(source.model)
         self._stages: dict[str, dict] = {}  # name -> facts for the report
@@ -241,7 +242,7 @@ class _Run:
             stored, name = self._partial.load_block(stage, index), f"{self._block_path}.{index}"
             paths = [path[len(name) + 1 :] for path in self._shapes if path.startswith(f"{name}.")]
             linears = {path: blocks[index].get_submodule(path) for path in paths}
-            load_linears(name, linears, stored, self._options.group_size)
+            load_linears(name, linears, stored, self._options)
             load_dense(model, stored)
         load_dense(model, self._outside(stage))
         return model
@@ -259,6 +260,7 @@ class _Run:
         config = QuantizationConfig(
             bits=options.bits,
             group_size=options.group_size,
+            quant_group_size=options.quant_group_size,
             sparsity=options.sparsity,
             skip=options.skip,
             shapes=self._shapes,
@@ -278,8 +280,7 @@ class _Run:
             writer.add(stored)
             for path, shape in self._shapes.items():
                 if path.startswith(f"{self._block_path}.{index}."):
-                    stream = from_stored(path, stored, shape, options.group_size)
-                    counts[path] = stored_counts(stream, options.quant_group_size)
+                    counts[path] = stored_counts(from_stored(path, stored, shape, options))
         writer.finish()
         write_json(folder / "config.json", {**self._source.config, "quantization_config": config.to_dict()})
         for name, content in self._source.files.items():
@@ -306,7 +307,7 @@ class _Run:
 
 def _details(identity: dict) -> dict:
     """What config.json says of how a checkpoint was made, besides what stands elsewhere in it."""
-    elsewhere = ("bits", "group_size", "sparsity", "skip")
+    elsewhere = ("bits", "group_size", "quant_group_size", "sparsity", "skip")
     return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in identity.items()

@@ -1,91 +1,92 @@
-"""Between a block in memory and its stored tensors: BSR streams one way, dequantised linears the other."""
+"""Between a block in memory and its stored tensors: quantised linears one way, dequantised ones the other."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from gqsac.bsr import BsrStream, pack_values, unpack_values
+from gqsac import codec
+from gqsac.compress.options import Options
 from gqsac.compress.quantize import SMALLEST_SCALE, QuantizedLinear
-from gqsac.compress.write import dense_tensor, stream_tensors
+from gqsac.compress.write import dense_tensor
+from gqsac.quantized_matrix import ZERO_STEPS, QuantizedMatrix
 
 
-def to_stream(linear: QuantizedLinear, bits: int, group_size: int) -> BsrStream:
-    """The kept groups of `group_size` columns as a BSR stream.
+def to_matrix(linear: QuantizedLinear, bits: int, group_size: int) -> QuantizedMatrix:
+    """The linear with a mask of groups of `group_size` columns.
 
-    A scale that several groups share is repeated. A group of which only some weights stay (2:4) is kept
-    whole, with the others at the level of its zero, which is exactly 0.
+    A group of which only some weights stay (2:4) is kept whole, with the others at the level of its zero, which is
+    exactly 0.
     """
     rows, columns = linear.adjusted.shape
     n_groups = columns // group_size
     keep, levels = to_numpy(linear.keep), to_numpy(linear.levels)
-    scales, zeros = (
-        np.repeat(to_numpy(tensor), n_groups // tensor.shape[1], axis=1) for tensor in (linear.scales, linear.zeros)
-    )
+    scales, zeros = to_numpy(linear.scales), to_numpy(linear.zeros)
     if keep.shape[1] > n_groups:
-        kept = keep.reshape(rows, n_groups, -1)
-        levels = np.where(kept, levels.reshape(rows, n_groups, group_size), zeros[..., None])
-        keep = kept.any(2)
-    return BsrStream(
-        rows=rows,
-        columns=columns,
+        kept = keep.reshape(levels.shape)
+        levels = np.where(kept, levels, zeros[..., None])
+        keep = keep.reshape(rows, n_groups, group_size).any(2)
+    return QuantizedMatrix(
         group_size=group_size,
-        bits=bits,
-        crow_indices=np.concatenate([[0], np.cumsum(keep.sum(1))]).astype(np.int32),
-        col_indices=np.nonzero(keep)[1].astype(np.int32),
-        values=pack_values(levels.reshape(-1, group_size)[keep.ravel()], bits),
-        scales=scales[keep],
-        zeros=zeros[keep],
+        quant_group_size=columns // scales.shape[1],
+        row_bits=np.full(rows, bits, np.uint8),
+        levels=levels.reshape(rows, columns),
+        scales=scales,
+        zeros=(zeros.astype(np.int64) * ZERO_STEPS >> bits).astype(np.uint8),
+        keep=None if keep.all() else keep,
     )
 
 
-def from_stored(name: str, stored: dict[str, np.ndarray], shape, group_size: int) -> BsrStream:
-    """The stream of the linear `name` of that shape among a block's stored tensors."""
-    arrays = [
-        stored[f"{name}.streams.0.{tensor}"] for tensor in ("crow_indices", "col_indices", "values", "scales", "zeros")
-    ]
-    return BsrStream(*shape, group_size, arrays[2].shape[1] * 8 // group_size, *arrays)
-
-
-def from_stream(stream: BsrStream, quant_group_size: int) -> QuantizedLinear:
-    """The stream as a masked matrix, on the CPU, with the scales that several groups share in one place again."""
-    n_groups = stream.columns // stream.group_size
-    shape, q_shape = (stream.rows, n_groups), (stream.rows, stream.columns // quant_group_size)
-    keep, levels = np.zeros(shape, bool), np.zeros((*shape, stream.group_size), np.uint8)
-    scales, zeros = np.zeros(shape, np.float16), np.zeros(shape, np.uint8)
-    where = (stream.row_indices(), stream.col_indices)
-    keep[where], scales[where], zeros[where] = True, stream.scales, stream.zeros
-    levels[where] = unpack_values(stream.values, stream.bits, stream.group_size)
-    scales, zeros = (tensor.reshape(*q_shape, -1).max(2) for tensor in (scales, zeros))  # removed groups hold 0
-    scales[scales == 0] = SMALLEST_SCALE  # of removed groups alone: stored scales are positive
-    tensors = (levels.reshape(*q_shape, quant_group_size), scales, zeros, keep, stream.dequantize())
+def from_matrix(matrix: QuantizedMatrix) -> QuantizedLinear:
+    """A matrix of one width as a masked linear, on the CPU."""
+    rows, columns = matrix.rows, matrix.columns
+    keep = np.ones((rows, columns // matrix.group_size), bool) if matrix.keep is None else matrix.keep
+    scales = np.where(matrix.scales == 0, np.float16(SMALLEST_SCALE), matrix.scales)  # 0 where all is removed
+    zeros = (matrix.zeros.astype(np.int64) << int(matrix.row_bits[0])) // ZERO_STEPS
+    levels = matrix.levels.reshape(*scales.shape, matrix.quant_group_size)
+    tensors = (levels, scales, zeros.astype(np.uint8), keep, matrix.dequantize())
     return QuantizedLinear(*(torch.from_numpy(array) for array in tensors))
 
 
-def stored_block(name: str, block, streams: dict[str, BsrStream], dense: list[str]) -> dict[str, np.ndarray]:
-    """Stored tensors of a block: the streams, and what stays dense (norms, biases, skipped linears)."""
+def from_stored(name: str, stored: dict[str, np.ndarray], shape, options: Options) -> QuantizedMatrix:
+    """The matrix of the linear `name` of that shape among a block's stored tensors."""
+    prefix = f"{name}."
+    tensors = {
+        path.removeprefix(prefix): array
+        for path, array in stored.items()
+        if path.startswith(prefix) and codec.TENSORS.fullmatch(path.removeprefix(prefix))
+    }
+    return codec.unpack(tensors, tuple(shape), options.group_size, options.quant_group_size, f"tensor {name}")
+
+
+def stored_block(name: str, block, matrices: dict[str, QuantizedMatrix], dense: list[str]) -> dict[str, np.ndarray]:
+    """Stored tensors of a block: the matrices, and what stays dense (norms, biases, skipped linears)."""
     tensors = {}
-    for path, stream in streams.items():
-        tensors.update(stream_tensors(f"{name}.{path}", (stream,)))
-    replaced = {f"{path}.weight" for path in streams}
+    for path, matrix in matrices.items():
+        tensors.update({f"{name}.{path}.{part}": array for part, array in codec.pack(matrix).items()})
+    replaced = {f"{path}.weight" for path in matrices}
     for path, tensor in block.state_dict().items():
         if path not in replaced and f"{name}.{path}" in dense:
             tensors[f"{name}.{path}"] = dense_tensor(f"{name}.{path}", to_numpy(tensor))
     return tensors
 
 
-def load_linears(name: str, linears: dict, stored: dict[str, np.ndarray], group_size: int) -> None:
-    """Puts the dequantised streams in the linears' place, the same way for a fresh and a resumed block."""
+def load_linears(name: str, linears: dict, stored: dict[str, np.ndarray], options: Options) -> None:
+    """Puts the dequantised matrices in the linears' place, the same way for a fresh and a resumed block."""
     for path, linear in linears.items():
-        stream = from_stored(f"{name}.{path}", stored, linear.weight.shape, group_size)
-        linear.weight.data.copy_(torch.from_numpy(stream.dequantize()))
+        matrix = from_stored(f"{name}.{path}", stored, linear.weight.shape, options)
+        linear.weight.data.copy_(torch.from_numpy(matrix.dequantize()))
 
 
 def load_dense(model, stored: dict[str, np.ndarray]) -> None:
     """Puts stored dense tensors (norms, biases, …) into a model that has them by those names."""
     own = model.state_dict()
+    compressed = {name.rpartition(".levels.")[0] for name in stored if ".levels." in name}
     for name, array in stored.items():
-        if name in own:
+        module, _, part = name.rpartition(".")
+        # A linear in training has buffers of its own that are called as parts of its stored form are.
+        of_linear = module in compressed and codec.TENSORS.fullmatch(part)
+        if name in own and not of_linear:
             own[name].copy_(torch.from_numpy(array))
 
 

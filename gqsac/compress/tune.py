@@ -21,7 +21,7 @@ from gqsac.compress.end_to_end import Training
 from gqsac.compress.fake_quant import FrozenLinear, GroupLinear
 from gqsac.compress.options import Options
 from gqsac.compress.partial import PartialFolder
-from gqsac.compress.store import from_stored, from_stream, load_dense, stored_block, to_stream
+from gqsac.compress.store import from_matrix, from_stored, load_dense, stored_block, to_matrix
 from gqsac.compress.trainable import (
     install,
     is_large,
@@ -66,9 +66,8 @@ def prepare_training(
                 ]
                 modules[path] = GroupLinear(options.bits, *tensors, linear.bias)
             else:
-                stream = from_stored(f"{name}.{path}", stored, linear.weight.shape, options.group_size)
-                quantized = from_stream(stream, options.quant_group_size)
-                modules[path] = FrozenLinear(options.bits, quantized, linear.bias)
+                matrix = from_stored(f"{name}.{path}", stored, linear.weight.shape, options)
+                modules[path] = FrozenLinear(options.bits, from_matrix(matrix), linear.bias)
         install(block, modules)
         block.float()  # only now, so that no dense weights become f32
         load_dense(model, stored)
@@ -130,10 +129,10 @@ def store_trained(training: Training, block_path: str, dense: list[str], options
     for index, block in enumerate(model.get_submodule(block_path)):
         name = f"{block_path}.{index}"
         inside = {path[len(name) + 1 :]: module for path, module in linears.items() if path.startswith(f"{name}.")}
-        streams = {
-            path: to_stream(module.export(), options.bits, options.group_size) for path, module in inside.items()
+        matrices = {
+            path: to_matrix(module.export(), options.bits, options.group_size) for path, module in inside.items()
         }
-        partial.save_block(training.name, index, stored_block(name, block, streams, dense))
+        partial.save_block(training.name, index, stored_block(name, block, matrices, dense))
     outside = {
         name: dense_tensor(name, parameter.detach().cpu().numpy())
         for name, parameter in model.named_parameters()

@@ -1,6 +1,6 @@
-"""Writes checkpoint folders: stream tensors, dense tensors in safetensors shards, the config.
+"""Writes checkpoint folders: safetensors shards, dense tensors in their stored form, JSON.
 
-The layout is read by gqsac.checkpoint and explained there.
+What compressed linears are stored as is gqsac.codec's business.
 """
 
 from __future__ import annotations
@@ -13,23 +13,7 @@ import numpy as np
 from gqsa_runtime.errors import ModelError
 from safetensors.numpy import save_file
 
-from gqsac.bsr import BsrStream
-
 SHARD_BYTES = 1 << 30  # held in memory at a time
-
-
-def stream_tensors(module: str, streams: tuple[BsrStream, ...]) -> dict[str, np.ndarray]:
-    """The stored form of a compressed linear: tensor name -> array, col_indices as int16 where they fit."""
-    tensors = {}
-    for number, stream in enumerate(streams):
-        narrow = stream.columns // stream.group_size < 1 << 15
-        prefix = f"{module}.streams.{number}"
-        tensors[f"{prefix}.crow_indices"] = stream.crow_indices.astype(np.int32)
-        tensors[f"{prefix}.col_indices"] = stream.col_indices.astype(np.int16 if narrow else np.int32)
-        tensors[f"{prefix}.values"] = stream.values.astype(np.uint8)
-        tensors[f"{prefix}.scales"] = stream.scales.astype(np.float16)
-        tensors[f"{prefix}.zeros"] = stream.zeros.astype(np.uint8)
-    return tensors
 
 
 def dense_tensor(name: str, array: np.ndarray) -> np.ndarray:

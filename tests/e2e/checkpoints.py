@@ -11,8 +11,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gqsac.bsr import BsrStream, pack_values
-from gqsac.compress.write import stream_tensors
-from gqsac.quantization_config import QuantizationConfig
+from tests.unit import version_1
 from tests.unit.compress_models import byte_tokenizer
 
 VOCABULARY = 256  # one token a byte
@@ -76,8 +75,8 @@ def save_checkpoint(folder: Path, name: str, **changes) -> Path:
 
 
 def save_multi_stream(folder: Path, source: Path, group_size: int = 16) -> Path:
-    """A compressed checkpoint made by hand: every second linear of a block is a 4-bit and an 8-bit stream
-    of different groups, and some rows have no group in one of them or in both."""
+    """A compressed checkpoint of format version 1, made by hand: every second linear of a block is a 4-bit and an
+    8-bit stream of different groups, and some rows have no group in one of them or in both."""
     random = np.random.default_rng(3)
     tensors = load_file(source / "model.safetensors")
     config = json.loads((source / "config.json").read_text())
@@ -93,8 +92,8 @@ def save_multi_stream(folder: Path, source: Path, group_size: int = 16) -> Path:
         part = random.integers(0, len(bits) + 1, (array.shape[0], array.shape[1] // group_size))
         part[::7] = len(bits)
         streams = tuple(_stream(array, part == number, width, group_size) for number, width in enumerate(bits))
-        stored.update(stream_tensors(module, streams))
-    quantization = QuantizationConfig(4, group_size, 0.3, shapes=shapes).to_dict()
+        stored.update(version_1.stream_tensors(module, streams))
+    quantization = version_1.config(group_size, shapes)
     folder.mkdir()
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))

@@ -90,12 +90,20 @@ def test_multi_stream_linears_compute_what_transformers_computes(tmp_path, sourc
     check_parity(folder, tmp_path / "mixed.gqsa")
 
 
+def test_an_exported_model_is_built_to_the_same_numbers(tmp_path, sources):
+    compressed, exported, file = tmp_path / "compressed", tmp_path / "exported", tmp_path / "exported.gqsa"
+    succeed("compress", sources["llama"], "-o", compressed, "--sparsity", 0, "--samples", 4, "--seq-len", 32)
+    assert succeed("export", compressed, "-o", exported).stderr == f"written to {exported}\n"
+    succeed("build", exported, "-o", file, "--target", TARGET, "--kv-dtype", "f32")
+    check_parity(compressed, file)
+
+
 def test_a_linear_that_lost_all_groups(built, tmp_path):
     folder = shutil.copytree(built("llama")[0], tmp_path / "empty")
     tensors = load_file(folder / "model.safetensors")
-    stem = "model.layers.1.self_attn.o_proj.streams.0."
-    tensors[stem + "crow_indices"][:] = 0
-    for part in ("col_indices", "values", "scales", "zeros"):
+    stem = "model.layers.1.self_attn.o_proj."
+    tensors[stem + "keep"][:] = 0
+    for part in ("levels.4", "scales", "zeros"):
         tensors[stem + part] = tensors[stem + part][:0]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     succeed("build", folder, "-o", tmp_path / "empty.gqsa", "--target", TARGET, "--kv-dtype", "f32")

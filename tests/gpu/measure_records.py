@@ -18,7 +18,7 @@ from gqsac.compiler.cuda_launch import launch
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
 from tests.gpu.cuda_device import Gpu, GpuKernels
 from tests.gpu.measure_linear import _copy_bandwidth, _time_graph
-from tests.unit.random_matrices import random_keep, random_matrix
+from tests.kernels.random_records import random_keep, random_matrix
 
 HIDDEN, INNER, DISTINCT = 4096, 11008, 3
 # rows, k, constants of qkv, o, gate+up, down

@@ -5,7 +5,7 @@ from gqsa_runtime.layouts import RECORDS
 from gqsa_runtime.layouts.records import make_plan
 
 from gqsac.compiler.kernel_spec import KernelSpec
-from tests.unit.random_matrices import random_keep, random_matrix
+from tests.kernels.random_records import random_keep, random_matrix
 
 TILE = 64
 

@@ -1,4 +1,4 @@
-"""Reading checkpoint folders: what comes back, and one refusal per rule."""
+"""Reading checkpoint folders of both format versions: what comes back, and one refusal per rule."""
 
 import json
 
@@ -7,28 +7,169 @@ import pytest
 import torch
 from safetensors.torch import save_file as save_torch
 
+from gqsac import codec
 from gqsac.bsr import BITS
 from gqsac.checkpoint import Checkpoint
-from gqsac.compress.write import ShardWriter, dense_tensor, stream_tensors, write_json
+from gqsac.codec import MatrixHeader
+from gqsac.compress.write import ShardWriter, dense_tensor, write_json
 from gqsac.errors import FormatError, ModelError
 from gqsac.quantization_config import QuantizationConfig
+from gqsac.quantized_matrix import ROW_BITS, QuantizedMatrix
+from tests.unit import version_1
 from tests.unit.compress_models import random_stream
+from tests.unit.random_matrices import random_matrix
 
 MODULE = "model.layers.0.mlp.up_proj"
 
 
-def write(folder, tensors, shard_bytes=1 << 30, **changes):
+def write(folder, tensors, shard_bytes=1 << 30, quantization=None, **changes):
     folder.mkdir(exist_ok=True)
     writer = ShardWriter(folder, shard_bytes)
     writer.add(tensors)
     writer.finish()
-    quantization = {**QuantizationConfig(4, 16, 0.5, (), {MODULE: (6, 64)}).to_dict(), **changes}
+    quantization = {**(quantization or version_1.config(16, {MODULE: (6, 64)})), **changes}
     write_json(folder / "config.json", {"model_type": "llama", "quantization_config": quantization})
     return folder
 
 
 def tensors_of(*streams):
-    return {**stream_tensors(MODULE, streams), "model.norm.weight": np.ones(4, np.float32)}
+    return {**version_1.stream_tensors(MODULE, streams), "model.norm.weight": np.ones(4, np.float32)}
+
+
+def write_matrices(folder, matrices, tensors=None, **changes):
+    """matrices: module -> QuantizedMatrix; the first one's group sizes are the checkpoint's."""
+    first = next(iter(matrices.values()))
+    sizes = {name: (matrix.group_size, matrix.quant_group_size) for name, matrix in matrices.items()}
+    quantization = QuantizationConfig(
+        4, first.group_size, 0.5, (), {name: matrix.levels.shape for name, matrix in matrices.items()}, {},
+        first.quant_group_size, {name: own for name, own in sizes.items() if own != sizes[next(iter(sizes))]},
+    ).to_dict()  # fmt: skip
+    if tensors is None:
+        tensors = stored(matrices)
+    return write(folder, tensors, quantization=quantization, **changes)
+
+
+def stored(matrices):
+    return {f"{name}.{part}": array for name, matrix in matrices.items() for part, array in codec.pack(matrix).items()}
+
+
+@pytest.mark.parametrize("bits", ROW_BITS)
+def test_matrices_come_back(tmp_path, bits):
+    other = "model.layers.0.mlp.down_proj"
+    matrices = {
+        MODULE: random_matrix(6, 256, 16, 64, (bits,)),
+        other: random_matrix(5, 128, 32, 32, (2, 8), kept=1),
+    }
+    checkpoint = Checkpoint.open(write_matrices(tmp_path / "m", matrices, shard_bytes=200))
+    assert checkpoint.modules() == [other, MODULE] and checkpoint.is_compressed(other)
+    assert checkpoint.matrix_header(MODULE) == MatrixHeader(6, 256, 16, 64, (bits,), matrices[MODULE].n_groups)
+    assert checkpoint.matrix_header(other) == MatrixHeader(5, 128, 32, 32, (2, 8), 5 * 4)
+    for name, matrix in matrices.items():
+        found = checkpoint.matrix(name)
+        np.testing.assert_array_equal(found.dequantize(), matrix.dequantize())
+        assert (found.group_size, found.quant_group_size) == (matrix.group_size, matrix.quant_group_size)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_matrices_come_as_streams_where_they_can(tmp_path, bits):
+    matrix = random_matrix(6, 256, 16, 64, (bits,))
+    matrix.zeros[:] = 8
+    checkpoint = Checkpoint.open(write_matrices(tmp_path / "m", {MODULE: matrix}))
+    (stream,) = checkpoint.streams(MODULE)
+    np.testing.assert_array_equal(stream.dequantize(), matrix.dequantize())
+    (header,) = checkpoint.stream_headers(MODULE)
+    assert (header.rows, header.columns, header.group_size, header.bits, header.nnz) == (6, 256, 16, bits, stream.nnz)
+
+
+def test_matrices_that_are_no_streams_are_refused_by_name(tmp_path):
+    whole = {"kept": 1}
+    for number, (matrix, message) in enumerate(
+        [
+            (random_matrix(6, 128, 16, 64, (2, 4), **whole), "up_proj has rows of 2 and 4 bits"),
+            (random_matrix(6, 128, 64, 32, **whole), "up_proj has several scales in a group of 64"),
+            (
+                random_matrix(6, 128, 16, 64, (2,), **whole),
+                "up_proj is not stored as .*: a BSR stream's zeros are levels",
+            ),
+            (random_matrix(6, 128, 16, 64, (8,), **whole), "up_proj has 8-bit rows with zeros other than 128"),
+        ]
+    ):
+        checkpoint = Checkpoint.open(write_matrices(tmp_path / str(number), {MODULE: matrix}))
+        assert checkpoint.matrix(MODULE).rows == 6
+        with pytest.raises(ModelError, match=message):
+            checkpoint.streams(MODULE)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_version_1_comes_as_matrices(tmp_path, bits):
+    stream = random_stream(np.random.default_rng(0), bits=bits, empty_rows=(0, 5))
+    checkpoint = Checkpoint.open(write(tmp_path / "m", tensors_of(stream)))
+    assert checkpoint.quantization.to_dict() == checkpoint.config["quantization_config"]
+    assert checkpoint.matrix_header(MODULE) == MatrixHeader(6, 64, 16, 16, (bits,), stream.nnz)
+    matrix = checkpoint.matrix(MODULE)
+    assert isinstance(matrix, QuantizedMatrix)
+    np.testing.assert_array_equal(matrix.dequantize(), stream.dequantize())
+
+
+def test_damaged_matrices_are_refused_by_name(tmp_path):
+    matrices = {MODULE: random_matrix(6, 256, 16, 64)}
+    for number, (part, change, message) in enumerate(
+        [
+            ("levels.4", lambda a: a[:, :4], "levels.4 has 4 bytes a group"),  # of headers: refused when opened
+            ("scales", lambda a: a.astype(np.float32), "scales is of type F32, expected F16"),
+            ("keep", lambda a: a[1:], "keep has 11 entries"),
+        ]
+    ):
+        tensors = stored(matrices)
+        tensors[f"{MODULE}.{part}"] = change(tensors[f"{MODULE}.{part}"])
+        folder = write_matrices(tmp_path / str(number), matrices, tensors)
+        with pytest.raises(FormatError, match=f"{folder}: tensor {MODULE}.{message}"):
+            Checkpoint.open(folder)
+    tensors = stored(matrices)
+    tensors[f"{MODULE}.scales"][3] = np.nan
+    folder = write_matrices(tmp_path / "nan", matrices, tensors)
+    with pytest.raises(FormatError, match=f"{folder}: tensor {MODULE}.scales holds a NaN"):
+        Checkpoint.open(folder).matrix(MODULE)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"format_version": 3}, "format version 3, this gqsac reads versions 1 and 2"),
+        ({"format_version": True}, "format version True"),
+        ({"bits": 0.5}, "bits is 0.5, expected a number from 1 to 8"),
+        ({"bits": True}, "bits is True"),
+        ({"group_size": 24}, "group_size is 24"),
+        ({"group_size": 16.0}, "group_size is 16.0"),
+        ({"quant_group_size": 24}, "quant_group_size is 24, expected a multiple or a divisor of the group size 16"),
+        ({"quant_group_size": 0}, "quant_group_size is 0"),
+        ({"modules": []}, "modules is list"),
+        ({"modules": {MODULE: [6, 256]}}, "the entry of model.layers.0.mlp.up_proj is \\[6, 256\\]"),
+        ({"modules": {MODULE: {}}}, "the shape of model.layers.0.mlp.up_proj is None"),
+        ({"modules": {MODULE: {"shape": [6, 0]}}}, "the shape of model.layers.0.mlp.up_proj is \\[6, 0\\]"),
+        ({"modules": {MODULE: {"shape": [6, 96]}}}, "columns a multiple of the group size 64"),
+        ({"modules": {MODULE: {"shape": [6, 256], "group_size": 12}}}, "up_proj: group_size is 12"),
+        ({"modules": {MODULE: {"shape": [6, 256], "quant_group_size": "x"}}}, "up_proj: quant_group_size is 'x'"),
+        ({"modules": {}}, "gives no shape for the compressed linear model.layers.0.mlp.up_proj"),
+        (
+            {"modules": {MODULE: {"shape": [6, 256]}, "other": {"shape": [6, 256]}}},
+            "compressed linear other are missing",
+        ),
+        ({"modules": {MODULE: {"shape": [6, 256], "group_size": 32}}}, "levels.4 has 8 bytes a group, expected 16"),
+    ],
+)
+def test_a_bad_config_of_matrices_is_refused(tmp_path, changes, message):
+    folder = write_matrices(tmp_path / "m", {MODULE: random_matrix(6, 256, 16, 64)}, **changes)
+    with pytest.raises(FormatError, match=message):
+        Checkpoint.open(folder)
+
+
+def test_dense_parameters_named_like_parts_stay_dense(tmp_path):
+    matrices = {MODULE: random_matrix(6, 256, 16, 64)}
+    tensors = stored(matrices) | {"model.gate.scales": np.ones(3, np.float32)}
+    checkpoint = Checkpoint.open(write_matrices(tmp_path / "m", matrices, tensors))
+    assert checkpoint.modules() == [MODULE]
+    np.testing.assert_array_equal(checkpoint.read("model.gate.scales"), np.ones(3))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -55,6 +196,9 @@ def test_several_streams_and_shards_come_back(tmp_path):
     assert [stream.bits for stream in checkpoint.streams(MODULE)] == [2, 8]
     for read, stream in zip(checkpoint.streams(MODULE), streams, strict=True):
         np.testing.assert_array_equal(read.dequantize(), stream.dequantize())
+    for read in (checkpoint.matrix, checkpoint.matrix_header):
+        with pytest.raises(ModelError, match="up_proj is the sum of 2 streams, and one is expected"):
+            read(MODULE)
 
 
 def test_uncompressed_folder_with_bfloat16(tmp_path):
@@ -146,7 +290,7 @@ def test_eight_bit_groups_must_be_symmetric(tmp_path):
     "changes, message",
     [
         ({"quant_method": "gptq"}, "stored as 'gptq'"),
-        ({"format_version": 2}, "format version 2"),
+        ({"format_version": 0}, "format version 0"),
         ({"bits": 5}, "bits is 5"),
         ({"group_size": 24}, "group_size is 24"),
         ({"sparsity": 1.0}, "sparsity is 1.0"),
@@ -156,7 +300,7 @@ def test_eight_bit_groups_must_be_symmetric(tmp_path):
         ({"shapes": {MODULE: [6]}}, "the shape of model.layers.0.mlp.up_proj"),
         ({"shapes": {MODULE: [6, 60]}}, "multiple of the group size"),
         ({"shapes": {}}, "gives no shape for the compressed linear"),
-        ({"shapes": {MODULE: [6, 64], "other": [6, 64]}}, "streams of the compressed linear other are missing"),
+        ({"shapes": {MODULE: [6, 64], "other": [6, 64]}}, "tensors of the compressed linear other are missing"),
     ],
 )
 def test_bad_config_is_refused(tmp_path, changes, message):
@@ -168,7 +312,7 @@ def test_bad_config_is_refused(tmp_path, changes, message):
 def test_gap_between_streams_is_refused(tmp_path):
     tensors = tensors_of(random_stream(np.random.default_rng(0)))
     tensors = {name.replace(".streams.0.", ".streams.1."): array for name, array in tensors.items()}
-    with pytest.raises(FormatError, match="streams \\[1\\], expected 0, 1"):
+    with pytest.raises(FormatError, match="streams are \\[1\\], expected 0, 1"):
         Checkpoint.open(write(tmp_path / "m", tensors))
 
 

@@ -1,5 +1,6 @@
 """What `gqsac compress` says of bad texts, folders that are in the way, and too little memory or disk."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -152,6 +153,17 @@ def test_a_resumed_run_names_another_text_of_the_same_name_and_another_model(tmp
         compress(save_model(tmp_path / "qwen2", "qwen2"), tmp_path / "out", **options)
     options["calibration"].write_text(TEXT[::-1])
     with pytest.raises(InputError, match=r"with another calibration text \(by its tokens\)"):
+        compress(llama, tmp_path / "out", **options)
+
+
+def test_a_folder_of_an_older_format_is_refused(tmp_path, llama, stopped):
+    options, folder = stopped
+    state = json.loads((folder / "state.json").read_text())
+    assert state.pop("format_version") == 2
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(
+        InputError, match="another version of the checkpoint format: None there, 2 now; use the same .*or"
+    ):
         compress(llama, tmp_path / "out", **options)
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.random_checkpoint import CONFIGS, random_checkpoint, random_stream
+from benchmarks.random_checkpoint import CONFIGS, random_checkpoint, random_matrix
 from gqsac.checkpoint import Checkpoint
+from gqsac.codec import MatrixHeader
 from gqsac.errors import InputError
+from gqsac.quantized_matrix import ROW_BITS
 from tests.unit.compress_models import CONFIGS as TINY
 from tests.unit.compress_models import folder_bytes
 
@@ -33,12 +35,51 @@ def test_it_loads_and_runs(tmp_path, name, bits):
 
 @pytest.mark.parametrize("skew", [0.0, 0.3, 1.0])
 def test_skew_spreads_the_counts_and_keeps_the_total(skew):
-    stream = random_stream(np.random.default_rng(0), 500, 1024, 4, 16, 0.5, skew)
-    counts = np.diff(stream.crow_indices)
-    assert abs(stream.nnz - 500 * 64 // 2) <= 1
+    matrix = random_matrix(np.random.default_rng(0), 500, 1024, 4, 16, 16, 0.5, skew)
+    counts = matrix.keep.sum(1)
+    assert abs(matrix.n_groups - 500 * 64 // 2) <= 1
     spread = counts.std() / 32
     assert spread == 0 if skew == 0 else 0.6 * skew < spread < 1.4 * skew
-    assert 0.5 < stream.dequantize().std() * np.sqrt(512) * np.sqrt(2) < 2  # outputs as large as inputs
+    assert 0.5 < matrix.dequantize().std() * np.sqrt(512) * np.sqrt(2) < 2  # outputs as large as inputs
+
+
+@pytest.mark.parametrize("bits", ROW_BITS)
+def test_scales_may_be_shared_and_outputs_are_as_large_as_inputs(bits):
+    matrix = random_matrix(np.random.default_rng(0), 200, 512, bits, 16, 64, 0.0)
+    assert matrix.keep is None and matrix.scales.shape == matrix.zeros.shape == (200, 8)
+    assert matrix.levels.max() == 2**bits - 1
+    assert 0.8 < matrix.dequantize().std() * np.sqrt(512) < 1.3
+
+
+def test_tiles_are_removed_whole():
+    matrix = random_matrix(np.random.default_rng(0), 40, 512, 4, 16, 64, 0.5, tiles=True)
+    tiles = matrix.keep[:32].reshape(2, 16, 8, 4)
+    assert (tiles == tiles[:, :1, :, :1]).all()
+    assert (matrix.keep[32:] == matrix.keep[32]).all()  # the rows that are left make smaller tiles
+    assert matrix.n_groups * 2 == matrix.keep.size
+
+
+def test_a_checkpoint_of_tiles_and_shared_scales(tmp_path):
+    config = {**TINY["llama"], "hidden_size": 128, "intermediate_size": 256}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = {"quant_group_size": 64, "tiles": True, "bits": 1, "progress": False}
+    checkpoint = Checkpoint.open(random_checkpoint(str(tmp_path / "config.json"), tmp_path / "out", **options))
+    header = checkpoint.matrix_header("model.layers.0.mlp.up_proj")
+    assert header == MatrixHeader(256, 128, 16, 64, (1,), 256 * 8 // 2)
+    assert checkpoint.matrix("model.layers.0.mlp.up_proj").n_groups == header.nnz
+
+
+def test_sizes_that_do_not_fit_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY["llama"]))
+    for options, message in [
+        ({"group_size": 64}, "has 96 columns, which groups of 64 do not divide"),
+        ({"quant_group_size": 64}, "has 96 columns, which groups of 64 do not divide"),
+        ({"tiles": True}, "has 96 columns, which groups of 64 do not divide"),
+        ({"tiles": True, "group_size": 128}, "holds no whole groups of 128"),
+        ({"quant_group_size": 24}, "do not fit groups of 16"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            random_checkpoint(str(tmp_path / "config.json"), tmp_path / "out", **options)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
