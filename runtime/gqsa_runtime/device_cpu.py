@@ -104,8 +104,9 @@ class CpuDevice:
 
     tensors: name -> read-only C-contiguous array, flat or shaped; they are used in place, not copied.
     binaries: gives a binary's bytes, whose digest the reader has checked: they are native code.
-    context: positions in the KV cache. threads: of the pool with the caller, by default all CPUs that
-    this process may use; results do not depend on it. One thread at a time may call the methods.
+    context: positions of a slot of the KV cache; slots: sequences that it holds. threads: of the pool with
+    the caller, by default all CPUs that this process may use; results do not depend on it. One
+    thread at a time may call the methods.
     Raises DeviceError for a CPU that the file has no kernels for, and where memory does not suffice.
     """
 
@@ -116,6 +117,7 @@ class CpuDevice:
         binaries: Callable[[Binary], bytes],
         context: int,
         threads: int | None = None,
+        slots: int = 1,
     ):
         self.threads = default_threads() if threads is None else threads
         if self.threads < 1:
@@ -125,7 +127,7 @@ class CpuDevice:
         self.target = binary.target
         self.name = f"CPU ({self.target}, {self.threads} thread{'s' if self.threads > 1 else ''})"
         self._library = _load_library(binaries(binary))
-        self._context = context
+        self._context, self._slots = context, slots
         self._keep: list[np.ndarray] = []  # arrays that native code points into
         self._addresses: dict[tuple, int] = {}
         self._allocate(program, tensors)
@@ -171,7 +173,7 @@ class CpuDevice:
         context = self._context
         sizes: dict[tuple, int] = {("arena", None): program.arena_bytes}
         for layer, kv in enumerate(program.kv_layers):
-            size = context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
+            size = self._slots * context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
             sizes["k_cache", layer] = sizes["v_cache", layer] = size
         for name, rope in program.ropes.items():
             sizes["rope", name] = context * rope.rotary_dim * DTYPE_BYTES["f32"]

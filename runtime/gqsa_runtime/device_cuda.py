@@ -111,7 +111,8 @@ def choose_binary(binaries: tuple[Binary, ...], gpu: Gpu) -> Binary:
 class CudaDevice:
     """Runs a program on one GPU. All memory is allocated when it is made; nothing after.
 
-    tensors: name -> array, read one at a time. context: positions in the KV cache.
+    tensors: name -> array, read one at a time. context: positions of a slot of the KV cache; slots: sequences
+    that it holds.
     Raises DeviceError for a missing driver, GPU or binary, and where the driver runs out of memory.
     """
 
@@ -122,6 +123,7 @@ class CudaDevice:
         binaries: Callable[[Binary], bytes],
         context: int,
         ordinal: int = 0,
+        slots: int = 1,
     ):
         self._program = program
         self._gpu = Gpu(ordinal)
@@ -138,7 +140,7 @@ class CudaDevice:
         try:
             call("cuCtxSetCurrent", self._context)
             self._stream = call("cuStreamCreate", _driver().CUstream_flags.CU_STREAM_NON_BLOCKING)
-            self._allocate(tensors, context)
+            self._allocate(tensors, context, slots)
             self._functions = self._load(binaries(self._binary))
             for phase, steps in program.phases.items():
                 self._graphs[phase] = self._capture(steps)
@@ -209,13 +211,13 @@ class CudaDevice:
         # A server's threads each have their own current context; setting it costs a microsecond.
         call("cuCtxSetCurrent", self._context)
 
-    def _allocate(self, tensors: CheckedTensors, context: int) -> None:
+    def _allocate(self, tensors: CheckedTensors, context: int, slots: int) -> None:
         program = self._program
         used = {arg.name for steps in program.phases.values() for step in steps for arg in step.args}
         names = [name for name in tensors if name in used]
         weight_bytes = sum(_align(tensors.nbytes(name)) for name in names)
         rope_bytes = sum(context * rope.rotary_dim * 4 for rope in program.ropes.values())
-        total = weight_bytes + program.arena_bytes + context * program.kv_bytes_per_token() + rope_bytes
+        total = weight_bytes + program.arena_bytes + slots * context * program.kv_bytes_per_token() + rope_bytes
         total += ALIGNMENT * (2 * len(program.kv_layers) + len(program.ropes) + 1)
         self._memory = call("cuMemAlloc", total)
         # Nothing may depend on what the memory held before; zeros make that so.
@@ -232,7 +234,7 @@ class CudaDevice:
         self._buffers = {b.name: (arena + b.offset, b.dtype, b.elements) for b in program.buffers}
         self._addresses: dict[tuple, int] = {}
         for layer, kv in enumerate(program.kv_layers):
-            size = context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
+            size = slots * context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
             self._addresses["k_cache", layer] = take(size)
             self._addresses["v_cache", layer] = take(size)
         for name, rope in program.ropes.items():

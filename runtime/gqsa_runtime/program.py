@@ -2,9 +2,11 @@
 
 Every activation is f32 `[n_tokens, width]`, a row per token, stored with a row stride that is a
 constant of the kernel. A kernel takes only pointers; all numbers are stamped into its code, except
-`state` = i32 [2] {n_tokens, position}: how many tokens this launch holds and how many the KV cache
-held before it. `operators.OPERATORS` gives each operator's operands in order, and `validate` checks every
-argument of every step against it, so that no kernel can be pointed outside its memory.
+`state` = i32 [2 + 2 * prefill_chunk] {n_tokens, context, slot and position of each token}: how many tokens this
+launch holds, how many positions a slot of the KV cache has, and where in the cache each token belongs. A slot
+holds one sequence; the tokens of a launch may be of any slots. `operators.OPERATORS` gives each operator's
+operands in order, and `validate` checks every argument of every step against it, so that no kernel can be
+pointed outside its memory.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ class Step:
 
 @dataclass(frozen=True)
 class KVLayer:
-    """The KV cache of one attention layer: k and v are each [context, kv_heads, head_dim]."""
+    """The KV cache of one attention layer: k and v are each [slots, context, kv_heads, head_dim]."""
 
     kv_heads: int
     head_dim: int
@@ -118,7 +120,7 @@ class Program:
     binaries: tuple[Binary, ...] = ()
 
     def kv_bytes_per_token(self) -> int:
-        """Bytes of KV cache that one position takes over all layers."""
+        """Bytes of KV cache that one position of a slot takes over all layers."""
         per_layer = sum(2 * layer.kv_heads * layer.head_dim for layer in self.kv_layers)
         return per_layer * DTYPE_BYTES[self.kv_dtype]
 

@@ -15,7 +15,7 @@ from gqsa_runtime.constants import NUMBER, allowed, shown
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.format import ALIGNMENT, MAX_NAME_CHARACTERS
 from gqsa_runtime.layouts import LAYOUTS, ContentRule
-from gqsa_runtime.operators import OPERATORS, Operand, check_params
+from gqsa_runtime.operators import OPERATORS, Operand, check_params, state_elements
 from gqsa_runtime.program import DTYPE_BYTES, PHASES, Argument, Buffer, Kernel, Program, Step
 from gqsa_runtime.reader import TensorInfo
 from gqsa_runtime.typecheck import conforms
@@ -113,7 +113,7 @@ class _Checker:
         for name, dtype, elements in (
             ("tokens", "i32", chunk),
             ("targets", "i32", chunk),
-            ("state", "i32", 2),
+            ("state", "i32", state_elements(chunk)),
             ("logits", "f32", program.vocab_size),
             ("log_probs", "f32", chunk),
             ("argmax", "i32", chunk),

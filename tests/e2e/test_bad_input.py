@@ -339,8 +339,8 @@ def test_files_that_are_no_artifacts(tmp_path, source, artifact):
         "text": (b"Hello, hello", "not a .gqsa file"),
         "flipped": (_flip(sound, _place(artifact, "embed_tokens.weight")), "damaged"),
         "newer": (
-            tiny.file_bytes(**{"gqsa.format_version": 2}),
-            "format version 2.*pip install ./runtime",
+            tiny.file_bytes(**{"gqsa.format_version": 3}),
+            "format version 3.*pip install ./runtime",
         ),
         "llama": (gguf_bytes.gguf({"general.architecture": "llama"}, {}), "GGUF file for 'llama'.*gqsac build"),
     }

@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+from gqsa_runtime.format import FORMAT_VERSION
+from gqsa_runtime.operators import state_elements
 from gqsa_runtime.program import Argument, Binary, Buffer, Kernel, KVLayer, Program, Rope, Step
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -69,7 +71,8 @@ def program(**changes) -> Program:
         Kernel("last_row", "last_row", {"width": ROWS, "x_stride": ROWS}, (1, 1, 1), 128, 0),
         Kernel("log_probs", "log_probs", {"tokens": 8, "vocab": VOCAB, "x_stride": VOCAB}, (1, 1, 1), 128, 0),
     ]
-    sizes = [("tokens", "i32", CHUNK), ("targets", "i32", CHUNK), ("state", "i32", 2), ("logits", "f32", CHUNK * VOCAB),
+    sizes = [("tokens", "i32", CHUNK), ("targets", "i32", CHUNK), ("state", "i32", state_elements(CHUNK)),
+             ("logits", "f32", CHUNK * VOCAB),
              ("log_probs", "f32", CHUNK), ("argmax", "i32", CHUNK), ("last", "f32", ROWS), ("x", "f32", CHUNK * WIDTH),
              ("q", "f32", CHUNK * ROWS), ("y", "f32", CHUNK * ROWS)]  # fmt: skip
     buffers, offset = [], 0
@@ -117,7 +120,7 @@ def metadata(made: Program | None = None, **changes) -> dict:
         "general.architecture": "gqsa",
         "general.alignment": 64,
         "general.name": "tiny",
-        "gqsa.format_version": 1,
+        "gqsa.format_version": FORMAT_VERSION,
         "gqsa.compiler": json.dumps({"gqsac": "test"}),
         "gqsa.program": (made or program()).to_json(),
         "tokenizer.huggingface.json": tokenizer_json(),

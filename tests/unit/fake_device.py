@@ -34,7 +34,11 @@ class FakeDevice:
         return self.buffers[buffer][:count].copy()
 
     def launch(self, phase):
-        n_tokens, position = map(int, self.buffers["state"])
+        n_tokens, context = map(int, self.buffers["state"][:2])
+        slots, positions = self.buffers["state"][2 : 2 + 2 * n_tokens].reshape(-1, 2).T
+        position = int(positions[0])
+        assert context == self.context and not slots.any()
+        assert positions.tolist() == list(range(position, position + n_tokens))
         self.launches.append((phase, n_tokens, position))
         if phase in ("decode", "prefill_body"):
             assert 1 <= n_tokens <= (1 if phase == "decode" else self.program.prefill_chunk)

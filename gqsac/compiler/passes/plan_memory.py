@@ -6,6 +6,7 @@ The plan is made for a full prefill chunk; decode uses the first row of the same
 from dataclasses import dataclass
 
 from gqsa_runtime.format import ALIGNMENT
+from gqsa_runtime.operators import state_elements
 from gqsa_runtime.program import DTYPE_BYTES, Buffer
 
 from gqsac.compiler.passes.specialize import RESERVED, Launches, ValueRef
@@ -51,7 +52,7 @@ def _reserved_buffers(launches: Launches, chunk: int) -> list[tuple[str, str, in
     return [
         ("tokens", "i32", chunk),
         ("targets", "i32", chunk),
-        ("state", "i32", 2),
+        ("state", "i32", state_elements(chunk)),
         ("logits", "f32", chunk * launches.widths["logits"]),
         ("log_probs", "f32", chunk),
         ("argmax", "i32", chunk),

@@ -1,5 +1,6 @@
 // Causal attention of many tokens, flash style on CUDA cores in f32: a block takes QUERIES tokens of one
-// head and walks the cache in tiles of KEYS rows that all its queries share through shared memory.
+// head and walks the cache in tiles of KEYS rows that all its queries share through shared memory. Tokens
+// share rows where they follow one another in one slot, so the block takes its tokens run by run.
 //
 // 256 threads stand as 16 x 16: thread (ty, tx) owns queries ty * PER_THREAD .., keys tx + 16 j of each
 // tile and dims (tx + 16 j) * 4 .. + 3 of the output. The 16 threads of a ty are half a warp, so the
@@ -19,29 +20,36 @@ struct AttentionTile {
     static constexpr int PIECES = ceil_div(DIMS / 4, 16);  // float4 pieces of the output per query and thread
 };
 
+// End of the run that begins with token `first`: of the tokens up to `limit` that have its slot and
+// positions rising by one. All lanes of the warp call it.
+__device__ __forceinline__ int run_end(const int* state, int first, int limit) {
+    int end = limit;
+    for (int token = limit - 1 - threadIdx.x % WARP; token > first; token -= WARP)
+        if (slot_of(state, token) != slot_of(state, token - 1) ||
+            position_of(state, token) != position_of(state, token - 1) + 1)
+            end = token;
+#pragma unroll
+    for (int offset = WARP / 2; offset > 0; offset /= 2) end = min(end, __shfl_xor_sync(ALL_LANES, end, offset));
+    return end;
+}
+
 // C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache, Q_STRIDE, OUT_STRIDE.
 // Shared memory, floats: queries [QUERIES, STRIDE], keys and values [KEYS, STRIDE], weights [QUERIES, P_STRIDE].
+// k_cache and v_cache: of the head. Queries first_query .. last_query are a run.
 template <class C>
-__device__ __forceinline__ void attention_prefill(const float* q, const typename C::Cache::Element* k_cache,
-                                                  const typename C::Cache::Element* v_cache, float* out,
-                                                  const int* state) {
+__device__ __forceinline__ void attend_run(const float* q, const typename C::Cache::Element* k_cache,
+                                           const typename C::Cache::Element* v_cache, float* out, const int* state,
+                                           int first_query, int last_query) {
     using T = AttentionTile<C::HEAD_DIM>;
-    constexpr int ROW = C::KV_HEADS * C::HEAD_DIM;
     GQSA_DYNAMIC_SHARED(float4, shared);
     float* const q_tile = reinterpret_cast<float*>(shared);
     float* const k_tile = q_tile + T::QUERIES * T::STRIDE;
     float* const v_tile = k_tile + T::KEYS * T::STRIDE;
     float* const p_tile = v_tile + T::KEYS * T::STRIDE;
 
-    wait_for_inputs();
-    let_dependents_start();
-    const int n_tokens = state[0], position = state[1];
-    const int head = blockIdx.x, first_query = blockIdx.y * T::QUERIES;
-    if (first_query >= n_tokens) return;
-    const int last_query = min(first_query + T::QUERIES, n_tokens) - 1;
+    const int head = blockIdx.x, position = position_of(state, first_query);
+    const KvSlot<C::KV_HEADS * C::HEAD_DIM> slot(state, first_query);
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-    k_cache += head / (C::HEADS / C::KV_HEADS) * C::HEAD_DIM;
-    v_cache += head / (C::HEADS / C::KV_HEADS) * C::HEAD_DIM;
 
     for (int i = threadIdx.x; i < T::QUERIES * T::DIMS; i += blockDim.x) {
         const int row = i / T::DIMS, d = i % T::DIMS;
@@ -55,17 +63,16 @@ __device__ __forceinline__ void attention_prefill(const float* q, const typename
 #pragma unroll
     for (int i = 0; i < T::PER_THREAD; ++i) largest[i] = LOWEST;
 
-    // Rows that some query of this block sees; all others count as zero and are never read.
-    const int rows_end = position + last_query + 1;
-    const int rows_begin = C::WINDOW > 0 ? max(0, position + first_query + 1 - C::WINDOW) : 0;
+    // Rows that some query of this run sees; all others count as zero and are never read.
+    const int rows_end = position + last_query - first_query + 1;
+    const int rows_begin = C::WINDOW > 0 ? max(0, position + 1 - C::WINDOW) : 0;
     for (int start = rows_begin; start < rows_end; start += T::KEYS) {
         __syncthreads();
         for (int i = threadIdx.x; i < T::KEYS * T::DIMS; i += blockDim.x) {
             const int row = i / T::DIMS, d = i % T::DIMS;
             const bool valid = start + row < rows_end && d < C::HEAD_DIM;
-            const size_t at = (size_t)(start + row) * ROW + d;
-            k_tile[row * T::STRIDE + d] = valid ? C::Cache::load(k_cache + at) : 0.0f;
-            v_tile[row * T::STRIDE + d] = valid ? C::Cache::load(v_cache + at) : 0.0f;
+            k_tile[row * T::STRIDE + d] = valid ? C::Cache::load(k_cache + slot.row(start + row) + d) : 0.0f;
+            v_tile[row * T::STRIDE + d] = valid ? C::Cache::load(v_cache + slot.row(start + row) + d) : 0.0f;
         }
         __syncthreads();
 
@@ -91,7 +98,7 @@ __device__ __forceinline__ void attention_prefill(const float* q, const typename
         }
 #pragma unroll
         for (int i = 0; i < T::PER_THREAD; ++i) {
-            const int query = ty * T::PER_THREAD + i, row = position + first_query + query;
+            const int query = ty * T::PER_THREAD + i, row = position + query;
             bool seen[T::KEYS / 16];
             float new_largest = largest[i];
 #pragma unroll
@@ -153,5 +160,22 @@ __device__ __forceinline__ void attention_prefill(const float* q, const typename
                 if (d < C::HEAD_DIM) row[d] = v[e] / sum[i];
             }
         }
+    }
+}
+
+template <class C>
+__device__ __forceinline__ void attention_prefill(const float* q, const typename C::Cache::Element* k_cache,
+                                                  const typename C::Cache::Element* v_cache, float* out,
+                                                  const int* state) {
+    constexpr int QUERIES = AttentionTile<C::HEAD_DIM>::QUERIES;
+    wait_for_inputs();
+    let_dependents_start();
+    const int kv_head = blockIdx.x / (C::HEADS / C::KV_HEADS);
+    const int begin = blockIdx.y * QUERIES, end = min(begin + QUERIES, count_tokens(state));
+    for (int first = begin; first < end;) {
+        const int next = run_end(state, first, end);
+        if (first > begin) __syncthreads();  // the last run's tiles may still be read
+        attend_run<C>(q, k_cache + kv_head * C::HEAD_DIM, v_cache + kv_head * C::HEAD_DIM, out, state, first, next - 1);
+        first = next;
     }
 }

@@ -20,10 +20,11 @@ __device__ __forceinline__ void kv_append(float* q, const float* k, const float*
     let_dependents_start();
     const int token = blockIdx.y, item = blockIdx.x * blockDim.x + threadIdx.x;
     if (token >= count_tokens<TOKENS>(state) || item >= V_END) return;
-    const size_t row = state[1] + token;
-    const float* angles = rope + row * C::ROTARY_DIM;
-    k_cache += row * (C::KV_HEADS * C::HEAD_DIM);
-    v_cache += row * (C::KV_HEADS * C::HEAD_DIM);
+    const int position = position_of(state, token);
+    const float* angles = rope + (size_t)position * C::ROTARY_DIM;
+    const size_t row = KvSlot<C::KV_HEADS * C::HEAD_DIM>(state, token).row(position);
+    k_cache += row;
+    v_cache += row;
 
     if (item < Q_END) {
         const int pair = item % PAIRS;

@@ -107,7 +107,7 @@ __device__ __forceinline__ void linear_sparse_prefill(const float* x, const sign
     wait_for_inputs();
     let_dependents_start();
     const int first_token = blockIdx.y * TILE;
-    const int n_tokens = min(TILE, state[0] - first_token);
+    const int n_tokens = min(TILE, count_tokens(state) - first_token);
     const int task = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     if (n_tokens <= 0 || task >= C::TASKS) return;
     x += (size_t)first_token * C::X_STRIDE;

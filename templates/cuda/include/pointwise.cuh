@@ -17,7 +17,7 @@ template <class C, int TOKENS>
 __device__ __forceinline__ void embedding(const int* ids, const unsigned short* table, float* out, const int* state) {
     int token, column;
     if (!locate<C::WIDTH, TOKENS>(state, token, column)) return;
-    const size_t row = C::SOURCE_POSITIONS ? state[1] + token + C::POSITION_OFFSET : ids[token];
+    const size_t row = C::SOURCE_POSITIONS ? position_of(state, token) + C::POSITION_OFFSET : ids[token];
     const float value = half_to_float(table[row * C::WIDTH + column]) * C::SCALE;
     float* to = out + (size_t)token * C::OUT_STRIDE + column;
     *to = C::ACCUMULATE ? *to + value : value;
@@ -54,5 +54,5 @@ __device__ __forceinline__ void last_row(const float* x, float* out, const int* 
     wait_for_inputs();
     let_dependents_start();
     const int column = blockIdx.x * blockDim.x + threadIdx.x;
-    if (column < C::WIDTH) out[column] = x[(size_t)(state[0] - 1) * C::X_STRIDE + column];
+    if (column < C::WIDTH) out[column] = x[(size_t)(count_tokens(state) - 1) * C::X_STRIDE + column];
 }
