@@ -6,6 +6,7 @@ blocks past the last token exit at once.
 """
 
 from gqsa_runtime.errors import UnsupportedError
+from gqsa_runtime.program import Launch
 
 from gqsac.compiler.kernel_spec import KernelSpec
 
@@ -19,11 +20,9 @@ _ATTENTION_DECODE_BLOCK = 512
 _ATTENTION_PREFILL_BLOCK = 256  # 16 x 16 in attention_prefill.cuh
 _DENSE_BLOCK = 256
 
-Launch = tuple[tuple[int, int, int], int, int]
-
 
 def launch(spec: KernelSpec, max_tokens: int) -> Launch:
-    """(grid (x, y, z) in blocks, block in threads, dynamic shared memory in bytes) of a kernel.
+    """Grid, block and dynamic shared memory of a kernel.
 
     max_tokens: most rows in one launch (the program's prefill_chunk); decode kernels (tokens = 1)
     always cover one. Raises UnsupportedError where a kernel cannot be launched on every target.
@@ -41,7 +40,7 @@ def launch(spec: KernelSpec, max_tokens: int) -> Launch:
             f"{spec.op} with {params} needs {shared_bytes} bytes of shared memory, "
             f"every supported GPU offers only {MAX_SHARED_BYTES}; such a model cannot be built for CUDA"
         )
-    return (x, y, 1), block, shared_bytes
+    return Launch((x, y, 1), block, shared_bytes)
 
 
 def _ceil_div(a: int, b: int) -> int:

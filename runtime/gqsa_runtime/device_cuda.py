@@ -11,7 +11,7 @@ import numpy as np
 
 from gqsa_runtime import cuda_errors
 from gqsa_runtime.errors import DeviceError
-from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Kernel, Program, Step
+from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Launch, Program, Step
 from gqsa_runtime.rope import rope_table
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class CudaDevice:
         ordinal: int = 0,
         slots: int = 1,
     ):
-        self._program = program
+        self._program, self._plan = program, program.plans["cuda"]
         self._gpu = Gpu(ordinal)
         self.name = self._gpu.name
         self._binary = choose_binary(program.binaries, self._gpu)
@@ -142,7 +142,7 @@ class CudaDevice:
             self._stream = call("cuStreamCreate", _driver().CUstream_flags.CU_STREAM_NON_BLOCKING)
             self._allocate(tensors, context, slots)
             self._functions = self._load(binaries(self._binary))
-            for phase, steps in program.phases.items():
+            for phase, steps in self._plan.phases.items():
                 self._graphs[phase] = self._capture(steps)
         except BaseException:
             self.close()
@@ -212,12 +212,12 @@ class CudaDevice:
         call("cuCtxSetCurrent", self._context)
 
     def _allocate(self, tensors: CheckedTensors, context: int, slots: int) -> None:
-        program = self._program
-        used = {arg.name for steps in program.phases.values() for step in steps for arg in step.args}
+        program, plan = self._program, self._plan
+        used = {arg.name for step in plan.steps() for arg in step.args if arg.kind == "tensor"}
         names = [name for name in tensors if name in used]
         weight_bytes = sum(_align(tensors.nbytes(name)) for name in names)
         rope_bytes = sum(context * rope.rotary_dim * 4 for rope in program.ropes.values())
-        total = weight_bytes + program.arena_bytes + slots * context * program.kv_bytes_per_token() + rope_bytes
+        total = weight_bytes + plan.arena_bytes + slots * context * program.kv_bytes_per_token() + rope_bytes
         total += ALIGNMENT * (2 * len(program.kv_layers) + len(program.ropes) + 1)
         self._memory = call("cuMemAlloc", total)
         # Nothing may depend on what the memory held before; zeros make that so.
@@ -230,8 +230,8 @@ class CudaDevice:
             cursor += _align(size)
             return address
 
-        arena = take(program.arena_bytes)
-        self._buffers = {b.name: (arena + b.offset, b.dtype, b.elements) for b in program.buffers}
+        arena = take(plan.arena_bytes)
+        self._buffers = {b.name: (arena + b.offset, b.dtype, b.elements) for b in plan.buffers}
         self._addresses: dict[tuple, int] = {}
         for layer, kv in enumerate(program.kv_layers):
             size = slots * context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
@@ -254,36 +254,38 @@ class CudaDevice:
         """Loads the modules; the reader has checked their digest: a damaged cubin can kill the process."""
         limit = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         functions = {}
-        for kernel in self._program.kernels:
+        for kernel in self._plan.kernels:
             offset, size = self._binary.kernels[kernel.name]
             module = call("cuModuleLoadData", data[offset : offset + size] + b"\0")
             self._modules.append(module)
             function = call("cuModuleGetFunction", module, kernel.name.encode())
-            if kernel.shared_bytes > STATIC_SHARED_LIMIT:
-                call("cuFuncSetAttribute", function, limit, kernel.shared_bytes)
+            shared_bytes = kernel.launch(self.target).shared_bytes
+            if shared_bytes > STATIC_SHARED_LIMIT:
+                call("cuFuncSetAttribute", function, limit, shared_bytes)
             functions[kernel.name] = function
         return functions
 
     def _capture(self, steps: tuple[Step, ...]) -> object:
         """A graph of the steps, one after another."""
-        kernels = {kernel.name: kernel for kernel in self._program.kernels}
+        kernels = {kernel.name: kernel for kernel in self._plan.kernels}
         call("cuStreamBeginCapture", self._stream, _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
         for step in steps:
             kernel = kernels[step.kernel]
             values = tuple(self._address(arg) for arg in step.args)
             types = (ctypes.c_void_p,) * len(values)
-            call("cuLaunchKernelEx", self._launch_config(kernel), self._functions[kernel.name], (values, types), 0)
+            config = self._launch_config(kernel.launch(self.target))
+            call("cuLaunchKernelEx", config, self._functions[kernel.name], (values, types), 0)
         graph = call("cuStreamEndCapture", self._stream)
         executable = call("cuGraphInstantiate", graph, 0)
         call("cuGraphDestroy", graph)
         return executable
 
-    def _launch_config(self, kernel: Kernel):
+    def _launch_config(self, launch: Launch):
         driver = _driver()
         config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = kernel.grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = kernel.block, 1, 1
-        config.sharedMemBytes, config.hStream = kernel.shared_bytes, self._stream
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.block, 1, 1
+        config.sharedMemBytes, config.hStream = launch.shared_bytes, self._stream
         if self._dependent_launch:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

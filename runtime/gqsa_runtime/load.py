@@ -24,15 +24,15 @@ class CheckedTensors(Mapping):
     """A file's tensors, read when asked for: digest verified, index tensors checked.
 
     An array that is still in use is handed out again rather than read twice.
-    progress: called with (bytes read so far, bytes of all tensors).
+    progress: called with (bytes read so far, bytes of all tensors that a device of the family reads).
     """
 
-    def __init__(self, file: ArtifactFile, progress: Callable[[int, int], None] | None = None):
+    def __init__(self, file: ArtifactFile, family: str, progress: Callable[[int, int], None] | None = None):
         self._file = file
         self._checks = ContentChecks(file.program, file.tensors)
         self._alive: weakref.WeakValueDictionary[str, np.ndarray] = weakref.WeakValueDictionary()
         self._progress = progress
-        self._read_bytes, self._all_bytes = 0, memory.weight_bytes(file.program, file.tensors)
+        self._read_bytes, self._all_bytes = 0, memory.weight_bytes(file.program, file.tensors, family)
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._file.tensors:
@@ -61,9 +61,13 @@ class CheckedTensors(Mapping):
 
 @dataclass(frozen=True)
 class OpenedDevice:
-    """device_reason: which device and why. context_reason: why a context other than asked, or None."""
+    """family: key of Program.plans. device_reason: which device and why.
+
+    context_reason: why a context other than asked, or None.
+    """
 
     device: Device
+    family: str
     context: int
     device_reason: str
     context_reason: str | None
@@ -86,7 +90,7 @@ def open_device(
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise InputError(f"the number of threads is {threads}, expected at least 1 and at most {MAX_THREADS}")
     kind, ordinal, reason = choose_device(program, device)
-    tensors = CheckedTensors(file, progress)
+    tensors = CheckedTensors(file, kind, progress)
 
     def binaries(binary) -> bytes:
         return file.read(binary.tensor).tobytes()
@@ -97,9 +101,9 @@ def open_device(
         else:
             free = memory.free_cpu_bytes()
             free = None if free is None else free - memory.CPU_HEADROOM_BYTES
-        chosen, context_reason = _choose_context(file, context, free)
+        chosen, context_reason = _choose_context(file, kind, context, free)
         opened = _open(kind, ordinal, program, tensors, binaries, chosen, threads)
-    return OpenedDevice(opened, chosen, reason, context_reason)
+    return OpenedDevice(opened, kind, chosen, reason, context_reason)
 
 
 def choose_device(program: Program, device: str) -> tuple[str, int, str]:
@@ -134,13 +138,13 @@ def _probe(kind: str, program: Program, ordinal: int) -> tuple[bool, str]:
     return device_cpu.probe(program)
 
 
-def _choose_context(file: ArtifactFile, context: int | None, free: int | None) -> tuple[int, str | None]:
+def _choose_context(file: ArtifactFile, family: str, context: int | None, free: int | None) -> tuple[int, str | None]:
     program = file.program
     wanted = min(program.max_context, DEFAULT_CONTEXT) if context is None else context
-    fits = wanted if free is None else memory.largest_context(program, file.tensors, free)
+    fits = wanted if free is None else memory.largest_context(program, file.tensors, family, free)
     if fits >= wanted:
         return wanted, None
-    needed_gb = memory.needed_bytes(program, file.tensors, wanted) / 1e9
+    needed_gb = memory.needed_bytes(program, file.tensors, family, wanted) / 1e9
     short = f"context {wanted} needs {needed_gb:.2f} GB and {max(free, 0) / 1e9:.2f} GB can be used"
     if fits < 1:
         raise DeviceError(f"{short}; not even one position fits: free memory, or use a smaller model")

@@ -114,8 +114,8 @@ def _time_graph(gpu, steps, dependent_launch) -> float:
     driver = gpu.driver
     stream = _checked(driver.cuStreamCreate(1))
     _checked(driver.cuStreamBeginCapture(stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL))
-    for function, (grid, block, shared_bytes), pointers in steps:
-        gpu.launch(function, grid, block, shared_bytes, pointers, stream, dependent_launch)
+    for function, made, pointers in steps:
+        gpu.launch(function, made, pointers, stream, dependent_launch)
     graph = _checked(driver.cuGraphInstantiate(_checked(driver.cuStreamEndCapture(stream)), 0))
     start, end = _checked(driver.cuEventCreate(0)), _checked(driver.cuEventCreate(0))
     times = []

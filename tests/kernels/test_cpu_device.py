@@ -9,7 +9,7 @@ from gqsa_runtime import device_cpu
 from gqsa_runtime.device_cpu import CpuDevice, choose_binary, probe, supported_targets
 from gqsa_runtime.engine import launch_state
 from gqsa_runtime.errors import DeviceError
-from gqsa_runtime.program import Argument, Binary, Buffer, Kernel, KVLayer, Program, Rope, Step
+from gqsa_runtime.program import Argument, Binary, Buffer, Kernel, KVLayer, Plan, Program, Rope, Step
 from gqsa_runtime.rope import rope_table
 
 from gqsac.compiler.kernel_spec import KernelSpec
@@ -59,13 +59,12 @@ def make_program(targets=("x86_64_v4", "x86_64_v3", "aarch64")):
         Buffer("rows", "f32", 2 * WIDTH, 128 + 4 * WIDTH),
         Buffer("logits", "f32", VOCAB, 128 + 12 * WIDTH),
     )
+    kernels = tuple(Kernel(name, spec.op, dict(spec.params), {}) for name, spec in SPECS.items())
+    plan = Plan(buffers, 128 + 12 * WIDTH + 4 * VOCAB, kernels, {"decode": steps})
     return Program(
         name="test", model_class="Test", vocab_size=VOCAB, max_context=CONTEXT, prefill_chunk=1, bos_token_id=None,
         eos_token_ids=(), kv_dtype="f16", kv_layers=(KVLayer(HEADS, HEAD_DIM),),
-        ropes={"main": Rope("inv_freq", HEAD_DIM, 1.0)}, buffers=buffers,
-        arena_bytes=128 + 12 * WIDTH + 4 * VOCAB,
-        kernels=tuple(Kernel(name, spec.op, dict(spec.params), (1, 1, 1), 32, 0) for name, spec in SPECS.items()),
-        phases={"decode": steps},
+        ropes={"main": Rope("inv_freq", HEAD_DIM, 1.0)}, plans={"cpu": plan},
         binaries=tuple(Binary(target, "shared_object", f"so.{target}", {"": (0, 0)}) for target in targets),
     )  # fmt: skip
 

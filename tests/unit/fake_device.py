@@ -22,7 +22,7 @@ class FakeDevice:
 
     def __init__(self, program, context: int, script=None):
         self.program, self.context, self.script = program, context, script
-        self.buffers = {b.name: np.zeros(b.elements, DTYPES[b.dtype]) for b in program.buffers}
+        self.buffers = {b.name: np.zeros(b.elements, DTYPES[b.dtype]) for b in program.plans["cpu"].buffers}
         self.cache = np.full(context, -1, np.int32)
         self.launches: list[tuple[str, int, int]] = []  # (phase, n_tokens, position)
         self.closed = False
