@@ -6,7 +6,8 @@
 #pragma once
 #include "kv_cache.cuh"
 
-// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache. Shared memory: [warps, HEAD_DIM + 2] floats.
+// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache. Shared memory: [warps, PARTIAL] floats, of each warp its
+// values [HEAD_DIM], largest score and sum.
 template <class C>
 __device__ __forceinline__ void attention_decode(const float* q, const typename C::Cache::Element* k_cache,
                                                  const typename C::Cache::Element* v_cache, float* out,
@@ -108,7 +109,7 @@ __device__ __forceinline__ void attention_decode(const float* q, const typename 
                 values[i][e] = values[i][e] * mine + __shfl_xor_sync(ALL_LANES, values[i][e], offset) * theirs;
         largest = new_largest;
     }
-    float* partial = shared + warp * (C::HEAD_DIM + 2);
+    float* partial = shared + warp * C::PARTIAL;
     if (group == 0) {
 #pragma unroll
         for (int i = 0; i < PER_LANE; ++i)
@@ -122,9 +123,9 @@ __device__ __forceinline__ void attention_decode(const float* q, const typename 
     __syncthreads();
     for (int d = threadIdx.x; d < C::HEAD_DIM; d += blockDim.x) {
         float top = LOWEST, total = 0.0f, value = 0.0f;
-        for (int w = 0; w < warps; ++w) top = fmaxf(top, shared[w * (C::HEAD_DIM + 2) + C::HEAD_DIM]);
+        for (int w = 0; w < warps; ++w) top = fmaxf(top, shared[w * C::PARTIAL + C::HEAD_DIM]);
         for (int w = 0; w < warps; ++w) {
-            const float* from = shared + w * (C::HEAD_DIM + 2);
+            const float* from = shared + w * C::PARTIAL;
             const float weight = expf(from[C::HEAD_DIM] - top);
             total = fmaf(from[C::HEAD_DIM + 1], weight, total);
             value = fmaf(from[d], weight, value);

@@ -8,15 +8,11 @@
 #pragma once
 #include "kv_cache.cuh"
 
-// Sizes are the same as in cuda_launch.py.
-template <int HEAD_DIM>
+// C: QUERIES, KEYS; floats from row to row: STRIDE of the tiles, WEIGHT_STRIDE of the weights.
+template <class C>
 struct AttentionTile {
-    static constexpr int QUERIES = HEAD_DIM <= 128 ? 64 : 32;
-    static constexpr int KEYS = HEAD_DIM <= 128 ? 32 : 16;
-    static constexpr int PER_THREAD = QUERIES / 16;
-    static constexpr int DIMS = ceil_div(HEAD_DIM, 4) * 4;
-    static constexpr int STRIDE = DIMS + 4;  // floats from row to row, against bank conflicts
-    static constexpr int P_STRIDE = KEYS + 1;
+    static constexpr int PER_THREAD = C::QUERIES / 16;
+    static constexpr int DIMS = ceil_div(C::HEAD_DIM, 4) * 4;
     static constexpr int PIECES = ceil_div(DIMS / 4, 16);  // float4 pieces of the output per query and thread
 };
 
@@ -33,27 +29,27 @@ __device__ __forceinline__ int run_end(const int* state, int first, int limit) {
     return end;
 }
 
-// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache, Q_STRIDE, OUT_STRIDE.
-// Shared memory, floats: queries [QUERIES, STRIDE], keys and values [KEYS, STRIDE], weights [QUERIES, P_STRIDE].
+// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache, Q_STRIDE, OUT_STRIDE and what AttentionTile needs.
+// Shared memory, floats: queries [QUERIES, STRIDE], keys and values [KEYS, STRIDE], weights [QUERIES, WEIGHT_STRIDE].
 // k_cache and v_cache: of the head. Queries first_query .. last_query are a run.
 template <class C>
 __device__ __forceinline__ void attend_run(const float* q, const typename C::Cache::Element* k_cache,
                                            const typename C::Cache::Element* v_cache, float* out, const int* state,
                                            int first_query, int last_query) {
-    using T = AttentionTile<C::HEAD_DIM>;
+    using T = AttentionTile<C>;
     GQSA_DYNAMIC_SHARED(float4, shared);
     float* const q_tile = reinterpret_cast<float*>(shared);
-    float* const k_tile = q_tile + T::QUERIES * T::STRIDE;
-    float* const v_tile = k_tile + T::KEYS * T::STRIDE;
-    float* const p_tile = v_tile + T::KEYS * T::STRIDE;
+    float* const k_tile = q_tile + C::QUERIES * C::STRIDE;
+    float* const v_tile = k_tile + C::KEYS * C::STRIDE;
+    float* const p_tile = v_tile + C::KEYS * C::STRIDE;
 
     const int head = blockIdx.x, position = position_of(state, first_query);
     const KvSlot<C::KV_HEADS * C::HEAD_DIM> slot(state, first_query);
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
 
-    for (int i = threadIdx.x; i < T::QUERIES * T::DIMS; i += blockDim.x) {
+    for (int i = threadIdx.x; i < C::QUERIES * T::DIMS; i += blockDim.x) {
         const int row = i / T::DIMS, d = i % T::DIMS;
-        q_tile[row * T::STRIDE + d] = first_query + row <= last_query && d < C::HEAD_DIM
+        q_tile[row * C::STRIDE + d] = first_query + row <= last_query && d < C::HEAD_DIM
             ? q[(size_t)(first_query + row) * C::Q_STRIDE + head * C::HEAD_DIM + d] * C::SCALE
             : 0.0f;
     }
@@ -66,29 +62,29 @@ __device__ __forceinline__ void attend_run(const float* q, const typename C::Cac
     // Rows that some query of this run sees; all others count as zero and are never read.
     const int rows_end = position + last_query - first_query + 1;
     const int rows_begin = C::WINDOW > 0 ? max(0, position + 1 - C::WINDOW) : 0;
-    for (int start = rows_begin; start < rows_end; start += T::KEYS) {
+    for (int start = rows_begin; start < rows_end; start += C::KEYS) {
         __syncthreads();
-        for (int i = threadIdx.x; i < T::KEYS * T::DIMS; i += blockDim.x) {
+        for (int i = threadIdx.x; i < C::KEYS * T::DIMS; i += blockDim.x) {
             const int row = i / T::DIMS, d = i % T::DIMS;
             const bool valid = start + row < rows_end && d < C::HEAD_DIM;
-            k_tile[row * T::STRIDE + d] = valid ? C::Cache::load(k_cache + slot.row(start + row) + d) : 0.0f;
-            v_tile[row * T::STRIDE + d] = valid ? C::Cache::load(v_cache + slot.row(start + row) + d) : 0.0f;
+            k_tile[row * C::STRIDE + d] = valid ? C::Cache::load(k_cache + slot.row(start + row) + d) : 0.0f;
+            v_tile[row * C::STRIDE + d] = valid ? C::Cache::load(v_cache + slot.row(start + row) + d) : 0.0f;
         }
         __syncthreads();
 
-        float score[T::PER_THREAD][T::KEYS / 16] = {};
+        float score[T::PER_THREAD][C::KEYS / 16] = {};
 #pragma unroll 4
         for (int d = 0; d < T::DIMS; d += 4) {
-            float4 key[T::KEYS / 16];
+            float4 key[C::KEYS / 16];
 #pragma unroll
-            for (int j = 0; j < T::KEYS / 16; ++j)
-                key[j] = *reinterpret_cast<const float4*>(k_tile + (tx + 16 * j) * T::STRIDE + d);
+            for (int j = 0; j < C::KEYS / 16; ++j)
+                key[j] = *reinterpret_cast<const float4*>(k_tile + (tx + 16 * j) * C::STRIDE + d);
 #pragma unroll
             for (int i = 0; i < T::PER_THREAD; ++i) {
                 const float4 query =
-                    *reinterpret_cast<const float4*>(q_tile + (ty * T::PER_THREAD + i) * T::STRIDE + d);
+                    *reinterpret_cast<const float4*>(q_tile + (ty * T::PER_THREAD + i) * C::STRIDE + d);
 #pragma unroll
-                for (int j = 0; j < T::KEYS / 16; ++j) {
+                for (int j = 0; j < C::KEYS / 16; ++j) {
                     score[i][j] = fmaf(query.x, key[j].x, score[i][j]);
                     score[i][j] = fmaf(query.y, key[j].y, score[i][j]);
                     score[i][j] = fmaf(query.z, key[j].z, score[i][j]);
@@ -99,10 +95,10 @@ __device__ __forceinline__ void attend_run(const float* q, const typename C::Cac
 #pragma unroll
         for (int i = 0; i < T::PER_THREAD; ++i) {
             const int query = ty * T::PER_THREAD + i, row = position + query;
-            bool seen[T::KEYS / 16];
+            bool seen[C::KEYS / 16];
             float new_largest = largest[i];
 #pragma unroll
-            for (int j = 0; j < T::KEYS / 16; ++j) {
+            for (int j = 0; j < C::KEYS / 16; ++j) {
                 const int column = start + tx + 16 * j;
                 seen[j] = column <= row && column < rows_end && (C::WINDOW == 0 || column > row - C::WINDOW);
                 if (seen[j]) new_largest = fmaxf(new_largest, score[i][j]);
@@ -112,10 +108,10 @@ __device__ __forceinline__ void attend_run(const float* q, const typename C::Cac
             largest[i] = new_largest;
             float tile_sum = 0.0f;
 #pragma unroll
-            for (int j = 0; j < T::KEYS / 16; ++j) {
+            for (int j = 0; j < C::KEYS / 16; ++j) {
                 const float weight = seen[j] ? expf(score[i][j] - new_largest) : 0.0f;
                 tile_sum += weight;
-                p_tile[query * T::P_STRIDE + tx + 16 * j] = weight;
+                p_tile[query * C::WEIGHT_STRIDE + tx + 16 * j] = weight;
             }
             sum[i] = sum[i] * shrink + segment_sum<16>(tile_sum);
 #pragma unroll
@@ -126,15 +122,16 @@ __device__ __forceinline__ void attend_run(const float* q, const typename C::Cac
         }
         __syncwarp();  // a query's weights are written and read by the same half warp
 #pragma unroll 4
-        for (int key = 0; key < T::KEYS; ++key) {
+        for (int key = 0; key < C::KEYS; ++key) {
             float weight[T::PER_THREAD];
 #pragma unroll
-            for (int i = 0; i < T::PER_THREAD; ++i) weight[i] = p_tile[(ty * T::PER_THREAD + i) * T::P_STRIDE + key];
+            for (int i = 0; i < T::PER_THREAD; ++i)
+                weight[i] = p_tile[(ty * T::PER_THREAD + i) * C::WEIGHT_STRIDE + key];
 #pragma unroll
             for (int j = 0; j < T::PIECES; ++j) {
                 const int d = (tx + 16 * j) * 4;
                 if (d >= T::DIMS) continue;
-                const float4 value = *reinterpret_cast<const float4*>(v_tile + key * T::STRIDE + d);
+                const float4 value = *reinterpret_cast<const float4*>(v_tile + key * C::STRIDE + d);
 #pragma unroll
                 for (int i = 0; i < T::PER_THREAD; ++i) {
                     values[i][j].x = fmaf(weight[i], value.x, values[i][j].x);
@@ -167,11 +164,10 @@ template <class C>
 __device__ __forceinline__ void attention_prefill(const float* q, const typename C::Cache::Element* k_cache,
                                                   const typename C::Cache::Element* v_cache, float* out,
                                                   const int* state) {
-    constexpr int QUERIES = AttentionTile<C::HEAD_DIM>::QUERIES;
     wait_for_inputs();
     let_dependents_start();
     const int kv_head = blockIdx.x / (C::HEADS / C::KV_HEADS);
-    const int begin = blockIdx.y * QUERIES, end = min(begin + QUERIES, count_tokens(state));
+    const int begin = blockIdx.y * C::QUERIES, end = min(begin + C::QUERIES, count_tokens(state));
     for (int first = begin; first < end;) {
         const int next = run_end(state, first, end);
         if (first > begin) __syncthreads();  // the last run's tiles may still be read

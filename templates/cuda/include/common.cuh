@@ -25,13 +25,6 @@ __device__ __forceinline__ int count_tokens(const int* state) {
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Largest power of two that is at most x, within [low, high] (powers of two).
-__host__ __device__ constexpr int power_of_two_below(int x, int low, int high) {
-    int power = low;
-    while (power * 2 <= x && power < high) power *= 2;
-    return power;
-}
-
 __host__ __device__ constexpr int power_of_two_above(int x) {
     int power = 1;
     while (power < x) power *= 2;

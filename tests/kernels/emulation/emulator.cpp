@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 #include <ucontext.h>
+#include <utility>
 #include <vector>
 
 #include "cuda_shim.h"
@@ -41,25 +42,21 @@ int threads, current, live;
 jmp_buf scheduler;
 std::string problem;
 
+template <std::size_t>
+using Pointer = void*;
+constexpr int MAX_ARGUMENTS = 20;
+
+template <std::size_t... I>
+void call_with(std::index_sequence<I...>) {
+    reinterpret_cast<void (*)(Pointer<I>...)>(kernel.function)(kernel.arguments[I]...);
+}
+
+// Calls the kernel if it has N arguments, or else tries one fewer.
+template <int N>
 void call() {
-    void** a = kernel.arguments;
-    using P = void*;
-    switch (kernel.count) {
-        case 3: reinterpret_cast<void (*)(P, P, P)>(kernel.function)(a[0], a[1], a[2]); break;
-        case 4: reinterpret_cast<void (*)(P, P, P, P)>(kernel.function)(a[0], a[1], a[2], a[3]); break;
-        case 5: reinterpret_cast<void (*)(P, P, P, P, P)>(kernel.function)(a[0], a[1], a[2], a[3], a[4]); break;
-        case 6:
-            reinterpret_cast<void (*)(P, P, P, P, P, P)>(kernel.function)(a[0], a[1], a[2], a[3], a[4], a[5]);
-            break;
-        case 7:
-            reinterpret_cast<void (*)(P, P, P, P, P, P, P)>(kernel.function)(a[0], a[1], a[2], a[3], a[4], a[5], a[6]);
-            break;
-        case 9:
-            reinterpret_cast<void (*)(P, P, P, P, P, P, P, P, P)>(kernel.function)(a[0], a[1], a[2], a[3], a[4], a[5],
-                                                                                  a[6], a[7], a[8]);
-            break;
-        default: problem = "no kernel has " + std::to_string(kernel.count) + " arguments";
-    }
+    if (kernel.count == N) return call_with(std::make_index_sequence<N>());
+    if constexpr (N > 1) return call<N - 1>();
+    problem = "no kernel has " + std::to_string(kernel.count) + " arguments";
 }
 
 void release_block() {
@@ -71,7 +68,7 @@ void release_block() {
 }
 
 void fiber_main() {
-    call();
+    call<MAX_ARGUMENTS>();
     fibers[current].state = DONE;
     --live;
     release_block();
