@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from gqsa_runtime import cuda_errors
+from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.errors import DeviceError
 from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Launch, Program, Step
 from gqsa_runtime.rope import rope_table
-
-if TYPE_CHECKING:
-    from gqsa_runtime.load import CheckedTensors
 
 STATIC_SHARED_LIMIT = 48 << 10  # above this a kernel must opt in to dynamic shared memory
 ALIGNMENT = 256  # of everything in the arena, as cuMemAlloc aligns
@@ -76,6 +74,20 @@ class Gpu:
     def arch(self) -> str:
         """For example "sm_90"."""
         return f"sm_{self.major}{self.minor}"
+
+
+@contextlib.contextmanager
+def free_bytes(ordinal: int) -> Iterator[int]:
+    """Free memory of a GPU. The GPU's context lives until the end of the block, so that opening the
+    device inside it does not make the context a second time. Raises DeviceError without a GPU.
+    """
+    gpu = Gpu(ordinal)
+    context = call("cuDevicePrimaryCtxRetain", gpu.device)
+    try:
+        call("cuCtxSetCurrent", context)
+        yield int(call("cuMemGetInfo")[0])
+    finally:
+        call("cuDevicePrimaryCtxRelease", gpu.device)
 
 
 def choose_binary(binaries: tuple[Binary, ...], gpu: Gpu) -> Binary:

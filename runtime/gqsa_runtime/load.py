@@ -3,60 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
-from gqsa_runtime import memory
+from gqsa_runtime import device_cpu, device_cuda, memory
+from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.engine import Device
 from gqsa_runtime.errors import DeviceError, InputError
 from gqsa_runtime.program import Program
 from gqsa_runtime.reader import ArtifactFile
-from gqsa_runtime.validate import ContentChecks
 
 DEFAULT_CONTEXT = 4096
 MAX_THREADS = 1024
-
-
-class CheckedTensors(Mapping):
-    """A file's tensors, read when asked for: digest verified, index tensors checked.
-
-    An array that is still in use is handed out again rather than read twice.
-    progress: called with (bytes read so far, bytes of all tensors that a device of the family reads).
-    """
-
-    def __init__(self, file: ArtifactFile, family: str, progress: Callable[[int, int], None] | None = None):
-        self._file = file
-        self._checks = ContentChecks(file.program, file.tensors)
-        self._alive: weakref.WeakValueDictionary[str, np.ndarray] = weakref.WeakValueDictionary()
-        self._progress = progress
-        self._read_bytes, self._all_bytes = 0, memory.weight_bytes(file.program, file.tensors, family)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._file.tensors:
-            raise KeyError(name)
-        array = self._alive.get(name)
-        if array is None:
-            array = self._file.read(name)
-            self._checks.check(name, array)
-            array.flags.writeable = False
-            self._alive[name] = array
-            self._read_bytes += array.nbytes
-            if self._progress:
-                self._progress(self._read_bytes, self._all_bytes)
-        return array
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file.tensors)
-
-    def __len__(self) -> int:
-        return len(self._file.tensors)
-
-    def nbytes(self, name: str) -> int:
-        """Size of a tensor without reading it."""
-        return self._file.tensors[name].size
 
 
 @dataclass(frozen=True)
@@ -97,7 +55,7 @@ def open_device(
 
     with contextlib.ExitStack() as stack:
         if kind == "cuda":
-            free = stack.enter_context(memory.free_cuda_bytes(ordinal)) - memory.CUDA_HEADROOM_BYTES
+            free = stack.enter_context(device_cuda.free_bytes(ordinal)) - memory.CUDA_HEADROOM_BYTES
         else:
             free = memory.free_cpu_bytes()
             free = None if free is None else free - memory.CPU_HEADROOM_BYTES
@@ -129,13 +87,7 @@ def choose_device(program: Program, device: str) -> tuple[str, int, str]:
 
 
 def _probe(kind: str, program: Program, ordinal: int) -> tuple[bool, str]:
-    if kind == "cuda":
-        from gqsa_runtime import device_cuda
-
-        return device_cuda.probe(program, ordinal)
-    from gqsa_runtime import device_cpu
-
-    return device_cpu.probe(program)
+    return device_cuda.probe(program, ordinal) if kind == "cuda" else device_cpu.probe(program)
 
 
 def _choose_context(file: ArtifactFile, family: str, context: int | None, free: int | None) -> tuple[int, str | None]:
@@ -155,9 +107,5 @@ def _choose_context(file: ArtifactFile, family: str, context: int | None, free: 
 
 def _open(kind, ordinal, program, tensors, binaries, context, threads) -> Device:
     if kind == "cuda":
-        from gqsa_runtime.device_cuda import CudaDevice
-
-        return CudaDevice(program, tensors, binaries, context, ordinal)
-    from gqsa_runtime.device_cpu import CpuDevice
-
-    return CpuDevice(program, tensors, binaries, context, threads)
+        return device_cuda.CudaDevice(program, tensors, binaries, context, ordinal)
+    return device_cpu.CpuDevice(program, tensors, binaries, context, threads)

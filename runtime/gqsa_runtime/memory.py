@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 from gqsa_runtime.program import Program
@@ -75,19 +75,3 @@ def free_cpu_bytes() -> int | None:
             used -= int(dict(line.split() for line in lines)["inactive_file"])
         free = min(free, limit - used)
     return max(free, 0)
-
-
-@contextlib.contextmanager
-def free_cuda_bytes(ordinal: int) -> Iterator[int]:
-    """Free memory of a GPU. The GPU's context lives until the end of the block, so that opening the
-    device inside it does not make the context a second time. Raises DeviceError without a GPU.
-    """
-    from gqsa_runtime.device_cuda import Gpu, call
-
-    gpu = Gpu(ordinal)
-    context = call("cuDevicePrimaryCtxRetain", gpu.device)
-    try:
-        call("cuCtxSetCurrent", context)
-        yield int(call("cuMemGetInfo")[0])
-    finally:
-        call("cuDevicePrimaryCtxRelease", gpu.device)

@@ -133,10 +133,10 @@ def _linear(layout: Layout) -> Operator:
 
 OPERATORS: dict[str, Operator] = {
     "embedding": Operator(
-        "out[t] (+)= scale * table[ids[t]], or for source positions table[position[t] + position_offset]",
+        "out[t] = scale * table[ids[t]], or for source positions table[position[t] + position_offset]",
         {
             "tokens": SIZE, "width": SIZE, "vocab": SIZE, "source": ("tokens", "positions"), "position_offset": COUNT,
-            "scale": NUMBER, "accumulate": FLAG, "out_stride": SIZE,
+            "scale": NUMBER, "out_stride": SIZE,
         },
         (
             Operand("ids", "i32", _IDS),

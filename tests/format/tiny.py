@@ -56,7 +56,7 @@ def _kernels(suffix: str, tokens: int) -> list[Kernel]:
               "activation": "none", "residual": False, "residual_stride": 0}  # fmt: skip
     params = {
         "embedding": {"width": WIDTH, "vocab": VOCAB, "source": "tokens", "position_offset": 0, "scale": 1.0,
-                      "accumulate": False, "out_stride": WIDTH},
+                      "out_stride": WIDTH},
         "rms_norm": {"width": WIDTH, "heads": 1, "eps": 1e-5, "x_stride": WIDTH, "out_stride": WIDTH},
         "linear_sparse": {**linear, "group_size": GROUP, "bits": 4, "n_tasks": 2, "accumulate": False},
         "kv_append": {**heads, "rotary_dim": 4, "q_stride": ROWS, "k_stride": ROWS, "v_stride": ROWS},

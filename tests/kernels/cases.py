@@ -242,7 +242,7 @@ def _embedding(rng, p, case):
     return {
         "ids": ids,
         "table": _normal(rng, p["vocab"] * p["width"], np.float16),
-        "out": _activations(rng, case, p, p["out_stride"], p["width"], filled=p["accumulate"]),
+        "out": _activations(rng, case, p, p["out_stride"], p["width"], filled=False),
     }
 
 
@@ -427,14 +427,14 @@ def _simple_cases():
         spec = KernelSpec.make(name.split("/")[0], **params)
         return Case(name, spec, fill, len(places) or n_tokens, position, 16, context, places=places)
 
-    table = {"vocab": 101, "width": 72, "position_offset": 0, "scale": 1.0, "accumulate": False, "out_stride": 72}
+    table = {"vocab": 101, "width": 72, "position_offset": 0, "scale": 1.0, "out_stride": 72}
     for source, offset in (("tokens", 0), ("positions", 2)):
         changes = {**table, "source": source, "position_offset": offset}
         yield case(f"embedding/{source}", _embedding, tokens=1, **changes)
         yield case(f"embedding/{source}_tile", _embedding, 13, tokens=8, **{**changes, "out_stride": 81})
-        changes = {**changes, "accumulate": True, "scale": 8.5}
-        yield case(f"embedding/{source}_accumulate", _embedding, tokens=1, **changes)
-        yield case(f"embedding/{source}_accumulate_tile", _embedding, 5, tokens=8, **changes)
+        changes = {**changes, "scale": 8.5}
+        yield case(f"embedding/{source}_scaled", _embedding, tokens=1, **changes)
+        yield case(f"embedding/{source}_scaled_tile", _embedding, 5, tokens=8, **changes)
     for mix, places in MIXED_PLACES.items():
         changes = {**table, "source": "positions", "position_offset": 2}
         yield case(f"embedding/positions_{mix}", _embedding, places=places, tokens=8, **changes)

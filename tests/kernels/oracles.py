@@ -81,7 +81,7 @@ def _linear(op):
 def _embedding(p, a, n, places, write):
     index = a["ids"][:n] if p["source"] == "tokens" else places.positions + p["position_offset"]
     row = a["table"][: p["vocab"] * p["width"]].reshape(p["vocab"], p["width"])[index].astype(np.float64) * p["scale"]
-    write("out", row + _read(a["out"], n, p["out_stride"], p["width"]) if p["accumulate"] else row, p["out_stride"])
+    write("out", row, p["out_stride"])
 
 
 def _rms_norm(p, a, n, places, write):

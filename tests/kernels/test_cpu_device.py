@@ -25,7 +25,7 @@ ATTENTION = {"heads": HEADS, "kv_heads": HEADS, "head_dim": HEAD_DIM, "kv_dtype"
 SPECS = {
     "embed": KernelSpec.make(
         "embedding", tokens=1, width=WIDTH, vocab=VOCAB, source="tokens", position_offset=0, scale=1.0,
-        accumulate=False, out_stride=WIDTH,
+        out_stride=WIDTH,
     ),
     "append": KernelSpec.make(
         "kv_append", tokens=1, rotary_dim=HEAD_DIM, k_stride=WIDTH, v_stride=WIDTH, **ATTENTION

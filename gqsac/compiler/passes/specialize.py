@@ -157,7 +157,7 @@ class _Specializer:
         args = (ValueRef("tokens"), Argument("tensor", self.packing.tables[op.table]), op.output)
         return self.call(
             "embedding", args, width=op.width, vocab=op.rows, source=op.source, scale=float(op.scale),
-            position_offset=op.position_offset, accumulate=False, out_stride=self.stride(op.output),
+            position_offset=op.position_offset, out_stride=self.stride(op.output),
         )  # fmt: skip
 
     def rms_norm(self, op: ir.RMSNorm) -> Call:
