@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 from gqsa_runtime.device_cpu import _load_library, default_threads, supported_targets
+from gqsa_runtime.engine import launch_state
 
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
 from gqsac.compiler.passes.compile_cpu import compile_cpu
@@ -104,7 +105,7 @@ def main():
         layers[name] = n_bytes, [one] + [[a.copy() for a in one] for _ in range(COPIES_BYTES // n_bytes)]
     head = rng.standard_normal((VOCAB, WIDTH), np.float32).astype(np.float16)
     for tokens in options.tokens:
-        state = np.array([tokens, 0], np.int32)
+        state = launch_state(tokens, 0, np.arange(tokens))
         x = rng.standard_normal((tokens, 1536), np.float32)
         step, step_bytes = [], 0
         for name, (rows, _) in LAYER.items():
@@ -127,7 +128,7 @@ def main():
         for context in options.context:
             if context < tokens:
                 continue
-            state = np.array([tokens, context - tokens], np.int32)
+            state = launch_state(context, 0, np.arange(context - tokens, context))
             caches = [
                 rng.standard_normal((context, KV_HEADS, HEAD_DIM), np.float32).astype(np.float16) for _ in range(60)
             ]

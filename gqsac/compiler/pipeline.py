@@ -99,10 +99,13 @@ def build(
     packing = pack(graph, checkpoint, patterns)
     counts = count_bytes(graph, packing, patterns)
 
-    # Operators become kernel launches; only then is it known what must be alive when.
-    launches = specialize(graph, packing, patterns, options.kv_dtype)
-    memory = plan_memory(launches, PREFILL_CHUNK)
-    specs, kernels, phases, buffers = schedule(launches, memory, PREFILL_CHUNK)
+    # Operators become kernel calls; only then is it known what must be alive when. Each family of targets has a plan
+    # of its own.
+    specs, plans = {}, {}
+    for family in families(targets):
+        calls = specialize(graph, packing, patterns, options.kv_dtype)
+        memory = plan_memory(calls, PREFILL_CHUNK)
+        specs[family], plans[family] = schedule(calls, memory, family, PREFILL_CHUNK)
     program = Program(
         name=name,
         model_class=graph.model_class,
@@ -114,21 +117,19 @@ def build(
         kv_dtype=options.kv_dtype,
         kv_layers=kv_layers(graph),
         ropes=ropes(graph, packing),
-        buffers=buffers,
-        arena_bytes=memory.arena_bytes,
-        kernels=kernels,
-        phases=phases,
+        plans=plans,
     )
     dumper.text("3-plan.json", json.dumps(json.loads(program.to_json()), indent=1))
 
     # Text, then machine code: one source per kernel, one binary per kernel and target.
     sources = {
-        family: {name: render(family, spec, name) for name, spec in specs.items()} for family in families(targets)
+        family: {name: render(family, spec, name) for name, spec in kernels.items()}
+        for family, kernels in specs.items()
     }
     dumper.sources(sources)
     if options.dry_run:
-        return Summary.make(program, counts, [], targets, None, time.perf_counter() - started)
-    total = sum(len(specs) if family_of(target) == "cuda" else 1 for target in targets)
+        return Summary.make(program, counts, packing, [], targets, None, time.perf_counter() - started)
+    total = sum(len(specs["cuda"]) if family_of(target) == "cuda" else 1 for target in targets)
     done = 0
 
     def compiled_one(compiled: Compiled) -> None:
@@ -164,7 +165,7 @@ def build(
         check=verify,
         progress=wrote,
     )
-    return Summary.make(program, counts, compiled, targets, size, time.perf_counter() - started)
+    return Summary.make(program, counts, packing, compiled, targets, size, time.perf_counter() - started)
 
 
 def open_checkpoint(model: str | Path, rounding: Rounding | None) -> Checkpoint:

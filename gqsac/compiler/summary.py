@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from gqsa_runtime import memory
+from gqsa_runtime.load import DEFAULT_CONTEXT
 from gqsa_runtime.program import DTYPE_BYTES, Program
 
 from gqsac.compiler import ir
@@ -48,13 +50,17 @@ class ByteCounts:
 
 @dataclass(frozen=True)
 class Summary:
-    """Sizes in bytes, times in seconds. file_bytes is None for a dry run."""
+    """Sizes in bytes, times in seconds. file_bytes is None for a dry run.
+
+    memory_bytes: of an open model at the default context, for each family of targets: weights, activations, KV
+    cache and rotary tables.
+    """
 
     program: Program
     counts: ByteCounts
     targets: tuple[str, ...]
     file_bytes: int | None
-    n_launches: int
+    memory_bytes: dict[str, int]
     kernel_reports: tuple[KernelReport, ...]
     n_compiled: int
     n_cached: int
@@ -65,6 +71,7 @@ class Summary:
         cls,
         program: Program,
         counts: ByteCounts,
+        packing: Packing,
         compiled: list[Compiled],
         targets: tuple[str, ...],
         file_bytes: int | None,
@@ -72,33 +79,27 @@ class Summary:
     ) -> Summary:
         """The summary of a build, or of a dry run that compiled nothing."""
         reports = []
-        for kernel in program.kernels:
+        for kernel in program.plans["cuda"].kernels if "cuda" in program.plans else ():
             mine = [item for item in compiled if item.kernel == kernel.name and item.target.startswith("sm_")]
             registers = {item.target: item.report["registers"] for item in mine}
             spills = {item.target: item.report["spill_bytes"] for item in mine}
             reports.append(KernelReport(kernel.name, registers, spills))
+        tensors = {tensor.name: tensor for tensor in packing.tensors}
+        context = default_context(program)
         return cls(
             program=program,
             counts=counts,
             targets=targets,
             file_bytes=file_bytes,
-            n_launches=sum(len(steps) for steps in program.phases.values()),
+            memory_bytes={f: memory.needed_bytes(program, tensors, f, context) for f in program.plans},
             kernel_reports=tuple(reports),
             n_compiled=sum(not item.cached for item in compiled),
             n_cached=sum(item.cached for item in compiled),
             seconds=seconds,
         )
 
-    def memory_bytes(self, context: int) -> int:
-        """Device memory of an open model: weights, activations, KV cache and rotary tables."""
-        rope = sum(rope.rotary_dim * 4 for rope in self.program.ropes.values())
-        return (
-            self.counts.weight_bytes + self.program.arena_bytes + context * (self.program.kv_bytes_per_token() + rope)
-        )
-
     def as_dict(self) -> dict:
         """For --json."""
-        context = self.default_context()
         return {
             "name": self.program.name,
             "model_class": self.program.model_class,
@@ -106,33 +107,37 @@ class Summary:
             "file_bytes": self.file_bytes,
             "bits_per_weight": self.counts.bits_per_weight,
             "bits_per_parameter": self.counts.bits_per_parameter,
-            "kernels_unique": len(self.program.kernels),
-            "kernels_total": self.n_launches,
+            "plans": {
+                family: {
+                    "kernels_unique": len(plan.kernels),
+                    "kernels_total": len(list(plan.steps())),
+                    "memory_bytes": {str(default_context(self.program)): self.memory_bytes[family]},
+                }
+                for family, plan in self.program.plans.items()
+            },
             "kernels_compiled": self.n_compiled,
             "kernels_cached": self.n_cached,
-            "memory_bytes": {str(context): self.memory_bytes(context)},
             "kernels": [asdict(report) for report in self.kernel_reports],
             "seconds": round(self.seconds, 2),
             **asdict(self.counts),
         }
 
-    def default_context(self) -> int:
-        """The context that memory is reported for: what the runtime opens by default."""
-        return min(self.program.max_context, 4096)
-
     def table(self) -> str:
         """The closing lines of a build, for people."""
-        context = self.default_context()
+        context = default_context(self.program)
         counts = self.counts
         lines = [
             f"model      {self.program.name} ({self.program.model_class}), {counts.parameters / 1e6:.1f} M parameters",
             f"weights    {counts.weight_bytes / 1e6:.1f} MB; compressed linears {counts.bits_per_weight:.2f} bits per "
             f"weight, {counts.sparsity:.1%} of groups removed; "
             f"whole model {counts.bits_per_parameter:.2f} bits per parameter",
-            f"kernels    {len(self.program.kernels)} unique in {self.n_launches} launches; "
-            f"{self.n_compiled} binaries compiled, {self.n_cached} from the cache",
-            f"memory     {self.memory_bytes(context) / 1e6:.0f} MB at context {context}",
         ]
+        for family, plan in self.program.plans.items():
+            lines.append(
+                f"{family:<10} {len(plan.kernels)} kernels in {len(list(plan.steps()))} launches; "
+                f"{self.memory_bytes[family] / 1e6:.0f} MB of memory at context {context}"
+            )
+        lines.append(f"kernels    {self.n_compiled} binaries compiled, {self.n_cached} from the cache")
         if self.file_bytes is not None:
             lines.append(f"file       {self.file_bytes / 1e6:.1f} MB, for {', '.join(self.targets)}")
         lines.append(f"time       {self.seconds:.1f} s")
@@ -152,6 +157,11 @@ class Summary:
                 cells.append(f"{report.registers.get(target, 0)}{f' ({spill})' if spill else ''}")
             lines.append(report.name.ljust(name_width) + "".join(f"{cell:>9}" for cell in cells))
         return "\n".join(lines)
+
+
+def default_context(program: Program) -> int:
+    """The context that memory is reported for: what the runtime opens by default."""
+    return min(program.max_context, DEFAULT_CONTEXT)
 
 
 def count_bytes(graph: ir.Graph, packing: Packing, patterns: Patterns) -> ByteCounts:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from gqsa_runtime import cuda_errors
+from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.errors import DeviceError
-from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Kernel, Program, Step
+from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Launch, Program, Step
 from gqsa_runtime.rope import rope_table
-
-if TYPE_CHECKING:
-    from gqsa_runtime.load import CheckedTensors
 
 STATIC_SHARED_LIMIT = 48 << 10  # above this a kernel must opt in to dynamic shared memory
 ALIGNMENT = 256  # of everything in the arena, as cuMemAlloc aligns
@@ -78,6 +76,20 @@ class Gpu:
         return f"sm_{self.major}{self.minor}"
 
 
+@contextlib.contextmanager
+def free_bytes(ordinal: int) -> Iterator[int]:
+    """Free memory of a GPU. The GPU's context lives until the end of the block, so that opening the
+    device inside it does not make the context a second time. Raises DeviceError without a GPU.
+    """
+    gpu = Gpu(ordinal)
+    context = call("cuDevicePrimaryCtxRetain", gpu.device)
+    try:
+        call("cuCtxSetCurrent", context)
+        yield int(call("cuMemGetInfo")[0])
+    finally:
+        call("cuDevicePrimaryCtxRelease", gpu.device)
+
+
 def choose_binary(binaries: tuple[Binary, ...], gpu: Gpu) -> Binary:
     """The best binary for a GPU: a cubin of its major version and at most its minor one, else PTX.
 
@@ -111,7 +123,8 @@ def choose_binary(binaries: tuple[Binary, ...], gpu: Gpu) -> Binary:
 class CudaDevice:
     """Runs a program on one GPU. All memory is allocated when it is made; nothing after.
 
-    tensors: name -> array, read one at a time. context: positions in the KV cache.
+    tensors: name -> array, read one at a time. context: positions of a slot of the KV cache; slots: sequences
+    that it holds.
     Raises DeviceError for a missing driver, GPU or binary, and where the driver runs out of memory.
     """
 
@@ -122,8 +135,9 @@ class CudaDevice:
         binaries: Callable[[Binary], bytes],
         context: int,
         ordinal: int = 0,
+        slots: int = 1,
     ):
-        self._program = program
+        self._program, self._plan = program, program.plans["cuda"]
         self._gpu = Gpu(ordinal)
         self.name = self._gpu.name
         self._binary = choose_binary(program.binaries, self._gpu)
@@ -138,9 +152,9 @@ class CudaDevice:
         try:
             call("cuCtxSetCurrent", self._context)
             self._stream = call("cuStreamCreate", _driver().CUstream_flags.CU_STREAM_NON_BLOCKING)
-            self._allocate(tensors, context)
+            self._allocate(tensors, context, slots)
             self._functions = self._load(binaries(self._binary))
-            for phase, steps in program.phases.items():
+            for phase, steps in self._plan.phases.items():
                 self._graphs[phase] = self._capture(steps)
         except BaseException:
             self.close()
@@ -209,13 +223,13 @@ class CudaDevice:
         # A server's threads each have their own current context; setting it costs a microsecond.
         call("cuCtxSetCurrent", self._context)
 
-    def _allocate(self, tensors: CheckedTensors, context: int) -> None:
-        program = self._program
-        used = {arg.name for steps in program.phases.values() for step in steps for arg in step.args}
+    def _allocate(self, tensors: CheckedTensors, context: int, slots: int) -> None:
+        program, plan = self._program, self._plan
+        used = {arg.name for step in plan.steps() for arg in step.args if arg.kind == "tensor"}
         names = [name for name in tensors if name in used]
         weight_bytes = sum(_align(tensors.nbytes(name)) for name in names)
         rope_bytes = sum(context * rope.rotary_dim * 4 for rope in program.ropes.values())
-        total = weight_bytes + program.arena_bytes + context * program.kv_bytes_per_token() + rope_bytes
+        total = weight_bytes + plan.arena_bytes + slots * context * program.kv_bytes_per_token() + rope_bytes
         total += ALIGNMENT * (2 * len(program.kv_layers) + len(program.ropes) + 1)
         self._memory = call("cuMemAlloc", total)
         # Nothing may depend on what the memory held before; zeros make that so.
@@ -228,11 +242,11 @@ class CudaDevice:
             cursor += _align(size)
             return address
 
-        arena = take(program.arena_bytes)
-        self._buffers = {b.name: (arena + b.offset, b.dtype, b.elements) for b in program.buffers}
+        arena = take(plan.arena_bytes)
+        self._buffers = {b.name: (arena + b.offset, b.dtype, b.elements) for b in plan.buffers}
         self._addresses: dict[tuple, int] = {}
         for layer, kv in enumerate(program.kv_layers):
-            size = context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
+            size = slots * context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
             self._addresses["k_cache", layer] = take(size)
             self._addresses["v_cache", layer] = take(size)
         for name, rope in program.ropes.items():
@@ -252,36 +266,38 @@ class CudaDevice:
         """Loads the modules; the reader has checked their digest: a damaged cubin can kill the process."""
         limit = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         functions = {}
-        for kernel in self._program.kernels:
+        for kernel in self._plan.kernels:
             offset, size = self._binary.kernels[kernel.name]
             module = call("cuModuleLoadData", data[offset : offset + size] + b"\0")
             self._modules.append(module)
             function = call("cuModuleGetFunction", module, kernel.name.encode())
-            if kernel.shared_bytes > STATIC_SHARED_LIMIT:
-                call("cuFuncSetAttribute", function, limit, kernel.shared_bytes)
+            shared_bytes = kernel.launch(self.target).shared_bytes
+            if shared_bytes > STATIC_SHARED_LIMIT:
+                call("cuFuncSetAttribute", function, limit, shared_bytes)
             functions[kernel.name] = function
         return functions
 
     def _capture(self, steps: tuple[Step, ...]) -> object:
         """A graph of the steps, one after another."""
-        kernels = {kernel.name: kernel for kernel in self._program.kernels}
+        kernels = {kernel.name: kernel for kernel in self._plan.kernels}
         call("cuStreamBeginCapture", self._stream, _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
         for step in steps:
             kernel = kernels[step.kernel]
             values = tuple(self._address(arg) for arg in step.args)
             types = (ctypes.c_void_p,) * len(values)
-            call("cuLaunchKernelEx", self._launch_config(kernel), self._functions[kernel.name], (values, types), 0)
+            config = self._launch_config(kernel.launch(self.target))
+            call("cuLaunchKernelEx", config, self._functions[kernel.name], (values, types), 0)
         graph = call("cuStreamEndCapture", self._stream)
         executable = call("cuGraphInstantiate", graph, 0)
         call("cuGraphDestroy", graph)
         return executable
 
-    def _launch_config(self, kernel: Kernel):
+    def _launch_config(self, launch: Launch):
         driver = _driver()
         config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = kernel.grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = kernel.block, 1, 1
-        config.sharedMemBytes, config.hStream = kernel.shared_bytes, self._stream
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.block, 1, 1
+        config.sharedMemBytes, config.hStream = launch.shared_bytes, self._stream
         if self._dependent_launch:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

@@ -26,7 +26,7 @@ class Operand:
     """One pointer that an operator's kernels take.
 
     dtype: of the memory pointed to, or "param:NAME" where the constant NAME gives it.
-    elements: fewest elements the memory must hold, from (params, max_tokens, context).
+    elements: fewest elements the memory must hold, from (params, max_tokens, context); of a KV cache, those of a slot.
     access: "in", "out", "inout" or "weight".
     present: whether the pointer is non-null for these params.
     """
@@ -40,6 +40,11 @@ class Operand:
     def dtype_of(self, params: Mapping) -> str:
         """The dtype for these constants."""
         return params[self.dtype[len("param:") :]] if self.dtype.startswith("param:") else self.dtype
+
+
+def state_elements(max_tokens: int) -> int:
+    """Elements of `state`, i32: {n_tokens, context}, then {slot, position} of each token."""
+    return 2 + 2 * max_tokens
 
 
 def _rows(stride: str, width: str, per_token: str | None = None):
@@ -94,9 +99,9 @@ def _check_heads(p: Mapping) -> str | None:
 
 
 _HEADS = {"tokens": SIZE, "heads": SIZE, "kv_heads": SIZE, "head_dim": SIZE, "kv_dtype": ("f16", "f32")}
-_STATE = Operand("state", "i32", lambda p, t, c: 2)
+_STATE = Operand("state", "i32", lambda p, t, c: state_elements(1 if p.get("tokens") == 1 else t))
 _IDS = lambda p, t, c: 1 if p["tokens"] == 1 else t  # noqa: E731
-_KV = lambda p, t, c: c * p["kv_heads"] * p["head_dim"]  # noqa: E731  [context, kv_heads, head_dim]
+_KV = lambda p, t, c: c * p["kv_heads"] * p["head_dim"]  # noqa: E731  [slots, context, kv_heads, head_dim]
 _WIDTH = lambda p, t, c: p["width"]  # noqa: E731
 
 
@@ -172,10 +177,10 @@ def _check_linear_records(p: Mapping) -> str | None:
 
 OPERATORS: dict[str, Operator] = {
     "embedding": Operator(
-        "out[t] (+)= scale * table[ids[t]], or for source positions table[position + t + position_offset]",
+        "out[t] = scale * table[ids[t]], or for source positions table[position[t] + position_offset]",
         {
             "tokens": SIZE, "width": SIZE, "vocab": SIZE, "source": ("tokens", "positions"), "position_offset": COUNT,
-            "scale": NUMBER, "accumulate": FLAG, "out_stride": SIZE,
+            "scale": NUMBER, "out_stride": SIZE,
         },
         (
             Operand("ids", "i32", _IDS),
@@ -225,7 +230,7 @@ OPERATORS: dict[str, Operator] = {
     # rope: [context, rotary_dim] f32, a row is cos[rotary_dim / 2] then sin[rotary_dim / 2].
     "kv_append": Operator(
         "rotates q in place and k on its way into the cache, in pairs (i, i + rotary_dim / 2), rotary_dim 0: neither; "
-        "stores k and v at cache rows position .. position + n_tokens - 1",
+        "stores k and v at cache row position[t] of slot[t]",
         {**_HEADS, "rotary_dim": COUNT, "q_stride": SIZE, "k_stride": SIZE, "v_stride": SIZE},
         (
             Operand("q", "f32", _rows("q_stride", "head_dim", "heads"), "inout"),
@@ -239,8 +244,8 @@ OPERATORS: dict[str, Operator] = {
         _check_heads,
     ),
     "attention": Operator(
-        "causal softmax(scale * q k^T) v over cache rows 0 .. position + t, with a window > 0 the last `window` of "
-        "them; head h reads KV head h // (heads / kv_heads)",
+        "causal softmax(scale * q k^T) v over cache rows 0 .. position[t] of slot[t], with a window > 0 the last "
+        "`window` of them; head h reads KV head h // (heads / kv_heads)",
         {**_HEADS, "scale": NUMBER, "window": COUNT, "q_stride": SIZE, "out_stride": SIZE},
         (
             Operand("q", "f32", _rows("q_stride", "head_dim", "heads")),

@@ -72,7 +72,9 @@ class Plan:
         }
 
 
-def make_plan(row_bits: np.ndarray, columns: int, keep: np.ndarray | None = None, pairs: np.ndarray | None = None) -> Plan:
+def make_plan(
+    row_bits: np.ndarray, columns: int, keep: np.ndarray | None = None, pairs: np.ndarray | None = None
+) -> Plan:
     """The plan of a linear from its widths and mask alone.
 
     row_bits: uint8 [rows], 0 for a row without weights. keep: bool [rows, columns / 16] or None.
