@@ -136,6 +136,11 @@ class Checkpoint:
         """Whether the linear at this path is stored compressed."""
         return module in self._headers
 
+    def is_one_matrix(self, module: str) -> bool:
+        """Whether a compressed linear is one QuantizedMatrix, not the sum of several version 1 streams."""
+        known = self._header(module)
+        return isinstance(known, MatrixHeader) or len(known) == 1
+
     def matrix_header(self, module: str) -> MatrixHeader:
         """Shape, group sizes, widths and number of kept groups of a compressed linear, from the files' headers alone.
 

@@ -186,6 +186,7 @@ _GEOMETRIES: dict[str, Callable[[Mapping], Geometry]] = {
     "layer_norm": _block_per_token,
     "linear_sparse": _linear_sparse,
     "linear_dense": _linear_dense,
+    "embedding_records": lambda p: _pointwise({"width": p["k"]}),
     "linear_records": _linear_records,
     "quantize": _quantize,
     "kv_append": _kv_append,

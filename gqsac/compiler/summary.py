@@ -9,6 +9,7 @@ from gqsa_runtime.load import DEFAULT_CONTEXT
 from gqsa_runtime.program import DTYPE_BYTES, Program
 
 from gqsac.compiler import ir
+from gqsac.compiler.passes.choose_layouts import Weights
 from gqsac.compiler.passes.compile import Compiled
 from gqsac.compiler.passes.group_patterns import Patterns
 from gqsac.compiler.passes.pack import Packing
@@ -164,19 +165,26 @@ def default_context(program: Program) -> int:
     return min(program.max_context, DEFAULT_CONTEXT)
 
 
-def count_bytes(graph: ir.Graph, packing: Packing, patterns: Patterns) -> ByteCounts:
+def count_bytes(graph: ir.Graph, packing: Packing, patterns: Patterns, weights: Weights) -> ByteCounts:
     """Counts parameters of the dense model, and the bytes that they take in the file."""
     sizes = {tensor.name: tensor.size for tensor in packing.tensors}
     compressed_parameters = kept = compressed_bytes = 0
+    matrices: dict[tuple[str, ...], int] = {}  # stored names -> elements: tied ones once
     for op in graph.ops:
-        if isinstance(op, ir.Linear) and (parts := patterns.linears[op.output])[0].layout.compressed:
-            compressed_parameters += op.width * op.k
-            params = {"rows": op.width, "k": op.k}
-            kept += sum(part.layout.n_weights({**params, **part.constants}, part.nnz) for part in parts)
-            compressed_bytes += sum(sizes[name] for names in packing.linears[op.output].parts for name in names)
-    dense = [t for t in packing.tensors if t.dtype in ("f16", "f32") and not t.name.startswith("rope.")]
+        if isinstance(op, ir.Embedding):
+            matrices[(weights.stored(op.table),)] = op.rows * op.width
+        if not isinstance(op, ir.Linear):
+            continue
+        matrices[tuple(map(weights.stored, op.weights))] = op.n_rows * op.k
+        if not weights.is_compressed(op.weights[0]):
+            continue
+        parts, params = patterns.linears[op.output], {"rows": op.n_rows, "k": op.k}
+        compressed_parameters += op.n_rows * op.k
+        kept += sum(part.layout.n_weights({**params, **part.constants}, part.nnz) for part in parts)
+        compressed_bytes += sum(sizes[name] for names in packing.linears[op.output].parts for name in names)
+    vectors = [t for t in packing.tensors if t.dtype == "f32" and not t.name.startswith("rope.")]
     return ByteCounts(
-        parameters=compressed_parameters + sum(t.size // DTYPE_BYTES[t.dtype] for t in dense),
+        parameters=sum(matrices.values()) + sum(t.size // DTYPE_BYTES[t.dtype] for t in vectors),
         weight_bytes=sum(sizes.values()),
         compressed_parameters=compressed_parameters,
         compressed_bytes=compressed_bytes,

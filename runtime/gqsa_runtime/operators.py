@@ -168,6 +168,26 @@ def _linear_records() -> Operator:
     )
 
 
+def _embedding_records() -> Operator:
+    parts = (
+        Operand(part.name, part.dtype, lambda p, t, c, name=part.name: RECORDS.elements(p, 0)[name], "weight")
+        for part in RECORDS.parts
+    )
+    return Operator(
+        "out[t] = scale * W[ids[t]], rows of a table in whole records of one width",
+        {"tokens": SIZE, "rows": SIZE, "k": SIZE, "scale": NUMBER, "out_stride": SIZE, **RECORDS.constants},
+        (Operand("ids", "i32", _IDS), *parts, Operand("out", "f32", _rows("out_stride", "k"), "out"), _STATE),
+        _check_embedding_records,
+        RECORDS,
+    )
+
+
+def _check_embedding_records(p: Mapping) -> str | None:
+    if p["masked_widths"] or p["widths"] not in (1 << 4, 1 << 8):
+        return f"the widths of a table are {p['widths']}, masked {p['masked_widths']}, expected 4 or 8 bits alone"
+    return RECORDS.check_constants(p)
+
+
 def _check_linear_records(p: Mapping) -> str | None:
     parts = 2 if p["epilogue"] == "gated" else 1
     if p["out_width"] * parts != p["rows"] or (parts == 2 and p["residual"]):
@@ -189,6 +209,7 @@ OPERATORS: dict[str, Operator] = {
             _STATE,
         ),
     ),
+    "embedding_records": _embedding_records(),
     "rms_norm": Operator(
         "out[t, h] = x[t, h] / sqrt(mean(x[t, h]^2) + eps) * weight, for each of `heads` slices of `width`",
         {"tokens": SIZE, "width": SIZE, "heads": SIZE, "eps": NUMBER, "x_stride": SIZE, "out_stride": SIZE},

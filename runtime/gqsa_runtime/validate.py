@@ -203,7 +203,9 @@ class _PlanChecker:
             wrong = layout.check_sizes(kernel.params, held)
             if wrong:
                 raise _error(f"{where}: {wrong}")
-        elif kernel.op == "embedding" and kernel.params["source"] == "positions":
+        if kernel.op == "embedding_records" and kernel.params["rows"] < self.program.vocab_size:
+            raise _error(f"{where}: the table has {kernel.params['rows']} rows for {self.program.vocab_size} tokens")
+        if kernel.op == "embedding" and kernel.params["source"] == "positions":
             rows = self.context + kernel.params["position_offset"]
             if rows > kernel.params["vocab"]:
                 raise _error(f"{where}: the position table has {kernel.params['vocab']} rows, the context needs {rows}")

@@ -6,6 +6,8 @@ token (decode) and for tiles of TOKEN_TILE tokens (prefill and scoring).
 
 from dataclasses import dataclass
 
+from gqsa_runtime.layouts import RECORDS
+from gqsa_runtime.layouts.records import TILE
 from gqsa_runtime.operators import state_elements
 from gqsa_runtime.program import Argument
 
@@ -79,6 +81,10 @@ def specialize(graph: ir.Graph, packing: Packing, patterns: Patterns, kv_dtype: 
         for op in body:
             if not isinstance(op, ir.Slice):
                 storages[views[op.output].storage] = Storage("f32", per_token=ir.width(op))
+    for op in graph.ops:
+        if isinstance(op, ir.Linear) and patterns.linears[op.output][0].layout is RECORDS:
+            storages[f"{op.output}.planes"] = Storage("i8", per_token=2 * op.k)
+            storages[f"{op.output}.ranges"] = Storage("f32", per_token=op.k // TILE * 2)
     strides = {name: storage.elements(1) for name, storage in storages.items()}  # from row to row
 
     def lower(ops, tokens: int, views: dict[str, ValueRef], **renamed: ValueRef) -> tuple[Call, ...]:
@@ -154,7 +160,13 @@ class _Specializer:
         raise TypeError(f"{op.name}: no kernel for {type(op).__name__}")
 
     def embedding(self, op: ir.Embedding) -> Call:
-        args = (ValueRef("tokens"), Argument("tensor", self.packing.tables[op.table]), op.output)
+        tensors = [Argument("tensor", name) for name in self.packing.tables[op.table]]
+        args = (ValueRef("tokens"), *tensors, op.output)
+        if op.table in self.patterns.tables:
+            return self.call(
+                "embedding_records", args, rows=op.rows, k=op.width, scale=float(op.scale),
+                out_stride=self.stride(op.output), **self.patterns.tables[op.table].constants,
+            )  # fmt: skip
         return self.call(
             "embedding", args, width=op.width, vocab=op.rows, source=op.source, scale=float(op.scale),
             position_offset=op.position_offset, out_stride=self.stride(op.output),
@@ -176,6 +188,8 @@ class _Specializer:
         )  # fmt: skip
 
     def linear(self, op: ir.Linear) -> list[Call]:
+        if self.patterns.linears[op.output][0].layout is RECORDS:
+            return self.linear_records(op)
         names = self.packing.linears[op.output]
         shape = {
             "rows": op.width,
@@ -201,6 +215,52 @@ class _Specializer:
             args = (op.x, *weights, bias if last else NULL, residual if last else NULL, op.output)
             constants = {**shape, **(epilogue if last else no_epilogue), **part.constants}
             calls.append(self.call(part.layout.op, args, **constants))
+        return calls
+
+    def linear_records(self, op: ir.Linear) -> list[Call]:
+        """One token is normalised and quantised by the kernel itself; several are by a call of their own."""
+        names, constants = self.packing.linears[op.output], self.patterns.linears[op.output][0].constants
+        norm = {"norm": "none", "eps": 0.0}
+        weight = bias = NULL
+        if op.norm is not None:
+            weight = Argument("tensor", self.packing.vectors[op.norm.weight])
+            norm = {"norm": "rms", "eps": float(op.norm.eps)}
+            if isinstance(op.norm, ir.LayerNorm):
+                norm["norm"] = "layer"
+                bias = Argument("tensor", self.packing.vectors[op.norm.bias or f"{op.norm.output}.no_bias"])
+        calls = []
+        x: tuple = (op.x, NULL, NULL, weight, bias)
+        if self.tokens > 1:
+            integers = ValueRef(f"{op.output}.planes"), ValueRef(f"{op.output}.ranges")
+            calls.append(
+                self.call("quantize", (op.x, weight, bias, *integers), k=op.k, x_stride=self.stride(op.x), **norm)
+            )
+            x = (NULL, *integers, NULL, NULL)
+        args = (
+            *x,
+            *(Argument("tensor", name) for name in names.parts[0]),
+            Argument("tensor", names.bias) if names.bias else NULL,
+            op.residual if op.residual else NULL,
+            op.output,
+        )
+        calls.append(
+            self.call(
+                "linear_records",
+                args,
+                rows=op.n_rows,
+                k=op.k,
+                x_stride=self.stride(op.x),
+                out_stride=self.stride(op.output),
+                out_width=op.width,
+                bias=names.bias is not None,
+                activation=op.activation,
+                residual=op.residual is not None,
+                residual_stride=self.stride(op.residual) if op.residual else 0,
+                epilogue="gated" if op.gated else "rows",
+                **norm,
+                **constants,
+            )  # fmt: skip
+        )
         return calls
 
     def attention(self, op: ir.Attention) -> list[Call]:
