@@ -109,7 +109,7 @@ def round_matrix(weight: np.ndarray, bits: int, quant_group_size: int) -> Quanti
     scales, zeros, levels = round_groups(weight.reshape(-1, quant_group_size), bits)
     if not np.isfinite(scales).all():
         raise ModelError(
-            f"the largest weight is {np.abs(weight).max():g}, and at {bits} bits that is beyond the range of fp16 scales"
+            f"the largest weight is {np.abs(weight).max():g}, and at {bits} bits that is beyond fp16 scales"
         )
     return QuantizedMatrix(
         group_size=quant_group_size,

@@ -15,7 +15,7 @@ from gqsac.compiler.kernel_spec import KernelSpec
 from gqsac.compiler.records_launch import records_launch
 
 WARP = 32
-MAX_SHARED_BYTES = 96 * 1024  # leaves sm_86, sm_89 and sm_120 their reserve
+MAX_SHARED_BYTES = 98 * 1024  # leaves sm_86, sm_89 and sm_120 their reserve
 _MAX_GRID_Y = 65535
 _POINTWISE_BLOCK = 128
 _NORM_BLOCK = 512
@@ -58,7 +58,7 @@ def launch(spec: KernelSpec, max_tokens: int) -> Launch:
             f"a launch of {spec.op} over {max_tokens} tokens needs {y} block rows, CUDA allows {_MAX_GRID_Y}; "
             "build with a smaller prefill chunk"
         )
-    if made.shared_bytes > 160 * 1024:
+    if made.shared_bytes > MAX_SHARED_BYTES:
         raise UnsupportedError(
             f"{spec.op} with {params} needs {made.shared_bytes} bytes of shared memory, "
             f"every supported GPU offers only {MAX_SHARED_BYTES}; such a model cannot be built for CUDA"
@@ -148,6 +148,25 @@ def _attention(p):
     )
 
 
+def splits_of(heads: int, kv_heads: int) -> int:
+    """Most runs of the context in a decode step: enough blocks for the largest GPU twice over."""
+    return max(1, min(64, 2 * 132 // (heads // _queries(heads, kv_heads))))
+
+
+def _queries(heads: int, kv_heads: int) -> int:
+    """Heads of one KV head that a block takes: the cache is read once for all of them."""
+    group = heads // kv_heads
+    return max(n for n in (1, 2, 3, 4) if group % n == 0)
+
+
+def _append_attention(p):
+    warps, head_dim, queries = 8, p["head_dim"], _queries(p["heads"], p["kv_heads"])
+    partial = head_dim + 2
+    constants = {"QUERIES": queries, "KEYS": 32, "WARPS": warps, "PARTIAL": partial}
+    shared_bytes = (queries * head_dim + warps * queries * partial) * 4
+    return Geometry(lambda n_tokens: (p["heads"] // queries, p["splits"]), warps * WARP, shared_bytes, constants)
+
+
 def _pointwise(p):
     return Geometry(lambda n_tokens: (_ceil_div(p["width"], _POINTWISE_BLOCK), n_tokens), _POINTWISE_BLOCK)
 
@@ -190,6 +209,7 @@ _GEOMETRIES: dict[str, Callable[[Mapping], Geometry]] = {
     "linear_records": _linear_records,
     "quantize": _quantize,
     "kv_append": _kv_append,
+    "append_attention": _append_attention,
     "attention": _attention,
     "gated_activation": _pointwise,
     "elementwise": _pointwise,

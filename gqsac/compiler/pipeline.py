@@ -112,7 +112,7 @@ def build(
     # of its own.
     specs, plans = {}, {}
     for family in families(targets):
-        calls = specialize(graph, packing, patterns, options.kv_dtype)
+        calls = specialize(graph, packing, patterns, options.kv_dtype, family)
         memory = plan_memory(calls, PREFILL_CHUNK)
         specs[family], plans[family] = schedule(calls, memory, family, PREFILL_CHUNK)
     program = Program(

@@ -103,13 +103,14 @@ def _linears(file: ArtifactFile, family: str) -> dict:
         held = {part.name: file.tensors[args[part.name]].elements for part in layout.parts}
         # The second stream of a linear adds to the first: its weights are counted there.
         weights += 0 if kernel.params.get("accumulate") else kernel.params["rows"] * kernel.params["k"]
-        kept += layout.n_weights(kernel.params, layout.count_groups(kernel.params, held))
+        n_weights = layout.n_weights(kernel.params, layout.count_groups(kernel.params, held))
+        kept = None if kept is None or n_weights is None else kept + n_weights
         n_bytes += sum(file.tensors[name].size for name in names)
     return {
         "weights": weights,
         "bytes": n_bytes,
         "bits_per_weight": 8 * n_bytes / weights if weights else 0.0,
-        "sparsity": 1 - kept / weights if weights else 0.0,
+        "sparsity": None if kept is None else 1 - kept / weights if weights else 0.0,
     }
 
 

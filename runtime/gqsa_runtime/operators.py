@@ -60,6 +60,7 @@ class Operator:
     """description: the formula, for people. constants: name -> what it must be. operands: in order.
 
     check: what is wrong with constants that are each in their range, or None. layout: of a linear's weights.
+    families: whose kernels there are.
     """
 
     description: str
@@ -67,6 +68,7 @@ class Operator:
     operands: tuple[Operand, ...]
     check: Callable[[Mapping], str | None] = lambda params: None
     layout: Layout | None = None
+    families: tuple[str, ...] = ("cuda", "cpu")
 
     def pointers(self, family: str, params: Mapping) -> list[tuple[str, str]]:
         """(C type of the pointee, name) of each operand for the templates of a family, "cuda" or "cpu"."""
@@ -96,6 +98,12 @@ def _check_heads(p: Mapping) -> str | None:
     if rotary_dim % 2 or rotary_dim > p["head_dim"]:
         return f"rotary_dim is {rotary_dim}, expected an even number up to head_dim {p['head_dim']}"
     return None
+
+
+def _check_append_attention(p: Mapping) -> str | None:
+    if p["head_dim"] % 8 or p["head_dim"] > 256:
+        return f"head_dim is {p['head_dim']}, expected a multiple of 8 up to 256"
+    return _check_heads(p)
 
 
 _HEADS = {"tokens": SIZE, "heads": SIZE, "kv_heads": SIZE, "head_dim": SIZE, "kv_dtype": ("f16", "f32")}
@@ -276,6 +284,26 @@ OPERATORS: dict[str, Operator] = {
             _STATE,
         ),
         _check_heads,
+    ),
+    # partials: [heads / queries, splits, queries, head_dim + 2], whatever number of heads a block takes.
+    "append_attention": Operator(
+        "kv_append and attention of one token in one kernel, the context in up to `splits` runs; q stays as it is; "
+        "counters are 0 before and after",
+        {**_HEADS, "tokens": (1,), "rotary_dim": COUNT, "scale": NUMBER, "window": COUNT, "splits": SIZE},
+        (
+            Operand("q", "f32", lambda p, t, c: p["heads"] * p["head_dim"]),
+            Operand("k", "f32", lambda p, t, c: p["kv_heads"] * p["head_dim"]),
+            Operand("v", "f32", lambda p, t, c: p["kv_heads"] * p["head_dim"]),
+            Operand("rope", "f32", lambda p, t, c: c * p["rotary_dim"], "in", lambda p: p["rotary_dim"] > 0),
+            Operand("k_cache", "param:kv_dtype", _KV, "inout"),
+            Operand("v_cache", "param:kv_dtype", _KV, "inout"),
+            Operand("partials", "f32", lambda p, t, c: p["heads"] * p["splits"] * (p["head_dim"] + 2), "out"),
+            Operand("counters", "i32", lambda p, t, c: p["heads"], "inout"),
+            Operand("out", "f32", lambda p, t, c: p["heads"] * p["head_dim"], "out"),
+            _STATE,
+        ),
+        _check_append_attention,
+        families=("cuda",),
     ),
     "gated_activation": Operator(
         "out = activation(gate) * up",

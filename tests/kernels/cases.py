@@ -539,6 +539,49 @@ def _attention_cases():
     yield case("strides_tile", 70, 5, tokens=8, **strides)
 
 
+def _append_attention(rng, p, case):
+    past = _attention(
+        rng, {**p, "q_stride": p["heads"] * p["head_dim"], "out_stride": p["heads"] * p["head_dim"]}, case
+    )
+    half = p["rotary_dim"] // 2
+    angles = rng.random((case.context, half)) * 6.3
+    counters = _array(np.zeros(p["heads"]), np.int32)
+    return {
+        **past,
+        "k": _normal(rng, p["kv_heads"] * p["head_dim"]),
+        "v": _normal(rng, p["kv_heads"] * p["head_dim"]),
+        "rope": _array(np.concatenate([np.cos(angles), np.sin(angles)], 1), np.float32) if half else None,
+        "partials": _output(p["heads"] * p["splits"] * (p["head_dim"] + 2), np.float32),
+        "counters": counters,
+    }
+
+
+def _append_attention_cases():
+    def case(name, position, heads=4, kv_heads=2, head_dim=64, kv_dtype="f16", window=0, places=(), **changes):
+        params = {
+            "tokens": 1, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": head_dim**-0.5,
+            "window": window, "kv_dtype": kv_dtype, "rotary_dim": head_dim, "splits": 4, **changes,
+        }  # fmt: skip
+        spec = KernelSpec.make("append_attention", **params)
+        context = 704 if position > 90 else 96
+        return Case(
+            f"append_attention/{name}", spec, _append_attention, 1, position, 1, context, atol=5e-5, places=places
+        )
+
+    for kv_dtype in ("f16", "f32"):
+        for heads, kv_heads, head_dim in ((9, 3, 64), (2, 2, 80), (8, 1, 128), (2, 1, 256), (5, 1, 24)):
+            shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "kv_dtype": kv_dtype}
+            yield case(f"h{heads}_kv{kv_heads}_d{head_dim}_{kv_dtype}", 70, **shape)
+    for position in (0, 1, 31, 32, 33, 90, 700):
+        yield case(f"position_{position}", position)
+    for window in (1, 16, 40, 4096):
+        yield case(f"window_{window}", 90, window=window)
+    for rotary_dim in (0, 32):
+        yield case(f"rotary_{rotary_dim}", 40, rotary_dim=rotary_dim)
+    yield case("one_run", 300, splits=1)
+    yield case("slot_2", 37, places=((2, 37),))
+
+
 _HELPERS = SimpleNamespace(
     activations=_activations, array=_array, fill_epilogue=_fill_epilogue, normal=_normal, output=_output
 )
@@ -547,6 +590,7 @@ CASES: tuple[Case, ...] = (
     *_dense_cases(),
     *_simple_cases(),
     *_attention_cases(),
+    *_append_attention_cases(),
     *cases_records.make_cases(Case, _HELPERS),
 )
 # Kernel names, unique over all cases: equal specs share one kernel.

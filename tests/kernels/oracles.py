@@ -1,8 +1,8 @@
 """NumPy oracles: what each operator of `operators.OPERATORS` computes, in float64.
 
 `run(op, params, arguments)` takes the arrays that a kernel gets, by argument name (flat, `state`
-included), and returns the contents that every output must have afterwards, or a function that checks them. Elements that a kernel
-must leave alone keep the value that they had.
+included), and returns the contents that every output must have afterwards, or a function that checks
+them. Elements that a kernel must leave alone keep the value that they had.
 """
 
 import math
@@ -189,6 +189,23 @@ def _attention(p, a, n, places, write):
     write("out", out.reshape(n, -1), p["out_stride"])
 
 
+def _append_attention(p, a, n, places, write):
+    caches = {}
+
+    def append(name, rows, stride, at=None):
+        if name != "q":
+            write(name, rows, stride, at)
+            caches[name] = a[name].astype(np.float64)
+            _rows(caches[name], at.max() + 1, stride, rows.shape[1])[at] = rows.astype(a[name].dtype)
+        else:
+            caches[name] = rows.reshape(-1)
+
+    heads, kv_heads = p["heads"] * p["head_dim"], p["kv_heads"] * p["head_dim"]
+    _kv_append({**p, "q_stride": heads, "k_stride": kv_heads, "v_stride": kv_heads}, a, n, places, append)
+    _attention({**p, "q_stride": heads, "out_stride": heads}, {**a, **caches}, n, places, write)
+    return {"counters": a["counters"].copy()}
+
+
 def _gated_activation(p, a, n, places, write):
     gate = _read(a["gate"], n, p["gate_stride"], p["width"])
     up = _read(a["up"], n, p["up_stride"], p["width"])
@@ -227,6 +244,7 @@ _ORACLES = {
     "linear_records": _linear_records,
     "quantize": _quantize,
     "kv_append": _kv_append,
+    "append_attention": _append_attention,
     "attention": _attention,
     "gated_activation": _gated_activation,
     "elementwise": _elementwise,

@@ -37,7 +37,8 @@ def plan_memory(calls: Calls, prefill_chunk: int) -> MemoryPlan:
     placed: list[tuple[int, int, tuple[int, int]]] = []  # (start, end, lifetime)
     results = []
     for buffer in sorted(buffers, key=lambda buffer: (-size_of(buffer), buffer[0])):
-        size, lifetime = size_of(buffer), lifetimes.get(buffer[0], forever)
+        lasting = buffer[0] in RESERVED or calls.storages[buffer[0]].lasting
+        size, lifetime = size_of(buffer), forever if lasting else lifetimes[buffer[0]]
         offset = 0
         for start, end, other in sorted(placed):
             if other[0] <= lifetime[1] and lifetime[0] <= other[1] and offset + size > start:

@@ -12,6 +12,7 @@ from gqsa_runtime.operators import state_elements
 from gqsa_runtime.program import Argument
 
 from gqsac.compiler import ir
+from gqsac.compiler.cuda_launch import splits_of
 from gqsac.compiler.kernel_spec import KernelSpec
 from gqsac.compiler.passes.group_patterns import Patterns
 from gqsac.compiler.passes.pack import Packing
@@ -26,11 +27,15 @@ NULL = Argument("null")
 
 @dataclass(frozen=True)
 class Storage:
-    """Memory that kernels point into. dtype: key of program.DTYPE_BYTES. per_token, fixed: its elements."""
+    """Memory that kernels point into. dtype: key of program.DTYPE_BYTES. per_token, fixed: its elements.
+
+    lasting: what it holds between launches matters.
+    """
 
     dtype: str
-    per_token: int
+    per_token: int = 0
     fixed: int = 0
+    lasting: bool = False
 
     def elements(self, n_tokens: int) -> int:
         """How many elements it has where launches hold up to n_tokens."""
@@ -61,8 +66,8 @@ class Calls:
     storages: dict[str, Storage]
 
 
-def specialize(graph: ir.Graph, packing: Packing, patterns: Patterns, kv_dtype: str) -> Calls:
-    """Calls for the four phases of gqsa_runtime.program.PHASES. kv_dtype: "f16" or "f32"."""
+def specialize(graph: ir.Graph, packing: Packing, patterns: Patterns, kv_dtype: str, family: str) -> Calls:
+    """Calls for the four phases of gqsa_runtime.program.PHASES. kv_dtype: "f16" or "f32". family: "cuda" or "cpu"."""
     body, head = graph.ops[:-1], graph.ops[-1]
     # Decode never runs between the phases that pass on a prefill's values: it has storages of its own, which may lie
     # where a prefill's do.
@@ -85,11 +90,10 @@ def specialize(graph: ir.Graph, packing: Packing, patterns: Patterns, kv_dtype: 
         if isinstance(op, ir.Linear) and patterns.linears[op.output][0].layout is RECORDS:
             storages[f"{op.output}.planes"] = Storage("i8", per_token=2 * op.k)
             storages[f"{op.output}.ranges"] = Storage("f32", per_token=op.k // TILE * 2)
-    strides = {name: storage.elements(1) for name, storage in storages.items()}  # from row to row
 
     def lower(ops, tokens: int, views: dict[str, ValueRef], **renamed: ValueRef) -> tuple[Call, ...]:
         views = views | {graph.logits: ValueRef("logits")} | renamed
-        specializer = _Specializer(graph, packing, patterns, kv_dtype, views, strides, tokens)
+        specializer = _Specializer(graph, packing, patterns, kv_dtype, family, views, storages, tokens)
         return tuple(call for op in ops for call in specializer.calls(op))
 
     last_row = Call(
@@ -122,17 +126,19 @@ def _resolve_slices(ops: tuple[ir.Op, ...], prefix: str) -> dict[str, ValueRef]:
 
 
 class _Specializer:
-    def __init__(self, graph, packing, patterns, kv_dtype, views, strides, tokens):
+    def __init__(self, graph, packing, patterns, kv_dtype, family, views, storages, tokens):
         self.graph: ir.Graph = graph
         self.packing: Packing = packing
         self.patterns: Patterns = patterns
         self.kv_dtype: str = kv_dtype
         self.views: dict[str, ValueRef] = views
-        self.strides: dict[str, int] = strides
+        self.family: str = family
+        self.storages: dict[str, Storage] = storages
         self.tokens: int = tokens
 
     def stride(self, value: str) -> int:
-        return self.strides[self.views[value].storage]
+        """Elements from row to row."""
+        return self.storages[self.views[value].storage].elements(1)
 
     def call(self, operator: str, args, **params) -> Call:
         spec = KernelSpec.make(operator, tokens=self.tokens, **params)
@@ -268,6 +274,8 @@ class _Specializer:
         caches = (Argument("k_cache", op.layer), Argument("v_cache", op.layer))
         rope = Argument("rope", op.rope) if op.rope is not None else NULL
         rotary_dim = self.graph.ropes[op.rope].rotary_dim if op.rope is not None else 0
+        if self.family == "cuda" and self.tokens == 1 and op.head_dim % 8 == 0 and op.head_dim <= 256:
+            return [self.append_attention(op, rope, caches, rotary_dim, heads)]
         q_stride = self.stride(op.q)
         append = self.call(
             "kv_append", (op.q, op.k, op.v, rope, *caches), rotary_dim=rotary_dim, q_stride=q_stride,
@@ -278,6 +286,21 @@ class _Specializer:
             q_stride=q_stride, out_stride=self.stride(op.output), **heads,
         )  # fmt: skip
         return [append, attend]
+
+    def append_attention(self, op: ir.Attention, rope, caches, rotary_dim: int, heads: dict) -> Call:
+        """All of it in one launch, its runs of the context side by side."""
+        splits = splits_of(op.heads, op.kv_heads)
+        # All layers share the scratch: they run one after another, and each leaves its counters at 0.
+        partials = Storage("f32", fixed=op.heads * splits * (op.head_dim + 2))
+        known = self.storages.get("decode.partials", partials)
+        self.storages["decode.partials"] = max(known, partials, key=lambda storage: storage.fixed)
+        known = self.storages.get("decode.counters", Storage("i32"))
+        self.storages["decode.counters"] = Storage("i32", fixed=max(known.fixed, op.heads), lasting=True)
+        scratch = ValueRef("decode.partials"), ValueRef("decode.counters")
+        return self.call(
+            "append_attention", (op.q, op.k, op.v, rope, *caches, *scratch, op.output), rotary_dim=rotary_dim,
+            scale=float(op.scale), window=op.window, splits=splits, **heads,
+        )  # fmt: skip
 
     def gated_activation(self, op: ir.GatedActivation) -> Call:
         return self.call(
