@@ -20,6 +20,9 @@ ALIGNMENT = 256  # of everything in the arena, as cuMemAlloc aligns
 # Chooses a binary by its target's name, e.g. compute_80 to run the PTX. For tests and comparisons.
 TARGET_VARIABLE = "GQSA_CUDA_TARGET"
 
+# Buffers that the host fills or reads between launches, beside the logits.
+_HOST_BUFFERS = ("tokens", "targets", "state", "log_probs", "argmax")
+
 NUMPY_DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i8": np.int8}
 
 
@@ -145,7 +148,9 @@ class CudaDevice:
         # Programmatic dependent launch: a kernel starts while the one before drains, and waits for its
         # results itself. Only code compiled for sm_90 and later has that wait.
         self._dependent_launch = self._binary.kind == "cubin" and self._gpu.major >= 9
-        self._memory = self._stream = None
+        self._memory = self._host_memory = self._stream = None
+        self._pinned: dict[str, np.ndarray] = {}  # host memory of the buffers that pass between launches
+        self._on_their_way: set[str] = set()  # buffers whose pinned memory the stream may still read
         self._modules: list = []
         self._graphs: dict[str, object] = {}
         self._context = call("cuDevicePrimaryCtxRetain", self._gpu.device)
@@ -167,6 +172,12 @@ class CudaDevice:
         if values.size > elements:
             raise ValueError(f"{values.size} values do not fit buffer {buffer!r} of {elements}")
         self._set_current()
+        if buffer in self._pinned and buffer not in self._on_their_way:
+            # Pinned memory needs no copy by the driver, but must stay as it is until the stream has taken it.
+            pinned = self._pinned[buffer][: values.size]
+            pinned[:] = values
+            values = pinned
+            self._on_their_way.add(buffer)
         call("cuMemcpyHtoDAsync", address, values.ctypes.data, values.nbytes, self._stream)
 
     def launch(self, phase: str) -> None:
@@ -179,11 +190,13 @@ class CudaDevice:
         address, dtype, elements = self._buffers[buffer]
         if count > elements:
             raise ValueError(f"buffer {buffer!r} holds {elements} elements, not {count}")
-        values = np.empty(count, NUMPY_DTYPES[dtype])
         self._set_current()
+        pinned = self._pinned.get(buffer, np.empty(0))[:count]
+        values = pinned if len(pinned) == count else np.empty(count, NUMPY_DTYPES[dtype])
         call("cuMemcpyDtoHAsync", values.ctypes.data, address, values.nbytes, self._stream)
         call("cuStreamSynchronize", self._stream)
-        return values
+        self._on_their_way.clear()
+        return values.copy() if values is pinned else values
 
     def copy_bandwidth(self, n_bytes: int = 1 << 29, repeats: int = 20) -> float:
         """Bytes per second that a copy within the GPU's memory moves, read and written, the median."""
@@ -214,10 +227,14 @@ class CudaDevice:
             call("cuModuleUnload", module)
         if self._memory is not None:
             call("cuMemFree", self._memory)
+        if self._host_memory is not None:
+            self._pinned.clear()
+            call("cuMemFreeHost", self._host_memory)
         if self._stream is not None:
             call("cuStreamDestroy", self._stream)
         call("cuDevicePrimaryCtxRelease", self._gpu.device)
-        self._graphs, self._modules, self._memory, self._stream, self._context = {}, [], None, None, None
+        self._graphs, self._modules = {}, []
+        self._memory = self._host_memory = self._stream = self._context = None
 
     def _set_current(self) -> None:
         # A server's threads each have their own current context; setting it costs a microsecond.
@@ -244,6 +261,7 @@ class CudaDevice:
 
         arena = take(plan.arena_bytes)
         self._buffers = {b.name: (arena + b.offset, b.dtype, b.elements) for b in plan.buffers}
+        self._pin({**{name: self._buffers[name][2] for name in _HOST_BUFFERS}, "logits": program.vocab_size})
         self._addresses: dict[tuple, int] = {}
         for layer, kv in enumerate(program.kv_layers):
             size = slots * context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
@@ -258,13 +276,25 @@ class CudaDevice:
             self._addresses["tensor", name] = take(array.nbytes)
             self._copy(self._addresses["tensor", name], array)
 
+    def _pin(self, elements: dict[str, int]) -> None:
+        """Pinned host memory for the first elements of some buffers."""
+        sizes = {name: count * DTYPE_BYTES[self._buffers[name][1]] for name, count in elements.items()}
+        self._host_memory = call("cuMemAllocHost", sum(map(_align, sizes.values())))
+        address = int(self._host_memory)
+        for name, size in sizes.items():
+            memory = (ctypes.c_ubyte * size).from_address(address)
+            self._pinned[name] = np.frombuffer(memory, NUMPY_DTYPES[self._buffers[name][1]])
+            address += _align(size)
+
     def _copy(self, address: int, array: np.ndarray) -> None:
         call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, self._stream)
         call("cuStreamSynchronize", self._stream)
 
     def _load(self, data: bytes) -> dict[str, object]:
         """Loads the modules; the reader has checked their digest: a damaged cubin can kill the process."""
-        limit = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        attributes = _driver().CUfunction_attribute
+        limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
         functions = {}
         for kernel in self._plan.kernels:
             offset, size = self._binary.kernels[kernel.name]
@@ -274,6 +304,8 @@ class CudaDevice:
             shared_bytes = kernel.launch(self.target).shared_bytes
             if shared_bytes > STATIC_SHARED_LIMIT:
                 call("cuFuncSetAttribute", function, limit, shared_bytes)
+            # A kernel starts beside the one before it only where both split the L1 alike.
+            call("cuFuncSetAttribute", function, carveout, 100)
             functions[kernel.name] = function
         return functions
 
