@@ -5,8 +5,6 @@
 
 #include "linear_records.h"
 
-#define AHEAD 4096  // bytes that are asked for before they are needed
-
 // The quantised token: a scale and the sum of the integers for each tile.
 struct token {
     struct tile_x x[K_TILES];
@@ -30,7 +28,7 @@ INLINE void linear_records(const struct arguments *arg, int share, int n_shares)
     if (begin == end) return;
     const uint8_t *records = (const uint8_t *)arg->records;
     const int32_t *starts = arg->starts, *blocks = arg->blocks;
-    for (int byte = 0; byte < AHEAD; byte += 64) __builtin_prefetch(records + (size_t)starts[blocks[begin]] * 16 + byte);
+    prefetch(records + (size_t)starts[blocks[begin]] * 16, AHEAD);
     struct token token;
     quantize_token(arg, &token);
     for (int block = begin; block < end; block++) {
@@ -39,8 +37,6 @@ INLINE void linear_records(const struct arguments *arg, int share, int n_shares)
             const uint8_t *record = records + (size_t)starts[i] * 16;
             FOR_EACH_TILE(record, {
                 const int tile = tile_of(head_, slot);
-                UNROLL for (int byte = 0; byte < 128 * width + 64; byte += 64)
-                    __builtin_prefetch(values + AHEAD + byte);
                 const vi sums = tile_sums(width, values, &token.x[tile]);
                 acc = add_products(acc, sums, load_steps(width, fields, n_tiles, slot), token.scales[tile], token.sums[tile]);
             });

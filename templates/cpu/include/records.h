@@ -219,26 +219,154 @@ INLINE vf add_products(vf acc, vi sums, struct steps steps, float scale, int q_s
 // Bytes of the scales and zeros of n tiles.
 INLINE int steps_bytes(int n) { return 32 * n + (8 * n + 15) / 16 * 16; }
 
-// Writes a tile of which only some groups are kept as a whole one to `to`: the rest get the level of their zero, which
-// makes them weights of 0. kept: a bit per lane for each half. Returns where the next tile's groups begin.
+// A byte for each pair of rows: the level of the zero of row pair + 8 * half. zeros: of the tile.
+INLINE uint64_t levels_of_zeros(int width, const uint8_t *zeros, int half) {
+    const uint64_t each = 0x0101010101010101;
+    uint64_t nibbles;
+    memcpy(&nibbles, zeros, sizeof nibbles);
+    nibbles = nibbles >> 4 * half & 15 * each;
+    return width == 8 ? nibbles << 4 : width == 4 ? nibbles * 0x11 : (nibbles >> 2 & 3 * each) * 0x55;
+}
+
+// make_whole writes a tile of which only some groups are kept as a whole one to `to` (64-byte aligned): the rest get
+// the level of their zero, which makes them weights of 0. kept: a bit per lane for each half. Returns where the next
+// tile's groups begin. Nothing behind the kept groups is read.
+#if defined(__AVX512F__)
+
+// Groups of `count` lanes from `first` on of one half: 4, 8 or 16 lanes fill a vector at 8, 4 or 2 bits.
+INLINE vq expand(int width, const uint8_t *values, uint32_t kept, int first, uint64_t zeros) {
+    const uint8_t *from = values + 2 * width * __builtin_popcount(kept & ((1u << first) - 1));
+    const vq row = width == 8 ? (vq){0} : width == 4 ? (vq){0, 0, 0, 0, 1, 1, 1, 1} : (vq){0, 0, 1, 1, 2, 2, 3, 3};
+    const __m512i order = (__m512i)((row + (uint64_t)(first / 4)) * 0x0101010101010101);
+    const __m512i removed = _mm512_shuffle_epi8(_mm512_set1_epi64((int64_t)zeros), order);
+    if (width == 2) {
+        const uint32_t mask = kept >> first & 0xffff;
+        const __m512i stored = _mm512_maskz_loadu_epi32((__mmask16)_bzhi_u32(0xffff, (uint32_t)__builtin_popcount(mask)), from);
+        return (vq)_mm512_mask_expand_epi32(removed, (__mmask16)mask, stored);
+    }
+    const uint32_t mask = width == 4 ? kept >> first & 0xff : _pdep_u32(kept >> first & 15, 0x55) * 3;
+    const __m512i stored = _mm512_maskz_loadu_epi64((__mmask8)_bzhi_u32(0xff, (uint32_t)__builtin_popcount(mask)), from);
+    return (vq)_mm512_mask_expand_epi64(removed, (__mmask8)mask, stored);
+}
+
+INLINE const uint8_t *make_whole(int width, const uint8_t *values, const uint32_t kept[2], const uint8_t *zeros, uint8_t *to) {
+    const uint8_t *second = values + 2 * width * __builtin_popcount(kept[0]);
+    const uint64_t zeros_first = levels_of_zeros(width, zeros, 0), zeros_second = levels_of_zeros(width, zeros, 1);
+    const int lanes = 32 / width;
+    UNROLL for (int i = 0; i < width; i++) {
+        const vq a = expand(width, values, kept[0], i * lanes, zeros_first);
+        const vq b = expand(width, second, kept[1], i * lanes, zeros_second);
+        vq both[2] = {a, b};
+        if (width == 4) {
+            both[0] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+            both[1] = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+        }
+        if (width == 2) {
+            const vu x = (vu)a, y = (vu)b;
+            both[0] = (vq)__builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            both[1] = (vq)__builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+        memcpy(to + (width == 8 ? 64 * i : 128 * i), &both[0], 64);
+        memcpy(to + (width == 8 ? 512 + 64 * i : 128 * i + 64), &both[1], 64);
+    }
+    return second + 2 * width * __builtin_popcount(kept[1]);
+}
+
+#else
+
+#ifndef __AVX2__
+// Without a branch: masks follow no pattern.
 INLINE const uint8_t *make_whole(int width, const uint8_t *values, const uint32_t kept[2], const uint8_t *zeros, uint8_t *to) {
     const int entry = 2 * width;
     UNROLL for (int half = 0; half < 2; half++) {
+        const uint64_t levels = levels_of_zeros(width, zeros, half);
         for (int lane = 0; lane < 32; lane++) {
-            const int zero = zeros[lane / 4] >> 4 * half & 15;
-            const uint64_t level = width == 8 ? zero << 4 : width == 4 ? zero * 0x11 : (zero >> 2) * 0x55;
-            const uint64_t removed[2] = {level * 0x0101010101010101, level * 0x0101010101010101};
-            const int stays = kept[half] >> lane & 1;
+            const uint64_t level = (levels >> lane / 4 * 8 & 0xff) * 0x0101010101010101;
+            const uint64_t removed[2] = {level, level};
+            const uintptr_t stays = kept[half] >> lane & 1, from = (uintptr_t)removed;
             memcpy(to + (width == 8 ? half * 32 + lane : 2 * lane + half) * entry,
-                   stays ? values : (const uint8_t *)removed, entry);
-            values += stays ? entry : 0;
+                   (const void *)(from ^ ((from ^ (uintptr_t)values) & -stays)), entry);
+            values += stays * entry;
         }
     }
     return values;
 }
 
+#else
+// By a mask of four groups: which stored one goes to each place, -1: none.
+static const int8_t PLACES[16][4] = {
+    {-1, -1, -1, -1}, {0, -1, -1, -1}, {-1, 0, -1, -1}, {0, 1, -1, -1}, {-1, -1, 0, -1}, {0, -1, 1, -1},
+    {-1, 0, 1, -1},   {0, 1, 2, -1},   {-1, -1, -1, 0}, {0, -1, -1, 1}, {-1, 0, -1, 1},  {0, 1, -1, 2},
+    {-1, -1, 0, 1},   {0, -1, 1, 2},   {-1, 0, 1, 2},   {0, 1, 2, 3},
+};
+static const int32_t FIRST[8] = {-1, -1, -1, -1, 0, 0, 0, 0};  // the mask of the first n of four from 4 - n on
+
+// The four groups of one row at 8 bits.
+INLINE void copy_row(const uint8_t *values, uint32_t kept, int pair, uint64_t zeros, uint8_t *to) {
+    const __m128i removed = _mm_set1_epi8((int8_t)(zeros >> 8 * pair));
+    UNROLL for (int i = 0; i < 4; i++) {
+        const int lane = 4 * pair + i;
+        const __m128i stays = _mm_set1_epi32(-(int)(kept >> lane & 1));
+        const uint8_t *from = values + 16 * __builtin_popcount(kept & ((1u << lane) - 1));
+        const __m128i stored = _mm_maskload_epi32((const int *)from, stays);
+        _mm_store_si128((__m128i *)to + i, _mm_blendv_epi8(removed, stored, stays));
+    }
+}
+
+// The four groups of one row; 2 bits: in the lower half.
+INLINE __m256i expand(int width, const uint8_t *values, uint32_t kept, int pair, uint64_t zeros) {
+    const uint8_t *from = values + 2 * width * __builtin_popcount(kept & ((1u << 4 * pair) - 1));
+    const uint32_t mask = kept >> 4 * pair & 15;
+    const __m128i first = _mm_loadu_si128((const __m128i *)(FIRST + 4 - __builtin_popcount(mask)));
+    const __m256i removed = _mm256_set1_epi8((int8_t)(zeros >> 8 * pair));
+    int32_t packed;
+    memcpy(&packed, PLACES[mask], sizeof packed);
+    const __m128i places = _mm_cvtepi8_epi32(_mm_cvtsi32_si128(packed));
+    if (width == 2) {
+        const __m128 stored = (__m128)_mm_maskload_epi32((const int *)from, first);
+        return _mm256_castsi128_si256((__m128i)_mm_blendv_ps(_mm_permutevar_ps(stored, places),
+                                                             (__m128)_mm256_castsi256_si128(removed), (__m128)places));
+    }
+    const __m256 stored = (__m256)_mm256_maskload_epi64((const long long *)from, _mm256_cvtepi32_epi64(first));
+    // Of each place its two words: 2 place and 2 place + 1.
+    const __m256i twice = _mm256_add_epi32(_mm256_cvtepu32_epi64(places), _mm256_slli_epi64(_mm256_cvtepu32_epi64(places), 32));
+    const __m256i words = _mm256_add_epi32(_mm256_add_epi32(twice, twice), _mm256_set1_epi64x(1ll << 32));
+    return (__m256i)_mm256_blendv_ps(_mm256_permutevar8x32_ps(stored, words), (__m256)removed, (__m256)twice);
+}
+
+INLINE const uint8_t *make_whole(int width, const uint8_t *values, const uint32_t kept[2], const uint8_t *zeros, uint8_t *to) {
+    const uint8_t *second = values + 2 * width * __builtin_popcount(kept[0]);
+    const uint64_t zeros_first = levels_of_zeros(width, zeros, 0), zeros_second = levels_of_zeros(width, zeros, 1);
+    UNROLL for (int pair = 0; pair < PAIRS_OF_ROWS; pair++) {
+        if (width == 8) {
+            copy_row(values, kept[0], pair, zeros_first, to + 64 * pair);
+            copy_row(second, kept[1], pair, zeros_second, to + 512 + 64 * pair);
+            continue;
+        }
+        const __m256i a = expand(width, values, kept[0], pair, zeros_first);
+        const __m256i b = expand(width, second, kept[1], pair, zeros_second);
+        __m256i *at = (__m256i *)(to + 16 * width * pair);
+        if (width == 2) {
+            const __m128i x = _mm256_castsi256_si128(a), y = _mm256_castsi256_si128(b);
+            _mm256_store_si256(at, _mm256_set_m128i(_mm_unpackhi_epi32(x, y), _mm_unpacklo_epi32(x, y)));
+        } else {
+            const __m256i low = _mm256_unpacklo_epi64(a, b), high = _mm256_unpackhi_epi64(a, b);
+            _mm256_store_si256(at, _mm256_permute2x128_si256(low, high, 0x20));
+            _mm256_store_si256(at + 1, _mm256_permute2x128_si256(low, high, 0x31));
+        }
+    }
+    return second + 2 * width * __builtin_popcount(kept[1]);
+}
+#endif
+#endif
 
 INLINE int tile_of(const uint8_t *record, int slot) { return record[2 * slot] | record[2 * slot + 1] << 8; }
+
+#define AHEAD 4096  // bytes of records that are asked for before they are needed; behind the last it does nothing
+
+INLINE void prefetch(const uint8_t *from, int bytes) {
+    UNROLL for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte);
+}
 
 #define ONE_KIND(set) (((set) & ((set) - 1)) == 0)
 
@@ -257,7 +385,10 @@ INLINE int tile_of(const uint8_t *record, int slot) { return record[2 * slot] | 
     if ((WIDTHS & 1 << w) && !masked_ && (ONE_KIND(WIDTHS) || head_[8] == w)) {                      \
         enum { width = w };                                                                            \
         const uint8_t *const fields = head_ + 16, *values = fields + steps_bytes(n_tiles);             \
-        for (int slot = 0; slot < n_tiles; slot++, values += 128 * w) { body }                         \
+        for (int slot = 0; slot < n_tiles; slot++, values += 128 * w) {                                \
+            prefetch(values + AHEAD, 128 * w + 64);                                                    \
+            body                                                                                       \
+        }                                                                                              \
     }
 
 #define MASKED_OF_WIDTH(w, body)                                                                     \
@@ -268,6 +399,7 @@ INLINE int tile_of(const uint8_t *record, int slot) { return record[2 * slot] | 
         for (int slot = 0; slot < n_tiles; slot++) {                                                   \
             uint32_t kept_[2];                                                                         \
             memcpy(kept_, head_ + 16 + 8 * slot, sizeof kept_);                                        \
+            prefetch(next_ + AHEAD, 128 * w);                                                          \
             next_ = make_whole(w, next_, kept_, fields + 32 * n_tiles + 8 * slot, values);             \
             body                                                                                       \
         }                                                                                              \
