@@ -135,7 +135,8 @@ INLINE void linear_records(const struct arguments *arg, int share, int n_shares)
                     add_tile(&weights, &tokens, tile_of(head_, slot), n_now, acc);
                 });
             }
-            for (int i = 0; i < n_now; i++) store_rows(arg, block, first + i, acc[i]);
+            const struct rows rows = find_rows(arg, block);
+            for (int i = 0; i < n_now; i += 2) finish(arg, &rows, first + i, min_i(2, n_now - i), acc + i);
         }
     }
 }
