@@ -165,8 +165,8 @@ def _numbers(option: str, text: str, kind=float):
 @click.option("--dry-run", is_flag=True, help="Trace and plan, but compile and write nothing.")
 @click.option("--no-cache", is_flag=True, help="Compile every kernel anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
-def build(model, output, targets, jobs, kv_dtype, exact, head_bits, max_context, bits, group_size, sparsity, dump_dir, dry_run,
-          no_cache, as_json):  # fmt: skip
+def build(model, output, targets, jobs, kv_dtype, exact, head_bits, max_context, bits, group_size, sparsity, dump_dir,
+          dry_run, no_cache, as_json):  # fmt: skip
     """Compiles a checkpoint folder into one .gqsa file.
 
     MODEL is a folder made by `gqsac compress`, or by llm-compressor with 4 or 8 bits (compressed-tensors'
@@ -190,7 +190,8 @@ def build(model, output, targets, jobs, kv_dtype, exact, head_bits, max_context,
             "note: rounding without calibration data, for trying out; use `gqsac compress` for quality", err=True
         )
     options = BuildOptions(
-        targets=tuple(targets), jobs=jobs, kv_dtype=kv_dtype, exact=exact, head_bits=head_bits, max_context=max_context, rounding=rounding,
+        targets=tuple(targets), jobs=jobs, kv_dtype=kv_dtype, exact=exact, head_bits=head_bits,
+        max_context=max_context, rounding=rounding,
         dump_dir=dump_dir, dry_run=dry_run, cache=not no_cache,
     )  # fmt: skip
     with BuildProgress() as progress:

@@ -24,8 +24,10 @@ NUMPY_DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i16": np
 
 # The flags of /proc/cpuinfo that a target's code relies on; the best target comes first.
 _V3 = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"])
+_V4 = _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
 _TARGETS = {
-    "x86_64_v4": _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"]),
+    "x86_64_v4_vnni": _V4 | frozenset(["avx512_vnni"]),
+    "x86_64_v4": _V4,
     "x86_64_v3": _V3,
     "aarch64": frozenset(),
 }

@@ -593,5 +593,6 @@ CASES: tuple[Case, ...] = (
     *_append_attention_cases(),
     *cases_records.make_cases(Case, _HELPERS),
 )
+CPU_CASES: tuple[Case, ...] = tuple(case for case in CASES if "cpu" in OPERATORS[case.spec.op].families)
 # Kernel names, unique over all cases: equal specs share one kernel.
 KERNEL_NAMES: dict[KernelSpec, str] = name_kernels([case.spec for case in CASES])

@@ -87,6 +87,10 @@ def _normalized(p, a, x):
     return x + a["norm_bias"][: p["k"]] if p["norm"] == "layer" else x
 
 
+def _embedding_records(p, a, n, places, write):
+    write("out", RECORDS.unpack(a, p)[a["ids"][:n]].astype(np.float64) * p["scale"], p["out_stride"])
+
+
 def _linear_records(p, a, n, places, write):
     if p["tokens"] == 1:
         x = _normalized(p, a, _read(a["x"], n, p["x_stride"], p["k"]))
@@ -241,6 +245,7 @@ _ORACLES = {
     "layer_norm": _layer_norm,
     "linear_dense": _linear(DENSE_F16),
     "linear_sparse": _linear(GROUP_WORDS),
+    "embedding_records": _embedding_records,
     "linear_records": _linear_records,
     "quantize": _quantize,
     "kv_append": _kv_append,

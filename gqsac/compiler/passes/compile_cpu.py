@@ -18,10 +18,12 @@ from gqsa_runtime.errors import DeviceError
 
 from gqsac.compiler.passes.render import headers
 
-# Target -> (zig triple, -mcpu). x86_64_v4 is AVX-512 (F, BW, CD, DQ, VL), x86_64_v3 AVX2, FMA and F16C.
+# Target -> (zig triple, -mcpu). x86_64_v4 is AVX-512 (F, BW, CD, DQ, VL), x86_64_v3 AVX2, FMA and F16C; VNNI are the
+# dot products of bytes that linear_records lives on.
 TARGETS = {
     "x86_64_v3": ("x86_64-linux-gnu.2.17", "x86_64_v3"),
     "x86_64_v4": ("x86_64-linux-gnu.2.17", "x86_64_v4"),
+    "x86_64_v4_vnni": ("x86_64-linux-gnu.2.17", "x86_64_v4+avx512vnni"),
     "aarch64": ("aarch64-linux-gnu.2.17", "generic"),
 }
 
@@ -55,7 +57,7 @@ def host_targets() -> tuple[str, ...]:
     """
     machine = platform.machine().lower()
     if machine in ("x86_64", "amd64"):
-        return ("x86_64_v3", "x86_64_v4")
+        return ("x86_64_v3", "x86_64_v4", "x86_64_v4_vnni")
     return ("aarch64",) if machine in ("aarch64", "arm64") else ()
 
 
