@@ -56,6 +56,10 @@ class RoundedCheckpoint(Checkpoint):
         group_size, bits = self._rounding.group_size, self._rounding.bits
         return MatrixHeader(rows, columns, group_size, group_size, (bits,), rows * self._kept(columns))
 
+    def pattern(self, module: str) -> tuple[np.ndarray, np.ndarray | None]:
+        matrix = self.matrix(module)
+        return matrix.row_bits, matrix.keep
+
     def matrix(self, module: str) -> QuantizedMatrix:
         weight = self._dense.read(f"{module}.weight").astype(np.float32)
         if not np.isfinite(weight).all():

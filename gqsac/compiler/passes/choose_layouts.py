@@ -91,30 +91,44 @@ class Weights:
 
     def plan(self, weights: tuple[str, ...], paired: bool) -> Plan:
         """The records of stacked weights. paired: row r of the first half and of the second stand together."""
-        headers = [self._header(weight) for weight in map(self.stored, weights)]
-        rows, columns = sum(header[0] for header in headers), headers[0][1]
-        if all(len(header[2]) == 1 and header[3] is None for header in headers):
-            # Whole and of one width each: known without reading a weight.
-            row_bits = np.concatenate([np.full(header[0], header[2][0], np.uint8) for header in headers])
-            return make_plan(row_bits, columns, None, _pairs(rows) if paired else None)
-        return plan_of(self.matrix(weights), paired)
+        row_bits, keep = zip(*map(self._pattern, map(self.stored, weights)), strict=True)
+        columns = self._columns(self.stored(weights[0]))
+        if all(mask is None for mask in keep):
+            return _plan(np.concatenate(row_bits), columns, None, paired)
+        masks = [
+            np.ones((len(bits), columns // GROUP), bool) if mask is None else mask
+            for bits, mask in zip(row_bits, keep, strict=True)
+        ]
+        return _plan(np.concatenate(row_bits), columns, np.concatenate(masks), paired)
 
-    def _header(self, weight: str):
+    def _columns(self, weight: str) -> int:
+        module = module_of(weight)
+        if self.checkpoint.is_compressed(module):
+            return self.checkpoint.matrix_header(module).columns
+        return self.checkpoint.shape(weight)[1]
+
+    def _pattern(self, weight: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """(row_bits, mask of groups of 16 or None), without reading a level where the checkpoint allows it."""
         module = module_of(weight)
         if not self.checkpoint.is_compressed(module):
-            return (*self.checkpoint.shape(weight), (self.options.head_bits,), None)
+            return np.full(self.checkpoint.shape(weight)[0], self.options.head_bits, np.uint8), None
         header = self.checkpoint.matrix_header(module)
-        whole = header.nnz == header.rows * (header.columns // header.group_size)
-        return header.rows, header.columns, header.widths, None if whole else header.nnz
+        if len(header.widths) == 1 and header.nnz == header.rows * (header.columns // header.group_size):
+            return np.full(header.rows, header.widths[0], np.uint8), None
+        row_bits, keep = self.checkpoint.pattern(module)
+        return row_bits, _by_16(keep, header.group_size)
 
 
 def plan_of(matrix: QuantizedMatrix, paired: bool) -> Plan:
     """The records of a matrix."""
-    keep = matrix.keep
-    if keep is not None and matrix.group_size > GROUP:
-        keep = np.repeat(keep, matrix.group_size // GROUP, axis=1)
-    return make_plan(matrix.row_bits, matrix.columns, keep, _pairs(matrix.rows) if paired else None)
+    return _plan(matrix.row_bits, matrix.columns, _by_16(matrix.keep, matrix.group_size), paired)
 
 
-def _pairs(rows: int) -> np.ndarray:
-    return np.arange(rows, dtype=np.int32).reshape(2, -1).T
+def _plan(row_bits: np.ndarray, columns: int, keep: np.ndarray | None, paired: bool) -> Plan:
+    rows = len(row_bits)
+    pairs = np.arange(rows, dtype=np.int32).reshape(2, -1).T if paired else None
+    return make_plan(row_bits, columns, keep, pairs)
+
+
+def _by_16(keep: np.ndarray | None, group_size: int) -> np.ndarray | None:
+    return keep if keep is None or group_size == GROUP else np.repeat(keep, group_size // GROUP, axis=1)

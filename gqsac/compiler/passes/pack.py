@@ -23,12 +23,16 @@ DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i8": np.int8}
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """One tensor of the file: its shape is known now, its bytes when `make` is called."""
+    """One tensor of the file: its shape is known now, its bytes when `make` is called.
+
+    source: what it is made from. Neighbours of one source share work, and are made one after another.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     make: Callable[[], np.ndarray]
+    source: str | None = None
 
     @property
     def size(self) -> int:
@@ -106,9 +110,11 @@ class _Packer:
         self.tables: dict[str, tuple[str, ...]] = {}
         self.ropes: dict[str, str] = {}
 
-    def add(self, name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> str:
+    def add(
+        self, name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], np.ndarray], source: str | None = None
+    ) -> str:
         name = _fit_name(name)
-        self.tensors.setdefault(name, PackedTensor(name, dtype, shape, make))
+        self.tensors.setdefault(name, PackedTensor(name, dtype, shape, make, source))
         return name
 
     def stored(self, parameter: str) -> str:
@@ -234,7 +240,7 @@ class _Packer:
             return _short(self.stored(op.weights[0])) if len(op.weights) == 1 else f"{stem}.{tensor}"
 
         return tuple(
-            self.add(name(tensor.name), tensor.dtype, shapes[tensor.name], lambda t=tensor.name: make(t))
+            self.add(name(tensor.name), tensor.dtype, shapes[tensor.name], lambda t=tensor.name: make(t), stem)
             for tensor in part.layout.parts
         )
 
@@ -259,7 +265,7 @@ class _Packer:
 
         stem = _stacked_name([self.stored(weight) for weight in weights])
         return tuple(
-            self.add(f"{stem}.{tensor.name}", tensor.dtype, shapes[tensor.name], lambda t=tensor.name: make(t))
+            self.add(f"{stem}.{tensor.name}", tensor.dtype, shapes[tensor.name], lambda t=tensor.name: make(t), stem)
             for tensor in RECORDS.parts
         )
 
