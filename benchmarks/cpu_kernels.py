@@ -136,8 +136,8 @@ def record_spec(name, tokens, plan):
     width = rows // 2 if epilogue == "gated" else rows
     return KernelSpec.make(
         "linear_records", tokens=tokens, rows=rows, k=k, x_stride=k, out_stride=width, out_width=width, bias=False,
-        activation="silu" if epilogue == "gated" else "none", residual=False, residual_stride=width, norm=norm, eps=1e-5,
-        epilogue=epilogue, **plan.constants,
+        activation="silu" if epilogue == "gated" else "none", residual=False, residual_stride=width, norm=norm,
+        eps=1e-5, epilogue=epilogue, **plan.constants,
     )  # fmt: skip
 
 
@@ -149,7 +149,9 @@ def bench_records(options, rng):
     """linear_records and quantize at the shapes of RECORD_LINEARS, and the linears of a decode step."""
     chosen = [name for name in RECORD_LINEARS if not options.names or name.split()[0] in options.names]
     sources = {name: record_weights(rng, name) for name in chosen}
-    specs = {(name, tokens): record_spec(name, tokens, sources[name][1]) for name in chosen for tokens in options.tokens}
+    specs = {
+        (name, tokens): record_spec(name, tokens, sources[name][1]) for name in chosen for tokens in options.tokens
+    }
     specs |= {(k, tokens): quantize_spec(k, tokens) for k in (576, 1536) for tokens in options.tokens if tokens > 1}
     bench = Bench(specs, options.target, options.threads)
     print(f"{options.target}, {options.threads} threads, records")
@@ -180,9 +182,7 @@ def bench_records(options, rng):
             inputs = inputs if tokens == 1 else [None, planes, ranges, None, None]
             copies = weights[name] if tokens == 1 else weights[name][:8]
             out = np.zeros((tokens, rows), np.float32)
-            launches = [
-                bench.launch(specs[name, tokens], [*inputs, *copy, None, None, out, state]) for copy in copies
-            ]
+            launches = [bench.launch(specs[name, tokens], [*inputs, *copy, None, None, out, state]) for copy in copies]
             n_bytes, work = sum(a.nbytes for a in copies[0]), 2 * tokens * rows * k * kept
             report(name, tokens, bench.seconds(launches) / len(launches), n_bytes, work)
             step[name] = launches, n_bytes, work
