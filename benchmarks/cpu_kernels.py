@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 from gqsa_runtime.device_cpu import _load_library, default_threads, supported_targets
+from gqsa_runtime.engine import launch_state
 from gqsa_runtime.layouts import RECORDS
 from gqsa_runtime.layouts.records import make_plan
 
@@ -165,7 +166,7 @@ def bench_records(options, rng):
         n_bytes = one[0].nbytes
         weights[name] = [one] + [[aligned_copy(a) for a in one] for _ in range(COPIES_BYTES // n_bytes)]
     for tokens in options.tokens:
-        state, step = np.array([tokens, 0], np.int32), {}
+        state, step = launch_state(tokens, 0, np.arange(tokens)), {}
         x = rng.standard_normal((tokens, 1536), np.float32)
         norm_weight = rng.standard_normal(1536, np.float32)
         for k in (576, 1536) if tokens > 1 else ():
@@ -238,7 +239,7 @@ def bench_streams(options, rng):
         layers[name] = n_bytes, [one] + [[a.copy() for a in one] for _ in range(COPIES_BYTES // n_bytes)]
     head = rng.standard_normal((VOCAB, WIDTH), np.float32).astype(np.float16)
     for tokens in options.tokens:
-        state = np.array([tokens, 0], np.int32)
+        state = launch_state(tokens, 0, np.arange(tokens))
         x = rng.standard_normal((tokens, 1536), np.float32)
         step, step_bytes = [], 0
         for name, (rows, _) in LAYER.items():
@@ -261,7 +262,7 @@ def bench_streams(options, rng):
         for context in options.context:
             if context < tokens:
                 continue
-            state = np.array([tokens, context - tokens], np.int32)
+            state = launch_state(context, 0, np.arange(context - tokens, context))
             caches = [
                 rng.standard_normal((context, KV_HEADS, HEAD_DIM), np.float32).astype(np.float16) for _ in range(60)
             ]

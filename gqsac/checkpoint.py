@@ -136,6 +136,11 @@ class Checkpoint:
         """Whether the linear at this path is stored compressed."""
         return module in self._headers
 
+    def is_one_matrix(self, module: str) -> bool:
+        """Whether a compressed linear is one QuantizedMatrix, not the sum of several version 1 streams."""
+        known = self._header(module)
+        return isinstance(known, MatrixHeader) or len(known) == 1
+
     def matrix_header(self, module: str) -> MatrixHeader:
         """Shape, group sizes, widths and number of kept groups of a compressed linear, from the files' headers alone.
 
@@ -158,6 +163,15 @@ class Checkpoint:
             return codec.unpack(self._contents(module), (known.rows, known.columns), *sizes, self._where(module))
         self._check_one_stream(module, known)
         return QuantizedMatrix.from_stream(*self.streams(module))
+
+    def pattern(self, module: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """(row_bits, keep) of a compressed linear's QuantizedMatrix; of a version 2 linear no level is read for it."""
+        known = self._header(module)
+        if not isinstance(known, MatrixHeader):
+            matrix = self.matrix(module)
+            return matrix.row_bits, matrix.keep
+        contents = self._contents(module, ("row_bits", "keep"))
+        return codec.pattern(contents, known, self._where(module))
 
     def stream_headers(self, module: str) -> tuple[StreamHeader, ...]:
         """Shape, width and number of kept groups of each stream, from the files' headers alone.
@@ -262,10 +276,12 @@ class Checkpoint:
             raise ModelError(f"{self.path}: {module} is not a compressed linear of this checkpoint")
         return self._headers[module]
 
-    def _contents(self, module: str) -> dict[str, np.ndarray]:
-        """A compressed linear's tensors, by their names after `MODULE.`."""
+    def _contents(self, module: str, only: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
+        """A compressed linear's tensors, or those of some names, by their names after `MODULE.`."""
         tensors = {}
         for part in self._parts[module]:
+            if only is not None and part not in only:
+                continue
             name = f"{module}.{part}"
             with _opened(self._tensors[name].file) as handle:
                 tensors[part] = handle.get_tensor(name)

@@ -155,6 +155,8 @@ def _numbers(option: str, text: str, kind=float):
 )  # fmt: skip
 @click.option("-j", "--jobs", type=click.IntRange(min=0), default=0, help="Compile threads; 0: one a core.")
 @click.option("--kv-dtype", type=click.Choice(["f16", "f32"]), default="f16", show_default=True, help="KV cache.")
+@click.option("--head-bits", type=int, help="Round head and embeddings to 4 or 8 bits, or keep 16. [default: 8]")
+@click.option("--exact", is_flag=True, help="f32 activations and 16-bit heads: slower and larger, for comparisons.")
 @click.option("--max-context", type=click.IntRange(min=1), help="Longest context to allow; default: the model's own.")
 @click.option("--bits", type=int, help="Round an uncompressed MODEL without data: 2, 4, 8, or 16 for dense fp16.")
 @click.option("--group-size", type=int, default=16, show_default=True, help="With --bits: weights in a group.")
@@ -163,8 +165,8 @@ def _numbers(option: str, text: str, kind=float):
 @click.option("--dry-run", is_flag=True, help="Trace and plan, but compile and write nothing.")
 @click.option("--no-cache", is_flag=True, help="Compile every kernel anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
-def build(model, output, targets, jobs, kv_dtype, max_context, bits, group_size, sparsity, dump_dir, dry_run,
-          no_cache, as_json):  # fmt: skip
+def build(model, output, targets, jobs, kv_dtype, exact, head_bits, max_context, bits, group_size, sparsity, dump_dir,
+          dry_run, no_cache, as_json):  # fmt: skip
     """Compiles a checkpoint folder into one .gqsa file.
 
     MODEL is a folder made by `gqsac compress`, or by llm-compressor with 4 or 8 bits (compressed-tensors'
@@ -188,7 +190,8 @@ def build(model, output, targets, jobs, kv_dtype, max_context, bits, group_size,
             "note: rounding without calibration data, for trying out; use `gqsac compress` for quality", err=True
         )
     options = BuildOptions(
-        targets=tuple(targets), jobs=jobs, kv_dtype=kv_dtype, max_context=max_context, rounding=rounding,
+        targets=tuple(targets), jobs=jobs, kv_dtype=kv_dtype, exact=exact, head_bits=head_bits,
+        max_context=max_context, rounding=rounding,
         dump_dir=dump_dir, dry_run=dry_run, cache=not no_cache,
     )  # fmt: skip
     with BuildProgress() as progress:

@@ -198,6 +198,18 @@ def unpack(
     )
 
 
+def pattern(tensors: dict[str, np.ndarray], known: MatrixHeader, where: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """(row_bits, keep) of a matrix, as in QuantizedMatrix, from its tensors of those names alone, if there are any.
+
+    Raises FormatError as unpack does.
+    """
+    rows, columns = known.rows, known.columns
+    row_bits = tensors.get("row_bits", np.full(rows, known.widths[0], np.uint8))
+    n_groups = rows * (columns // known.group_size)
+    keep = _mask(tensors["keep"], rows, n_groups, where) if "keep" in tensors else None
+    return row_bits, keep
+
+
 def _groups_of_width(row_bits: np.ndarray, bits: int, keep: np.ndarray | None, n_groups: int) -> np.ndarray | None:
     """bool [n_groups]: kept groups of the rows of a width; None where that is every group of the matrix."""
     rows = row_bits == bits

@@ -75,6 +75,10 @@ class PackedCheckpoint(Checkpoint):
     def compressed(self) -> bool:
         return True
 
+    def pattern(self, module: str) -> tuple[np.ndarray, np.ndarray | None]:
+        matrix = self.matrix(module)
+        return matrix.row_bits, matrix.keep
+
     def matrix(self, module: str) -> QuantizedMatrix:
         known = self._header(module)
         tensors = {part: self.read(f"{module}.{part}") for part in self._parts[module]}

@@ -84,6 +84,34 @@ class QuantizedMatrix:
         )
 
     @classmethod
+    def stack(cls, matrices: list[QuantizedMatrix]) -> QuantizedMatrix:
+        """The rows of several matrices of equal columns, one below another. Their finest groups become everyone's."""
+        group_size = min(matrix.group_size for matrix in matrices)
+        quant_group_size = min(matrix.quant_group_size for matrix in matrices)
+        keep = None
+        if any(matrix.keep is not None for matrix in matrices):
+            keep = np.concatenate([
+                np.ones((m.rows, m.columns // group_size), bool) if m.keep is None
+                else np.repeat(m.keep, m.group_size // group_size, axis=1)
+                for m in matrices
+            ])  # fmt: skip
+        scales, zeros = (
+            np.concatenate(
+                [np.repeat(getattr(m, name), m.quant_group_size // quant_group_size, axis=1) for m in matrices]
+            )
+            for name in ("scales", "zeros")
+        )
+        return cls(
+            group_size=group_size,
+            quant_group_size=quant_group_size,
+            row_bits=np.concatenate([matrix.row_bits for matrix in matrices]),
+            levels=np.concatenate([matrix.levels for matrix in matrices]),
+            scales=scales,
+            zeros=zeros,
+            keep=keep,
+        )
+
+    @classmethod
     def from_stream(cls, stream: BsrStream) -> QuantizedMatrix:
         """The same weights as a BSR stream's, with the widest scale groups that its kept groups allow."""
         group_size, n_groups = stream.group_size, stream.columns // stream.group_size

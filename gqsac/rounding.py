@@ -47,11 +47,18 @@ class RoundedCheckpoint(Checkpoint):
         numbered = any(part.isdigit() for part in module.split("."))
         return self._rounding.bits != 16 and numbered and len(self._dense.shape(weight)) == 2
 
+    def is_one_matrix(self, module: str) -> bool:
+        return True
+
     def matrix_header(self, module: str) -> MatrixHeader:
         rows, columns = self._dense.shape(f"{module}.weight")
         self._check_divides(module, columns)
         group_size, bits = self._rounding.group_size, self._rounding.bits
         return MatrixHeader(rows, columns, group_size, group_size, (bits,), rows * self._kept(columns))
+
+    def pattern(self, module: str) -> tuple[np.ndarray, np.ndarray | None]:
+        matrix = self.matrix(module)
+        return matrix.row_bits, matrix.keep
 
     def matrix(self, module: str) -> QuantizedMatrix:
         weight = self._dense.read(f"{module}.weight").astype(np.float32)
@@ -98,6 +105,24 @@ class RoundedCheckpoint(Checkpoint):
                 f"{module}: its {columns} columns do not divide into groups of {self._rounding.group_size}; "
                 f"choose another --group-size"
             )
+
+
+def round_matrix(weight: np.ndarray, bits: int, quant_group_size: int) -> QuantizedMatrix:
+    """Min-max rounding of float32 [rows, columns]; nothing is removed. Raises ModelError beyond fp16 scales."""
+    rows, columns = weight.shape
+    scales, zeros, levels = round_groups(weight.reshape(-1, quant_group_size), bits)
+    if not np.isfinite(scales).all():
+        raise ModelError(
+            f"the largest weight is {np.abs(weight).max():g}, and at {bits} bits that is beyond fp16 scales"
+        )
+    return QuantizedMatrix(
+        group_size=quant_group_size,
+        quant_group_size=quant_group_size,
+        row_bits=np.full(rows, bits, np.uint8),
+        levels=levels.reshape(rows, columns),
+        scales=scales.reshape(rows, -1),
+        zeros=(zeros.astype(np.int64) * ZERO_STEPS >> bits).astype(np.uint8).reshape(rows, -1),
+    )
 
 
 def round_groups(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

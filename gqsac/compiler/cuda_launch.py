@@ -1,143 +1,218 @@
 """How CUDA launches each operator's kernel: grid, block and dynamic shared memory from its constants.
 
-Every formula here has its twin in `templates/cuda/include`, named in the comments. Grids cover the
-largest launch (`max_tokens` rows) and never change, because launches are captured in CUDA graphs:
-blocks past the last token exit at once.
+Here alone is decided how work is cut among threads. What a kernel must know of that is stamped into its constants
+(`launch` in the templates); headers never work it out again. Grids cover the largest launch (`max_tokens` rows) and
+never change, because launches are captured in CUDA graphs: blocks past the last token exit at once.
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
 from gqsa_runtime.errors import UnsupportedError
+from gqsa_runtime.program import Launch
 
 from gqsac.compiler.kernel_spec import KernelSpec
 from gqsac.compiler.records_launch import records_launch
 
 WARP = 32
-MAX_SHARED_BYTES = 160 * 1024  # MAX_STAGED_BYTES in activations_in_shared.cuh
+MAX_SHARED_BYTES = 98 * 1024  # leaves sm_86, sm_89 and sm_120 their reserve
 _MAX_GRID_Y = 65535
 _POINTWISE_BLOCK = 128
 _NORM_BLOCK = 512
-_MAX_WARP_NORM_WIDTH = 512  # norms.cuh
+_MAX_WARP_NORM_WIDTH = 512  # wider rows take a block
 _ATTENTION_DECODE_BLOCK = 512
-_ATTENTION_PREFILL_BLOCK = 256  # 16 x 16 in attention_prefill.cuh
+_ATTENTION_PREFILL_BLOCK = 256
 _DENSE_BLOCK = 256
 
-Launch = tuple[tuple[int, int, int], int, int]
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a kernel's work is cut. grid: from the most tokens of a launch, blocks (x, y). block: threads.
+
+    shared_bytes: of dynamic shared memory. constants: what the kernel's template is given as `launch`, MAX_BLOCK
+    (for its launch bounds, by default the block) among it.
+    """
+
+    grid: Callable[[int], tuple[int, int]]
+    block: int
+    shared_bytes: int = 0
+    constants: Mapping[str, int | bool] = field(default_factory=dict)
+
+
+def geometry(spec: KernelSpec) -> Geometry:
+    """How a kernel's work is cut on CUDA."""
+    made = _GEOMETRIES[spec.op](dict(spec.params))
+    return Geometry(made.grid, made.block, made.shared_bytes, {"MAX_BLOCK": made.block, **made.constants})
 
 
 def launch(spec: KernelSpec, max_tokens: int) -> Launch:
-    """(grid (x, y, z) in blocks, block in threads, dynamic shared memory in bytes) of a kernel.
+    """Grid, block and dynamic shared memory of a kernel.
 
     max_tokens: most rows in one launch (the program's prefill_chunk); decode kernels (tokens = 1)
     always cover one. Raises UnsupportedError where a kernel cannot be launched on every target.
     """
-    params = dict(spec.params)
-    n_tokens = 1 if params.get("tokens") == 1 else max_tokens
-    (x, y), block, shared_bytes = _LAUNCHES[spec.op](params, n_tokens)
+    params, made = dict(spec.params), geometry(spec)
+    x, y = made.grid(1 if params.get("tokens") == 1 else max_tokens)
     if y > _MAX_GRID_Y:
         raise UnsupportedError(
             f"a launch of {spec.op} over {max_tokens} tokens needs {y} block rows, CUDA allows {_MAX_GRID_Y}; "
             "build with a smaller prefill chunk"
         )
-    if shared_bytes > MAX_SHARED_BYTES:
+    if made.shared_bytes > MAX_SHARED_BYTES:
         raise UnsupportedError(
-            f"{spec.op} with {params} needs {shared_bytes} bytes of shared memory, "
+            f"{spec.op} with {params} needs {made.shared_bytes} bytes of shared memory, "
             f"every supported GPU offers only {MAX_SHARED_BYTES}; such a model cannot be built for CUDA"
         )
-    return (x, y, 1), block, shared_bytes
-
-
-def constants(spec: KernelSpec) -> dict[str, int]:
-    """What of its launch a kernel's code must know, by the names of its constants."""
-    params = dict(spec.params)
-    if spec.op == "linear_records":
-        return records_launch(params).constants
-    return {"WARPS": _NORM_BLOCK // WARP} if spec.op == "quantize" else {}
+    return Launch((x, y, 1), made.block, made.shared_bytes)
 
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _staged_bytes(k: int, unit: int) -> int:
-    """StagedActivations::BYTES, 0 where the activations do not fit and are read through the cache."""
+def _staging(k: int, unit: int) -> tuple[int, dict]:
+    """(bytes of shared memory, constants) of one token's activations in it, see activations_in_shared.cuh.
+
+    0 bytes, and STAGED false, where they do not fit: then they are read through the cache.
+    """
     planes, units = unit // 4, k // unit
+    # Planes lie so far apart that neither the writes along x nor the reads of units meet bank conflicts.
     skew = 8 // planes if planes > 1 else 0
-    size = planes * (units + (skew - units % 8) % 8) * 16
-    return size if size <= MAX_SHARED_BYTES else 0
+    stride = units + (skew - units % 8) % 8
+    size = planes * stride * 16
+    staged = size <= MAX_SHARED_BYTES
+    return size if staged else 0, {"STAGED": staged, "STAGE_STRIDE": stride}
 
 
 def _segment(loads: int) -> int:
-    """Lanes that share a row of so many loads: power_of_two_below(loads / 8, 4, 32)."""
+    """Lanes that share a row of so many loads: a power of two, so that each has about 8 or more."""
     return max(4, min(WARP, 1 << max(0, (loads // 8).bit_length() - 1)))
 
 
-def _linear_sparse(p, n_tokens):
+def _linear_sparse(p):
+    unit = min(p["group_size"], 16)  # weights that a lane loads at once
     if p["tokens"] > 1:
         block = 256
-        return (_ceil_div(p["n_tasks"], block // WARP), _ceil_div(n_tokens, p["tokens"])), block, 0
+        constants = {"UNIT": unit, "SEGMENT": _segment(p["k"] // unit)}
+        return Geometry(
+            lambda n_tokens: (_ceil_div(p["n_tasks"], block // WARP), _ceil_div(n_tokens, p["tokens"])),
+            block,
+            constants=constants,
+        )
     # Large blocks share one copy of x; with few tasks, small blocks reach more multiprocessors.
     block = 512 if p["n_tasks"] >= 2048 else 256 if p["n_tasks"] >= 1024 else 128
-    return (_ceil_div(p["n_tasks"], block // WARP), 1), block, _staged_bytes(p["k"], min(p["group_size"], 16))
+    shared_bytes, staging = _staging(p["k"], unit)
+    constants = {"MAX_BLOCK": 512, "UNIT": unit, **staging}
+    return Geometry(lambda n_tokens: (_ceil_div(p["n_tasks"], block // WARP), 1), block, shared_bytes, constants)
 
 
-def _linear_dense(p, n_tokens):
-    vector = p["k"] % 8 == 0
-    rows_at_once = WARP // _segment(p["k"] // 8 if vector else p["k"])
-    steps = 4 if p["rows"] > 16384 else 1  # ROW_STEPS in linear_dense.cuh
-    grid = _ceil_div(p["rows"], rows_at_once * steps * (_DENSE_BLOCK // WARP))
-    if p["tokens"] > 1:
-        return (grid, _ceil_div(n_tokens, p["tokens"])), _DENSE_BLOCK, 0
-    return (grid, 1), _DENSE_BLOCK, _staged_bytes(p["k"], 8) if vector else 0
+def _linear_dense(p):
+    chunk = 8 if p["k"] % 8 == 0 else 1  # weights per load: otherwise rows do not start on 16 bytes
+    segment = _segment(p["k"] // chunk)
+    # Sets of rows that a warp takes one after another: with many rows, fewer blocks stage x.
+    row_steps = 4 if p["rows"] > 16384 else 1
+    grid = _ceil_div(p["rows"], WARP // segment * row_steps * (_DENSE_BLOCK // WARP))
+    decode = p["tokens"] == 1
+    shared_bytes, staging = _staging(p["k"], 8) if decode and chunk == 8 else (0, {"STAGED": False, "STAGE_STRIDE": 0})
+    constants = {"CHUNK": chunk, "SEGMENT": segment, "ROW_STEPS": row_steps, **staging}
+    return Geometry(lambda n_tokens: (grid, _ceil_div(n_tokens, p["tokens"])), _DENSE_BLOCK, shared_bytes, constants)
 
 
-def _linear_records(p, n_tokens):
-    launch = records_launch(p)
-    return (launch.blocks, _ceil_div(n_tokens, p["tokens"])), launch.threads, launch.shared_bytes
+def _linear_records(p):
+    made = records_launch(p)
+    return Geometry(
+        lambda n_tokens: (made.blocks, _ceil_div(n_tokens, p["tokens"])),
+        made.threads,
+        made.shared_bytes,
+        made.constants,
+    )
 
 
-def _attention(p, n_tokens):
+def _quantize(p):
+    return Geometry(lambda n_tokens: (1, n_tokens), _NORM_BLOCK, constants={"WARPS": _NORM_BLOCK // WARP})
+
+
+def _attention(p):
     head_dim = p["head_dim"]
     if p["tokens"] == 1:
-        warps = _ATTENTION_DECODE_BLOCK // WARP
-        return (p["heads"], 1), _ATTENTION_DECODE_BLOCK, warps * (head_dim + 2) * 4
-    queries, keys = (64, 32) if head_dim <= 128 else (32, 16)  # AttentionTile
-    stride = _ceil_div(head_dim, 4) * 4 + 4
-    floats = (queries + 2 * keys) * stride + queries * (keys + 1)
-    return (p["heads"], _ceil_div(n_tokens, queries)), _ATTENTION_PREFILL_BLOCK, floats * 4
+        partial = head_dim + 2  # floats that a warp hands over: its values, largest score and sum
+        shared_bytes = _ATTENTION_DECODE_BLOCK // WARP * partial * 4
+        return Geometry(lambda n_tokens: (p["heads"], 1), _ATTENTION_DECODE_BLOCK, shared_bytes, {"PARTIAL": partial})
+    queries, keys = (64, 32) if head_dim <= 128 else (32, 16)
+    stride = _ceil_div(head_dim, 4) * 4 + 4  # floats from row to row, against bank conflicts
+    weight_stride = keys + 1
+    shared_bytes = ((queries + 2 * keys) * stride + queries * weight_stride) * 4
+    constants = {"QUERIES": queries, "KEYS": keys, "STRIDE": stride, "WEIGHT_STRIDE": weight_stride}
+    return Geometry(
+        lambda n_tokens: (p["heads"], _ceil_div(n_tokens, queries)), _ATTENTION_PREFILL_BLOCK, shared_bytes, constants
+    )
 
 
-def _pointwise(width: str):
-    return lambda p, n_tokens: ((_ceil_div(p[width], _POINTWISE_BLOCK), n_tokens), _POINTWISE_BLOCK, 0)
+def splits_of(heads: int, kv_heads: int) -> int:
+    """Most runs of the context in a decode step: enough blocks for the largest GPU twice over."""
+    return max(1, min(64, 2 * 132 // (heads // _queries(heads, kv_heads))))
 
 
-def _kv_append(p, n_tokens):
+def _queries(heads: int, kv_heads: int) -> int:
+    """Heads of one KV head that a block takes: the cache is read once for all of them."""
+    group = heads // kv_heads
+    return max(n for n in (1, 2, 3, 4) if group % n == 0)
+
+
+def _append_attention(p):
+    warps, head_dim, queries = 8, p["head_dim"], _queries(p["heads"], p["kv_heads"])
+    partial = head_dim + 2
+    constants = {"QUERIES": queries, "KEYS": 32, "WARPS": warps, "PARTIAL": partial}
+    shared_bytes = (queries * head_dim + warps * queries * partial) * 4
+    return Geometry(lambda n_tokens: (p["heads"] // queries, p["splits"]), warps * WARP, shared_bytes, constants)
+
+
+def _pointwise(p):
+    return Geometry(lambda n_tokens: (_ceil_div(p["width"], _POINTWISE_BLOCK), n_tokens), _POINTWISE_BLOCK)
+
+
+def _kv_append(p):
+    # A thread per rotated pair of q, then per pair or other element of k, then per element of v.
     half = p["rotary_dim"] // 2
-    items = p["heads"] * half + p["kv_heads"] * (p["head_dim"] - half + p["head_dim"])
-    return (_ceil_div(items, _POINTWISE_BLOCK), n_tokens), _POINTWISE_BLOCK, 0
+    q_end = p["heads"] * half
+    k_end = q_end + p["kv_heads"] * (p["head_dim"] - half)
+    end = k_end + p["kv_heads"] * p["head_dim"]
+    constants = {"Q_END": q_end, "K_END": k_end, "END": end}
+    return Geometry(
+        lambda n_tokens: (_ceil_div(end, _POINTWISE_BLOCK), n_tokens), _POINTWISE_BLOCK, constants=constants
+    )
 
 
-def _rms_norm(p, n_tokens):
-    if p["width"] <= _MAX_WARP_NORM_WIDTH:
-        warps = min(p["heads"], 4)
-        return (_ceil_div(p["heads"], warps), n_tokens), warps * WARP, 0
-    return (p["heads"], n_tokens), _NORM_BLOCK, 0
+def _rms_norm(p):
+    by_warp = p["width"] <= _MAX_WARP_NORM_WIDTH
+    warps = min(p["heads"], 4) if by_warp else _NORM_BLOCK // WARP
+    grid = _ceil_div(p["heads"], warps) if by_warp else p["heads"]
+    constants = {"MAX_BLOCK": _NORM_BLOCK, "BY_WARP": by_warp}
+    return Geometry(lambda n_tokens: (grid, n_tokens), warps * WARP, constants=constants)
 
 
-def _block_per_token(p, n_tokens):
-    return (1, n_tokens), _NORM_BLOCK, 0
+def _block_per_token(p):
+    return Geometry(lambda n_tokens: (1, n_tokens), _NORM_BLOCK)
 
 
-_LAUNCHES = {
-    "embedding": _pointwise("width"),
+def _last_row(p):
+    return Geometry(lambda n_tokens: (_ceil_div(p["width"], _POINTWISE_BLOCK), 1), _POINTWISE_BLOCK)
+
+
+_GEOMETRIES: dict[str, Callable[[Mapping], Geometry]] = {
+    "embedding": _pointwise,
     "rms_norm": _rms_norm,
     "layer_norm": _block_per_token,
     "linear_sparse": _linear_sparse,
     "linear_dense": _linear_dense,
+    "embedding_records": lambda p: _pointwise({"width": p["k"]}),
     "linear_records": _linear_records,
-    "quantize": _block_per_token,
+    "quantize": _quantize,
     "kv_append": _kv_append,
+    "append_attention": _append_attention,
     "attention": _attention,
-    "gated_activation": _pointwise("width"),
-    "elementwise": _pointwise("width"),
-    "last_row": lambda p, n_tokens: ((_ceil_div(p["width"], _POINTWISE_BLOCK), 1), _POINTWISE_BLOCK, 0),
+    "gated_activation": _pointwise,
+    "elementwise": _pointwise,
+    "last_row": _last_row,
     "log_probs": _block_per_token,
 }

@@ -30,35 +30,6 @@ class Embedding(Op):
 
 
 @dataclass(frozen=True)
-class Linear(Op):
-    """activation(x W^T + b) + residual. Stacked siblings: W is the rows of `weights`, one below another.
-
-    weights, biases: one entry per stacked part; rows: of each part. biases entries may be None.
-    """
-
-    x: str
-    weights: tuple[str, ...]
-    biases: tuple[str | None, ...]
-    rows: tuple[int, ...]
-    k: int
-    activation: str = "none"
-    residual: str | None = None
-
-    @property
-    def width(self) -> int:
-        return sum(self.rows)
-
-
-@dataclass(frozen=True)
-class Slice(Op):
-    """Columns [start, start + width) of x. Costs nothing: it becomes an offset and a stride."""
-
-    x: str
-    start: int
-    width: int
-
-
-@dataclass(frozen=True)
 class RMSNorm(Op):
     """x / sqrt(mean(x^2) + eps) * (weight + weight_offset), over each of `heads` slices of `width`."""
 
@@ -77,6 +48,43 @@ class LayerNorm(Op):
     bias: str | None
     width: int
     eps: float
+
+
+@dataclass(frozen=True)
+class Linear(Op):
+    """activation(norm(x) W^T + b) + residual. Stacked siblings: W is the rows of `weights`, one below another.
+
+    weights, biases: one entry per stacked part; rows: of each part. biases entries may be None. norm: its own x and
+    output do not count. gated: activation(first half) * second half of the rows, and no residual.
+    """
+
+    x: str
+    weights: tuple[str, ...]
+    biases: tuple[str | None, ...]
+    rows: tuple[int, ...]
+    k: int
+    activation: str = "none"
+    residual: str | None = None
+    norm: RMSNorm | LayerNorm | None = None
+    gated: bool = False
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of W."""
+        return sum(self.rows)
+
+    @property
+    def width(self) -> int:
+        return self.n_rows // 2 if self.gated else self.n_rows
+
+
+@dataclass(frozen=True)
+class Slice(Op):
+    """Columns [start, start + width) of x. Costs nothing: it becomes an offset and a stride."""
+
+    x: str
+    start: int
+    width: int
 
 
 @dataclass(frozen=True)

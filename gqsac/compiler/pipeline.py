@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gqsa_runtime.format import canonical_json
+from gqsa_runtime.layouts import GROUP_WORDS, RECORDS
 from gqsa_runtime.program import Program
 
 from gqsac import __version__
@@ -17,9 +18,11 @@ from gqsac.checkpoint import Checkpoint
 from gqsac.compiler import dump, ir
 from gqsac.compiler.passes import compile_cpu, compile_cuda
 from gqsac.compiler.passes.bundle import bundle, check_output
+from gqsac.compiler.passes.choose_layouts import LayoutOptions, Weights, module_of
 from gqsac.compiler.passes.compile import Compiled, check_targets, compile_all, default_cache_dir, default_targets
 from gqsac.compiler.passes.fuse import fuse
-from gqsac.compiler.passes.group_patterns import group_patterns, module_of
+from gqsac.compiler.passes.fuse_records import fuse_records
+from gqsac.compiler.passes.group_patterns import group_patterns
 from gqsac.compiler.passes.legalize import legalize
 from gqsac.compiler.passes.link import kv_layers, link, ropes
 from gqsac.compiler.passes.pack import pack
@@ -38,6 +41,7 @@ from gqsac.rounding import RoundedCheckpoint, Rounding
 # scoring stay under 70 MB for a vocabulary of 128k.
 PREFILL_CHUNK = 128
 KV_DTYPES = ("f16", "f32")
+HEAD_BITS = (4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class BuildOptions:
     targets: tuple[str, ...] = ()
     jobs: int = 0
     kv_dtype: str = "f16"
+    exact: bool = False
+    head_bits: int | None = None
     max_context: int | None = None
     rounding: Rounding | None = None
     dump_dir: Path | None = None
@@ -88,21 +94,27 @@ def build(
     dumper.graph("1-legalized", graph)
 
     # Before patterns are looked at: siblings that share an input become one linear.
-    graph = fuse(graph, lambda weights: can_stack(checkpoint, graph, weights))
+    weights = Weights(graph, checkpoint, layout_options(checkpoint, options))
+    graph = fuse(graph, lambda names: can_stack(weights, names))
+    # What is stored as records takes its norms and gates into its kernels.
+    graph = fuse_records(graph, lambda linear: weights.layout(linear.weights) is RECORDS)
     ir.verify(graph)
     graph = limit_context(graph, options.max_context)
     dumper.graph("2-fused", graph)
     progress("trace", 1, 1)
 
     # What the weights look like decides layout, kernels and the cut of the work.
-    patterns = group_patterns(graph, checkpoint)
-    packing = pack(graph, checkpoint, patterns)
-    counts = count_bytes(graph, packing, patterns)
+    patterns = group_patterns(graph, weights)
+    packing = pack(graph, weights, patterns)
+    counts = count_bytes(graph, packing, patterns, weights)
 
-    # Operators become kernel launches; only then is it known what must be alive when.
-    launches = specialize(graph, packing, patterns, options.kv_dtype)
-    memory = plan_memory(launches, PREFILL_CHUNK)
-    specs, kernels, phases, buffers = schedule(launches, memory, PREFILL_CHUNK)
+    # Operators become kernel calls; only then is it known what must be alive when. Each family of targets has a plan
+    # of its own.
+    specs, plans = {}, {}
+    for family in families(targets):
+        calls = specialize(graph, packing, patterns, options.kv_dtype, family)
+        memory = plan_memory(calls, PREFILL_CHUNK)
+        specs[family], plans[family] = schedule(calls, memory, family, PREFILL_CHUNK)
     program = Program(
         name=name,
         model_class=graph.model_class,
@@ -114,21 +126,19 @@ def build(
         kv_dtype=options.kv_dtype,
         kv_layers=kv_layers(graph),
         ropes=ropes(graph, packing),
-        buffers=buffers,
-        arena_bytes=memory.arena_bytes,
-        kernels=kernels,
-        phases=phases,
+        plans=plans,
     )
     dumper.text("3-plan.json", json.dumps(json.loads(program.to_json()), indent=1))
 
     # Text, then machine code: one source per kernel, one binary per kernel and target.
     sources = {
-        family: {name: render(family, spec, name) for name, spec in specs.items()} for family in families(targets)
+        family: {name: render(family, spec, name) for name, spec in kernels.items()}
+        for family, kernels in specs.items()
     }
     dumper.sources(sources)
     if options.dry_run:
-        return Summary.make(program, counts, [], targets, None, time.perf_counter() - started)
-    total = sum(len(specs) if family_of(target) == "cuda" else 1 for target in targets)
+        return Summary.make(program, counts, packing, [], targets, None, time.perf_counter() - started)
+    total = sum(len(specs["cuda"]) if family_of(target) == "cuda" else 1 for target in targets)
     done = 0
 
     def compiled_one(compiled: Compiled) -> None:
@@ -164,7 +174,7 @@ def build(
         check=verify,
         progress=wrote,
     )
-    return Summary.make(program, counts, compiled, targets, size, time.perf_counter() - started)
+    return Summary.make(program, counts, packing, compiled, targets, size, time.perf_counter() - started)
 
 
 def open_checkpoint(model: str | Path, rounding: Rounding | None) -> Checkpoint:
@@ -182,16 +192,28 @@ def open_checkpoint(model: str | Path, rounding: Rounding | None) -> Checkpoint:
     return RoundedCheckpoint(checkpoint, rounding)
 
 
-def can_stack(checkpoint: Checkpoint, graph: ir.Graph, weights: tuple[str, ...]) -> bool:
-    """Whether linears can share one kernel: all dense, or all with the same streams."""
+def can_stack(weights: Weights, names: tuple[str, ...]) -> bool:
+    """Whether linears can share one kernel: all dense, all in records, or all with the same streams."""
 
-    def layout(weight: str):
-        module = module_of(graph.aliases.get(weight, weight))
-        if not checkpoint.is_compressed(module):
-            return None
-        return [(stream.bits, stream.group_size) for stream in checkpoint.stream_headers(module)]
+    def kind(name: str):
+        layout = weights.layout((name,))
+        if layout is not GROUP_WORDS:
+            return layout
+        streams = weights.checkpoint.stream_headers(module_of(weights.stored(name)))
+        return [(stream.bits, stream.group_size) for stream in streams]
 
-    return all(layout(weight) == layout(weights[0]) for weight in weights[1:])
+    return all(kind(name) == kind(names[0]) for name in names[1:])
+
+
+def layout_options(checkpoint: Checkpoint, options: BuildOptions) -> LayoutOptions:
+    """What the build asks of layouts. A model that is not compressed keeps its head as it is."""
+    dense = options.rounding is not None and options.rounding.bits == 16
+    bits = options.head_bits or (16 if options.exact or dense else 8)
+    if bits not in HEAD_BITS:
+        raise InputError(f"--head-bits is {bits}; choose from {', '.join(map(str, HEAD_BITS))}")
+    if options.exact and bits != 16:
+        raise InputError("--exact keeps heads and embeddings in 16 bits; leave out --head-bits")
+    return LayoutOptions(options.exact, bits)
 
 
 def limit_context(graph: ir.Graph, max_context: int | None) -> ir.Graph:
@@ -221,5 +243,7 @@ def compiler_identity(targets: tuple[str, ...], options: BuildOptions) -> dict:
         "zig": compile_cpu.compiler_version() if "cpu" in used else None,
         "targets": list(targets),
         "kv_dtype": options.kv_dtype,
+        "exact": options.exact,
+        "head_bits": options.head_bits,
         "rounding": options.rounding.as_dict() if options.rounding else None,
     }

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-WARPS = 16
-_MULTIPROCESSORS = 132  # of the GPU that blocks are counted for; another number only rounds otherwise
-_MOST_STAGES = 2  # of a warp's ring: more in flight keeps activations waiting behind weights
-_BUDGET_BYTES = 111 * 1024  # fits every target, and two kernels side by side where one starts early
-_LEAST_BYTES = 76 * 1024  # two blocks share a multiprocessor, never three: each gets one of a kernel
-_MOST_LOCAL_BLOCKS = {1: 24}  # row blocks whose sums a block can hold, by tokens
+MULTIPROCESSORS = 132  # blocks in a wave: one for each of the largest GPU's. Another number only rounds otherwise
+MAX_STAGES = 2  # of a warp's ring: with more in flight, activations wait behind weights
+MAX_BYTES = 98 * 1024  # fits every target, and two kernels side by side on those where one starts early
+# Two blocks share a multiprocessor of the largest GPU, never three: each gets one block of a kernel.
+MIN_BYTES = 76 * 1024
+MAX_LOCAL = 24  # row blocks whose sums a block holds
 _ROWS, _TILE = 16, 64
 
 
@@ -23,24 +23,30 @@ class RecordsLaunch:
 
 def records_launch(p) -> RecordsLaunch:
     """The launch of linear_records with the constants p."""
+    pair_bytes = 2 * p["record_bytes"]
+    # The same number for any number of tokens, or sums would have another order.
+    warps = next((n for n in (16, 8, 4) if _places(p, 1, 1, n)[1] + n * pair_bytes <= MAX_BYTES), 2)
     tokens = p["tokens"]
-    most_local = _MOST_LOCAL_BLOCKS.get(tokens, 2)
-    waves = -(-p["n_blocks"] // (_MULTIPROCESSORS * most_local))
-    blocks = _MULTIPROCESSORS * waves
+    waves = -(-p["n_blocks"] // (MULTIPROCESSORS * (MAX_LOCAL if tokens == 1 else 2)))
+    blocks = MULTIPROCESSORS * waves
     local = -(-p["n_blocks"] // blocks)
+    places, at = _places(p, tokens, local, warps)
+    stages = max(1, min(MAX_STAGES, (MAX_BYTES - at) // (warps * pair_bytes)))
+    constants = {"WARPS": warps, "STAGES": stages, "LOCAL_BLOCKS": local, **places, "RING_AT": at}
+    return RecordsLaunch(blocks, warps * 32, max(at + warps * stages * pair_bytes, MIN_BYTES), constants)
+
+
+def _places(p, tokens: int, local: int, warps: int) -> tuple[dict[str, int], int]:
+    """Where things begin in shared memory, and where the ring does. local: row blocks of a block."""
     places, at = {}, 0
     for name, size in (
         ("PLANES_AT", 2 * p["k"] if tokens == 1 else 0),
         ("RANGES_AT", p["k"] // _TILE * 8 if tokens == 1 else 0),
         ("PARTIALS_AT", 128),
-        ("SUMS_AT", local * WARPS * _ROWS * tokens * 4),
+        ("SUMS_AT", local * warps * _ROWS * tokens * 4),
         ("BLOCKS_AT", (local + 1) * 4),
-        ("PHASES_AT", WARPS * _MOST_STAGES * 8),
+        ("PHASES_AT", warps * MAX_STAGES * 8),
     ):
         places[name] = at
         at += -(-size // 16) * 16
-    stages = max(1, min(_MOST_STAGES, (_BUDGET_BYTES - at) // (WARPS * 2 * p["record_bytes"])))
-    places["RING_AT"] = at
-    constants = {"WARPS": WARPS, "STAGES": stages, "LOCAL_BLOCKS": local, **places}
-    shared_bytes = max(at + WARPS * stages * 2 * p["record_bytes"], _LEAST_BYTES)
-    return RecordsLaunch(blocks, WARPS * 32, shared_bytes, constants)
+    return places, at

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from gqsa_runtime import memory
+from gqsa_runtime.load import DEFAULT_CONTEXT
 from gqsa_runtime.program import DTYPE_BYTES, Program
 
 from gqsac.compiler import ir
+from gqsac.compiler.passes.choose_layouts import Weights
 from gqsac.compiler.passes.compile import Compiled
 from gqsac.compiler.passes.group_patterns import Patterns
 from gqsac.compiler.passes.pack import Packing
@@ -48,13 +51,17 @@ class ByteCounts:
 
 @dataclass(frozen=True)
 class Summary:
-    """Sizes in bytes, times in seconds. file_bytes is None for a dry run."""
+    """Sizes in bytes, times in seconds. file_bytes is None for a dry run.
+
+    memory_bytes: of an open model at the default context, for each family of targets: weights, activations, KV
+    cache and rotary tables.
+    """
 
     program: Program
     counts: ByteCounts
     targets: tuple[str, ...]
     file_bytes: int | None
-    n_launches: int
+    memory_bytes: dict[str, int]
     kernel_reports: tuple[KernelReport, ...]
     n_compiled: int
     n_cached: int
@@ -65,6 +72,7 @@ class Summary:
         cls,
         program: Program,
         counts: ByteCounts,
+        packing: Packing,
         compiled: list[Compiled],
         targets: tuple[str, ...],
         file_bytes: int | None,
@@ -72,33 +80,27 @@ class Summary:
     ) -> Summary:
         """The summary of a build, or of a dry run that compiled nothing."""
         reports = []
-        for kernel in program.kernels:
+        for kernel in program.plans["cuda"].kernels if "cuda" in program.plans else ():
             mine = [item for item in compiled if item.kernel == kernel.name and item.target.startswith("sm_")]
             registers = {item.target: item.report["registers"] for item in mine}
             spills = {item.target: item.report["spill_bytes"] for item in mine}
             reports.append(KernelReport(kernel.name, registers, spills))
+        tensors = {tensor.name: tensor for tensor in packing.tensors}
+        context = default_context(program)
         return cls(
             program=program,
             counts=counts,
             targets=targets,
             file_bytes=file_bytes,
-            n_launches=sum(len(steps) for steps in program.phases.values()),
+            memory_bytes={f: memory.needed_bytes(program, tensors, f, context) for f in program.plans},
             kernel_reports=tuple(reports),
             n_compiled=sum(not item.cached for item in compiled),
             n_cached=sum(item.cached for item in compiled),
             seconds=seconds,
         )
 
-    def memory_bytes(self, context: int) -> int:
-        """Device memory of an open model: weights, activations, KV cache and rotary tables."""
-        rope = sum(rope.rotary_dim * 4 for rope in self.program.ropes.values())
-        return (
-            self.counts.weight_bytes + self.program.arena_bytes + context * (self.program.kv_bytes_per_token() + rope)
-        )
-
     def as_dict(self) -> dict:
         """For --json."""
-        context = self.default_context()
         return {
             "name": self.program.name,
             "model_class": self.program.model_class,
@@ -106,33 +108,37 @@ class Summary:
             "file_bytes": self.file_bytes,
             "bits_per_weight": self.counts.bits_per_weight,
             "bits_per_parameter": self.counts.bits_per_parameter,
-            "kernels_unique": len(self.program.kernels),
-            "kernels_total": self.n_launches,
+            "plans": {
+                family: {
+                    "kernels_unique": len(plan.kernels),
+                    "kernels_total": len(list(plan.steps())),
+                    "memory_bytes": {str(default_context(self.program)): self.memory_bytes[family]},
+                }
+                for family, plan in self.program.plans.items()
+            },
             "kernels_compiled": self.n_compiled,
             "kernels_cached": self.n_cached,
-            "memory_bytes": {str(context): self.memory_bytes(context)},
             "kernels": [asdict(report) for report in self.kernel_reports],
             "seconds": round(self.seconds, 2),
             **asdict(self.counts),
         }
 
-    def default_context(self) -> int:
-        """The context that memory is reported for: what the runtime opens by default."""
-        return min(self.program.max_context, 4096)
-
     def table(self) -> str:
         """The closing lines of a build, for people."""
-        context = self.default_context()
+        context = default_context(self.program)
         counts = self.counts
         lines = [
             f"model      {self.program.name} ({self.program.model_class}), {counts.parameters / 1e6:.1f} M parameters",
             f"weights    {counts.weight_bytes / 1e6:.1f} MB; compressed linears {counts.bits_per_weight:.2f} bits per "
             f"weight, {counts.sparsity:.1%} of groups removed; "
             f"whole model {counts.bits_per_parameter:.2f} bits per parameter",
-            f"kernels    {len(self.program.kernels)} unique in {self.n_launches} launches; "
-            f"{self.n_compiled} binaries compiled, {self.n_cached} from the cache",
-            f"memory     {self.memory_bytes(context) / 1e6:.0f} MB at context {context}",
         ]
+        for family, plan in self.program.plans.items():
+            lines.append(
+                f"{family:<10} {len(plan.kernels)} kernels in {len(list(plan.steps()))} launches; "
+                f"{self.memory_bytes[family] / 1e6:.0f} MB of memory at context {context}"
+            )
+        lines.append(f"kernels    {self.n_compiled} binaries compiled, {self.n_cached} from the cache")
         if self.file_bytes is not None:
             lines.append(f"file       {self.file_bytes / 1e6:.1f} MB, for {', '.join(self.targets)}")
         lines.append(f"time       {self.seconds:.1f} s")
@@ -154,19 +160,31 @@ class Summary:
         return "\n".join(lines)
 
 
-def count_bytes(graph: ir.Graph, packing: Packing, patterns: Patterns) -> ByteCounts:
+def default_context(program: Program) -> int:
+    """The context that memory is reported for: what the runtime opens by default."""
+    return min(program.max_context, DEFAULT_CONTEXT)
+
+
+def count_bytes(graph: ir.Graph, packing: Packing, patterns: Patterns, weights: Weights) -> ByteCounts:
     """Counts parameters of the dense model, and the bytes that they take in the file."""
     sizes = {tensor.name: tensor.size for tensor in packing.tensors}
     compressed_parameters = kept = compressed_bytes = 0
+    matrices: dict[tuple[str, ...], int] = {}  # stored names -> elements: tied ones once
     for op in graph.ops:
-        if isinstance(op, ir.Linear) and (parts := patterns.linears[op.output])[0].layout.compressed:
-            compressed_parameters += op.width * op.k
-            params = {"rows": op.width, "k": op.k}
-            kept += sum(part.layout.n_weights({**params, **part.constants}, part.nnz) for part in parts)
-            compressed_bytes += sum(sizes[name] for names in packing.linears[op.output].parts for name in names)
-    dense = [t for t in packing.tensors if t.dtype in ("f16", "f32") and not t.name.startswith("rope.")]
+        if isinstance(op, ir.Embedding):
+            matrices[(weights.stored(op.table),)] = op.rows * op.width
+        if not isinstance(op, ir.Linear):
+            continue
+        matrices[tuple(map(weights.stored, op.weights))] = op.n_rows * op.k
+        if not weights.is_compressed(op.weights[0]):
+            continue
+        parts, params = patterns.linears[op.output], {"rows": op.n_rows, "k": op.k}
+        compressed_parameters += op.n_rows * op.k
+        kept += sum(part.layout.n_weights({**params, **part.constants}, part.nnz) for part in parts)
+        compressed_bytes += sum(sizes[name] for names in packing.linears[op.output].parts for name in names)
+    vectors = [t for t in packing.tensors if t.dtype == "f32" and not t.name.startswith("rope.")]
     return ByteCounts(
-        parameters=compressed_parameters + sum(t.size // DTYPE_BYTES[t.dtype] for t in dense),
+        parameters=sum(matrices.values()) + sum(t.size // DTYPE_BYTES[t.dtype] for t in vectors),
         weight_bytes=sum(sizes.values()),
         compressed_parameters=compressed_parameters,
         compressed_bytes=compressed_bytes,

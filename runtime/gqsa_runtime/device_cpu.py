@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from gqsa_runtime.errors import DeviceError
-from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Program, Step
+from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Plan, Program, Step
 from gqsa_runtime.rope import rope_table
 
 ALIGNMENT = 64  # of everything in the arena: a cache line
@@ -106,8 +106,9 @@ class CpuDevice:
 
     tensors: name -> read-only C-contiguous array, flat or shaped; they are used in place, not copied.
     binaries: gives a binary's bytes, whose digest the reader has checked: they are native code.
-    context: positions in the KV cache. threads: of the pool with the caller, by default all CPUs that
-    this process may use; results do not depend on it. One thread at a time may call the methods.
+    context: positions of a slot of the KV cache; slots: sequences that it holds. threads: of the pool with
+    the caller, by default all CPUs that this process may use; results do not depend on it. One
+    thread at a time may call the methods.
     Raises DeviceError for a CPU that the file has no kernels for, and where memory does not suffice.
     """
 
@@ -118,6 +119,7 @@ class CpuDevice:
         binaries: Callable[[Binary], bytes],
         context: int,
         threads: int | None = None,
+        slots: int = 1,
     ):
         self.threads = default_threads() if threads is None else threads
         if self.threads < 1:
@@ -127,12 +129,13 @@ class CpuDevice:
         self.target = binary.target
         self.name = f"CPU ({self.target}, {self.threads} thread{'s' if self.threads > 1 else ''})"
         self._library = _load_library(binaries(binary))
-        self._context = context
+        self._context, self._slots = context, slots
         self._keep: list[np.ndarray] = []  # arrays that native code points into
         self._addresses: dict[tuple, int] = {}
-        self._allocate(program, tensors)
-        self._use_tensors(program, tensors)
-        self._phases = {phase: self._resolve(program, steps) for phase, steps in program.phases.items()}
+        plan = program.plans["cpu"]
+        self._allocate(program, plan, tensors)
+        self._use_tensors(plan, tensors)
+        self._phases = {phase: self._resolve(plan, steps) for phase, steps in plan.phases.items()}
         self._pool = self._library.gqsa_pool_create(self.threads)
         if not self._pool:
             raise DeviceError(f"{self.threads} threads cannot be started; choose fewer with --threads")
@@ -168,12 +171,12 @@ class CpuDevice:
         if getattr(self, "_pool", None):
             self.close()
 
-    def _allocate(self, program: Program, tensors: Mapping[str, np.ndarray]) -> None:
+    def _allocate(self, program: Program, plan: Plan, tensors: Mapping[str, np.ndarray]) -> None:
         """One arena: activations, KV caches, rope tables."""
         context = self._context
-        sizes: dict[tuple, int] = {("arena", None): program.arena_bytes}
+        sizes: dict[tuple, int] = {("arena", None): plan.arena_bytes}
         for layer, kv in enumerate(program.kv_layers):
-            size = context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
+            size = self._slots * context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
             sizes["k_cache", layer] = sizes["v_cache", layer] = size
         for name, rope in program.ropes.items():
             sizes["rope", name] = context * rope.rotary_dim * DTYPE_BYTES["f32"]
@@ -198,23 +201,22 @@ class CpuDevice:
         arena = places["arena", None]
         self._buffers = {
             b.name: arena[b.offset : b.offset + b.elements * DTYPE_BYTES[b.dtype]].view(NUMPY_DTYPES[b.dtype])
-            for b in program.buffers
+            for b in plan.buffers
         }
 
-    def _use_tensors(self, program: Program, tensors: Mapping[str, np.ndarray]) -> None:
+    def _use_tensors(self, plan: Plan, tensors: Mapping[str, np.ndarray]) -> None:
         """Takes the addresses of the tensors that the steps name."""
-        steps = [step for steps in program.phases.values() for step in steps]
-        for name in sorted({arg.name for step in steps for arg in step.args if arg.kind == "tensor"}):
+        for name in sorted({arg.name for step in plan.steps() for arg in step.args if arg.kind == "tensor"}):
             array = tensors[name]
             if not array.flags.c_contiguous:
                 raise ValueError(f"tensor {name!r} is not contiguous")
             self._keep.append(array)
             self._addresses["tensor", name] = array.ctypes.data
 
-    def _resolve(self, program: Program, steps: tuple[Step, ...]) -> tuple[int, int]:
+    def _resolve(self, plan: Plan, steps: tuple[Step, ...]) -> tuple[int, int]:
         """Native launch list of a phase: (address, count). A launch is {function, args}, two pointers."""
         launches = np.zeros((len(steps), 2), np.uint64)
-        buffers = {buffer.name: buffer for buffer in program.buffers}
+        buffers = {buffer.name: buffer for buffer in plan.buffers}
 
         def address(arg: Argument) -> int:
             if arg.kind == "null":

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from gqsa_runtime import cuda_errors
+from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.errors import DeviceError
-from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Kernel, Program, Step
+from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Launch, Program, Step
 from gqsa_runtime.rope import rope_table
-
-if TYPE_CHECKING:
-    from gqsa_runtime.load import CheckedTensors
 
 STATIC_SHARED_LIMIT = 48 << 10  # above this a kernel must opt in to dynamic shared memory
 ALIGNMENT = 256  # of everything in the arena, as cuMemAlloc aligns
 # Chooses a binary by its target's name, e.g. compute_80 to run the PTX. For tests and comparisons.
 TARGET_VARIABLE = "GQSA_CUDA_TARGET"
+
+# Buffers that the host fills or reads between launches, beside the logits.
+_HOST_BUFFERS = ("tokens", "targets", "state", "log_probs", "argmax")
 
 NUMPY_DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i8": np.int8}
 
@@ -78,6 +79,20 @@ class Gpu:
         return f"sm_{self.major}{self.minor}"
 
 
+@contextlib.contextmanager
+def free_bytes(ordinal: int) -> Iterator[int]:
+    """Free memory of a GPU. The GPU's context lives until the end of the block, so that opening the
+    device inside it does not make the context a second time. Raises DeviceError without a GPU.
+    """
+    gpu = Gpu(ordinal)
+    context = call("cuDevicePrimaryCtxRetain", gpu.device)
+    try:
+        call("cuCtxSetCurrent", context)
+        yield int(call("cuMemGetInfo")[0])
+    finally:
+        call("cuDevicePrimaryCtxRelease", gpu.device)
+
+
 def choose_binary(binaries: tuple[Binary, ...], gpu: Gpu) -> Binary:
     """The best binary for a GPU: a cubin of its major version and at most its minor one, else PTX.
 
@@ -111,7 +126,8 @@ def choose_binary(binaries: tuple[Binary, ...], gpu: Gpu) -> Binary:
 class CudaDevice:
     """Runs a program on one GPU. All memory is allocated when it is made; nothing after.
 
-    tensors: name -> array, read one at a time. context: positions in the KV cache.
+    tensors: name -> array, read one at a time. context: positions of a slot of the KV cache; slots: sequences
+    that it holds.
     Raises DeviceError for a missing driver, GPU or binary, and where the driver runs out of memory.
     """
 
@@ -122,8 +138,9 @@ class CudaDevice:
         binaries: Callable[[Binary], bytes],
         context: int,
         ordinal: int = 0,
+        slots: int = 1,
     ):
-        self._program = program
+        self._program, self._plan = program, program.plans["cuda"]
         self._gpu = Gpu(ordinal)
         self.name = self._gpu.name
         self._binary = choose_binary(program.binaries, self._gpu)
@@ -131,16 +148,18 @@ class CudaDevice:
         # Programmatic dependent launch: a kernel starts while the one before drains, and waits for its
         # results itself. Only code compiled for sm_90 and later has that wait.
         self._dependent_launch = self._binary.kind == "cubin" and self._gpu.major >= 9
-        self._memory = self._stream = None
+        self._memory = self._host_memory = self._stream = None
+        self._pinned: dict[str, np.ndarray] = {}  # host memory of the buffers that pass between launches
+        self._on_their_way: set[str] = set()  # buffers whose pinned memory the stream may still read
         self._modules: list = []
         self._graphs: dict[str, object] = {}
         self._context = call("cuDevicePrimaryCtxRetain", self._gpu.device)
         try:
             call("cuCtxSetCurrent", self._context)
             self._stream = call("cuStreamCreate", _driver().CUstream_flags.CU_STREAM_NON_BLOCKING)
-            self._allocate(tensors, context)
+            self._allocate(tensors, context, slots)
             self._functions = self._load(binaries(self._binary))
-            for phase, steps in program.phases.items():
+            for phase, steps in self._plan.phases.items():
                 self._graphs[phase] = self._capture(steps)
         except BaseException:
             self.close()
@@ -153,6 +172,12 @@ class CudaDevice:
         if values.size > elements:
             raise ValueError(f"{values.size} values do not fit buffer {buffer!r} of {elements}")
         self._set_current()
+        if buffer in self._pinned and buffer not in self._on_their_way:
+            # Pinned memory needs no copy by the driver, but must stay as it is until the stream has taken it.
+            pinned = self._pinned[buffer][: values.size]
+            pinned[:] = values
+            values = pinned
+            self._on_their_way.add(buffer)
         call("cuMemcpyHtoDAsync", address, values.ctypes.data, values.nbytes, self._stream)
 
     def launch(self, phase: str) -> None:
@@ -165,11 +190,13 @@ class CudaDevice:
         address, dtype, elements = self._buffers[buffer]
         if count > elements:
             raise ValueError(f"buffer {buffer!r} holds {elements} elements, not {count}")
-        values = np.empty(count, NUMPY_DTYPES[dtype])
         self._set_current()
+        pinned = self._pinned.get(buffer, np.empty(0))[:count]
+        values = pinned if len(pinned) == count else np.empty(count, NUMPY_DTYPES[dtype])
         call("cuMemcpyDtoHAsync", values.ctypes.data, address, values.nbytes, self._stream)
         call("cuStreamSynchronize", self._stream)
-        return values
+        self._on_their_way.clear()
+        return values.copy() if values is pinned else values
 
     def copy_bandwidth(self, n_bytes: int = 1 << 29, repeats: int = 20) -> float:
         """Bytes per second that a copy within the GPU's memory moves, read and written, the median."""
@@ -200,22 +227,26 @@ class CudaDevice:
             call("cuModuleUnload", module)
         if self._memory is not None:
             call("cuMemFree", self._memory)
+        if self._host_memory is not None:
+            self._pinned.clear()
+            call("cuMemFreeHost", self._host_memory)
         if self._stream is not None:
             call("cuStreamDestroy", self._stream)
         call("cuDevicePrimaryCtxRelease", self._gpu.device)
-        self._graphs, self._modules, self._memory, self._stream, self._context = {}, [], None, None, None
+        self._graphs, self._modules = {}, []
+        self._memory = self._host_memory = self._stream = self._context = None
 
     def _set_current(self) -> None:
         # A server's threads each have their own current context; setting it costs a microsecond.
         call("cuCtxSetCurrent", self._context)
 
-    def _allocate(self, tensors: CheckedTensors, context: int) -> None:
-        program = self._program
-        used = {arg.name for steps in program.phases.values() for step in steps for arg in step.args}
+    def _allocate(self, tensors: CheckedTensors, context: int, slots: int) -> None:
+        program, plan = self._program, self._plan
+        used = {arg.name for step in plan.steps() for arg in step.args if arg.kind == "tensor"}
         names = [name for name in tensors if name in used]
         weight_bytes = sum(_align(tensors.nbytes(name)) for name in names)
         rope_bytes = sum(context * rope.rotary_dim * 4 for rope in program.ropes.values())
-        total = weight_bytes + program.arena_bytes + context * program.kv_bytes_per_token() + rope_bytes
+        total = weight_bytes + plan.arena_bytes + slots * context * program.kv_bytes_per_token() + rope_bytes
         total += ALIGNMENT * (2 * len(program.kv_layers) + len(program.ropes) + 1)
         self._memory = call("cuMemAlloc", total)
         # Nothing may depend on what the memory held before; zeros make that so.
@@ -228,11 +259,12 @@ class CudaDevice:
             cursor += _align(size)
             return address
 
-        arena = take(program.arena_bytes)
-        self._buffers = {b.name: (arena + b.offset, b.dtype, b.elements) for b in program.buffers}
+        arena = take(plan.arena_bytes)
+        self._buffers = {b.name: (arena + b.offset, b.dtype, b.elements) for b in plan.buffers}
+        self._pin({**{name: self._buffers[name][2] for name in _HOST_BUFFERS}, "logits": program.vocab_size})
         self._addresses: dict[tuple, int] = {}
         for layer, kv in enumerate(program.kv_layers):
-            size = context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
+            size = slots * context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
             self._addresses["k_cache", layer] = take(size)
             self._addresses["v_cache", layer] = take(size)
         for name, rope in program.ropes.items():
@@ -244,44 +276,60 @@ class CudaDevice:
             self._addresses["tensor", name] = take(array.nbytes)
             self._copy(self._addresses["tensor", name], array)
 
+    def _pin(self, elements: dict[str, int]) -> None:
+        """Pinned host memory for the first elements of some buffers."""
+        sizes = {name: count * DTYPE_BYTES[self._buffers[name][1]] for name, count in elements.items()}
+        self._host_memory = call("cuMemAllocHost", sum(map(_align, sizes.values())))
+        address = int(self._host_memory)
+        for name, size in sizes.items():
+            memory = (ctypes.c_ubyte * size).from_address(address)
+            self._pinned[name] = np.frombuffer(memory, NUMPY_DTYPES[self._buffers[name][1]])
+            address += _align(size)
+
     def _copy(self, address: int, array: np.ndarray) -> None:
         call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, self._stream)
         call("cuStreamSynchronize", self._stream)
 
     def _load(self, data: bytes) -> dict[str, object]:
         """Loads the modules; the reader has checked their digest: a damaged cubin can kill the process."""
-        limit = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        attributes = _driver().CUfunction_attribute
+        limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
         functions = {}
-        for kernel in self._program.kernels:
+        for kernel in self._plan.kernels:
             offset, size = self._binary.kernels[kernel.name]
             module = call("cuModuleLoadData", data[offset : offset + size] + b"\0")
             self._modules.append(module)
             function = call("cuModuleGetFunction", module, kernel.name.encode())
-            if kernel.shared_bytes > STATIC_SHARED_LIMIT:
-                call("cuFuncSetAttribute", function, limit, kernel.shared_bytes)
+            shared_bytes = kernel.launch(self.target).shared_bytes
+            if shared_bytes > STATIC_SHARED_LIMIT:
+                call("cuFuncSetAttribute", function, limit, shared_bytes)
+            # A kernel starts beside the one before it only where both split the L1 alike.
+            call("cuFuncSetAttribute", function, carveout, 100)
             functions[kernel.name] = function
         return functions
 
     def _capture(self, steps: tuple[Step, ...]) -> object:
         """A graph of the steps, one after another."""
-        kernels = {kernel.name: kernel for kernel in self._program.kernels}
+        kernels = {kernel.name: kernel for kernel in self._plan.kernels}
         call("cuStreamBeginCapture", self._stream, _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
         for step in steps:
             kernel = kernels[step.kernel]
             values = tuple(self._address(arg) for arg in step.args)
             types = (ctypes.c_void_p,) * len(values)
-            call("cuLaunchKernelEx", self._launch_config(kernel), self._functions[kernel.name], (values, types), 0)
+            config = self._launch_config(kernel.launch(self.target))
+            call("cuLaunchKernelEx", config, self._functions[kernel.name], (values, types), 0)
         graph = call("cuStreamEndCapture", self._stream)
         executable = call("cuGraphInstantiate", graph, 0)
         call("cuGraphDestroy", graph)
         return executable
 
-    def _launch_config(self, kernel: Kernel):
+    def _launch_config(self, launch: Launch):
         driver = _driver()
         config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = kernel.grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = kernel.block, 1, 1
-        config.sharedMemBytes, config.hStream = kernel.shared_bytes, self._stream
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.block, 1, 1
+        config.sharedMemBytes, config.hStream = launch.shared_bytes, self._stream
         if self._dependent_launch:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

@@ -15,14 +15,26 @@ from typing import Protocol
 import numpy as np
 
 from gqsa_runtime.errors import ClosedError, InputError
+from gqsa_runtime.operators import state_elements
 from gqsa_runtime.program import Program
 from gqsa_runtime.sequence import Sequence
+
+
+def launch_state(context: int, slots: int | np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The `state` of a launch, i32 [2 + 2 * n_tokens]: {n_tokens, context}, then {slot, position} of each token.
+
+    context: positions of one slot. slots: of the tokens, or of all of them. positions: int [n_tokens].
+    """
+    state = np.empty(state_elements(len(positions)), np.int32)
+    state[:2] = len(positions), context
+    state[2::2], state[3::2] = slots, positions
+    return state
 
 
 class Device(Protocol):
     """What runs a program: CpuDevice and CudaDevice.
 
-    Reserved buffers: tokens i32 [chunk], targets i32 [chunk], state i32 [2] {n_tokens, position},
+    Reserved buffers: tokens i32 [chunk], targets i32 [chunk], state i32 [2 + 2 * chunk] (`launch_state`),
     logits f32 [chunk or 1, vocab], log_probs f32 [chunk], argmax i32 [chunk].
     """
 
@@ -53,7 +65,7 @@ class ScoreResult:
 
 
 class Engine:
-    """Feeds tokens to a device. context: positions of the KV cache that the device was opened with.
+    """Feeds tokens to slot 0 of a device. context: positions of a slot that the device was opened with.
 
     Every method raises ClosedError after `close`.
     """
@@ -180,7 +192,7 @@ class Engine:
     def _launch(self, ids: np.ndarray, phase: str) -> None:
         self._check_open()
         self.device.upload("tokens", ids)
-        self.device.upload("state", np.array([len(ids), self.position], np.int32))
+        self.device.upload("state", launch_state(self.context, 0, self.position + np.arange(len(ids))))
         self.device.launch(phase)
         self._tokens.extend(ids.tolist())
 

@@ -10,11 +10,11 @@ from typing import Final
 GGUF_MAGIC: Final = b"GGUF"
 GGUF_VERSION: Final = 3
 ARCHITECTURE: Final = "gqsa"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 ALIGNMENT: Final = 64  # bytes; every tensor starts on a cache line and on a 16-byte load boundary
 MAX_NAME_BYTES: Final = 63  # llama.cpp refuses longer tensor names
 MAX_NAME_CHARACTERS: Final = 256  # of the names that are shown to people
-MAX_PROGRAM_CHARACTERS: Final = 8 << 20  # a plan of 126 layers has an eighth; parsing can take 25 times it
+MAX_PROGRAM_CHARACTERS: Final = 8 << 20  # two plans of 126 layers have a quarter; parsing can take 25 times it
 MAX_HEADER_BYTES: Final = 256 << 20  # a header larger than this is refused before it is read
 
 KEY_ARCHITECTURE: Final = "general.architecture"

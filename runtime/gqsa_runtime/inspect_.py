@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from gqsa_runtime import format as gqsa
 from gqsa_runtime import memory
-from gqsa_runtime.layouts import LAYOUTS
 from gqsa_runtime.operators import OPERATORS
 from gqsa_runtime.reader import ArtifactFile
 
@@ -12,14 +11,17 @@ from gqsa_runtime.reader import ArtifactFile
 def describe(file: ArtifactFile, context: int | None = None) -> dict:
     """Facts of a validated file, ready for JSON. Sizes in bytes; context: to state memory for.
 
-    "linears" counts each group-sparse weight matrix of the decode phase once: weights (parameters of the
-    dense matrix), bytes as stored (values, scales, indices, tasks), bits_per_weight from the two, and
-    sparsity, the share of weights in removed groups. "dense_bytes": embeddings, heads, norms and biases.
+    "plans": for each family of targets, the number of kernels, the launches of each phase, and the memory that a
+    device needs. The other facts are of the first plan. "linears" counts each group-sparse weight matrix of the
+    decode phase once: weights (parameters of the dense matrix), bytes as stored (values, scales, indices, tasks),
+    bits_per_weight from the two, and sparsity, the share of weights in removed groups. "dense_bytes": embeddings,
+    heads, norms and biases.
     """
     program = file.program
     if context is None:
         context = min(program.max_context, 4096)
-    linears = _linears(file)
+    family = next(iter(program.plans))
+    linears = _linears(file, family)
     return {
         "path": file.path,
         "name": program.name,
@@ -33,35 +35,45 @@ def describe(file: ArtifactFile, context: int | None = None) -> dict:
         "layers": len(program.kv_layers),
         "chat_template": gqsa.KEY_CHAT_TEMPLATE in file.metadata,
         "linears": linears,
-        "dense_bytes": memory.weight_bytes(program, file.tensors) - linears["bytes"],
+        "dense_bytes": memory.weight_bytes(program, file.tensors, family) - linears["bytes"],
         "targets": [
             {"target": binary.target, "kind": binary.kind, "bytes": file.tensors[binary.tensor].size}
             for binary in program.binaries
         ],
-        "kernels": len(program.kernels),
-        "launches": {phase: len(steps) for phase, steps in program.phases.items()},
+        "plans": {family: _plan(file, family, context) for family in program.plans},
         "tensors": len(file.tensors),
+    }
+
+
+def _plan(file: ArtifactFile, family: str, context: int) -> dict:
+    program, plan = file.program, file.program.plans[family]
+    return {
+        "kernels": len(plan.kernels),
+        "launches": {phase: len(steps) for phase, steps in plan.phases.items()},
         "memory": {
             "context": context,
-            "weights": memory.weight_bytes(program, file.tensors),
-            "activations": program.arena_bytes,
+            "weights": memory.weight_bytes(program, file.tensors, family),
+            "activations": plan.arena_bytes,
             "context_bytes": context * memory.context_bytes_per_token(program),
-            "total": memory.needed_bytes(program, file.tensors, context),
+            "total": memory.needed_bytes(program, file.tensors, family, context),
         },
     }
 
 
 def kernel_rows(file: ArtifactFile) -> list[dict]:
-    """One entry per kernel: its name, operator and constants, and how often each phase launches it."""
-    counts: dict[str, dict[str, int]] = {}
-    for phase, steps in file.program.phases.items():
-        for step in steps:
-            phases = counts.setdefault(step.kernel, {})
-            phases[phase] = phases.get(phase, 0) + 1
-    return [
-        {"name": kernel.name, "op": kernel.op, "params": kernel.params, "launches": counts.get(kernel.name, {})}
-        for kernel in file.program.kernels
-    ]
+    """One entry per kernel of a plan: family, name, operator and constants, and how often each phase launches it."""
+    rows = []
+    for family, plan in file.program.plans.items():
+        counts: dict[str, dict[str, int]] = {}
+        for phase, steps in plan.phases.items():
+            for step in steps:
+                phases = counts.setdefault(step.kernel, {})
+                phases[phase] = phases.get(phase, 0) + 1
+        rows += [
+            {"family": family, "name": k.name, "op": k.op, "params": k.params, "launches": counts.get(k.name, {})}
+            for k in plan.kernels
+        ]
+    return rows
 
 
 def tensor_rows(file: ArtifactFile) -> list[dict]:
@@ -72,13 +84,14 @@ def tensor_rows(file: ArtifactFile) -> list[dict]:
     ]
 
 
-def _linears(file: ArtifactFile) -> dict:
-    kernels = {kernel.name: kernel for kernel in file.program.kernels}
+def _linears(file: ArtifactFile, family: str) -> dict:
+    plan = file.program.plans[family]
+    kernels = {kernel.name: kernel for kernel in plan.kernels}
     weights = kept = n_bytes = 0
     counted: set[tuple[str, ...]] = set()
-    for step in file.program.phases["decode"]:
+    for step in plan.phases["decode"]:
         kernel = kernels[step.kernel]
-        layout = LAYOUTS.get(kernel.op)
+        layout = OPERATORS[kernel.op].layout
         if layout is None or not layout.compressed:
             continue
         operands = OPERATORS[kernel.op].operands
@@ -90,19 +103,20 @@ def _linears(file: ArtifactFile) -> dict:
         held = {part.name: file.tensors[args[part.name]].elements for part in layout.parts}
         # The second stream of a linear adds to the first: its weights are counted there.
         weights += 0 if kernel.params.get("accumulate") else kernel.params["rows"] * kernel.params["k"]
-        kept += layout.n_weights(kernel.params, layout.count_groups(kernel.params, held))
+        n_weights = layout.n_weights(kernel.params, layout.count_groups(kernel.params, held))
+        kept = None if kept is None or n_weights is None else kept + n_weights
         n_bytes += sum(file.tensors[name].size for name in names)
     return {
         "weights": weights,
         "bytes": n_bytes,
         "bits_per_weight": 8 * n_bytes / weights if weights else 0.0,
-        "sparsity": 1 - kept / weights if weights else 0.0,
+        "sparsity": None if kept is None else 1 - kept / weights if weights else 0.0,
     }
 
 
 def render(facts: dict) -> str:
     """The facts of `describe` as lines of text."""
-    linears, needs = facts["linears"], facts["memory"]
+    linears = facts["linears"]
     rows = [
         ("model", f"{facts['name']} ({facts['model_class']})"),
         ("file", f"{facts['path']}, {size(facts['file_bytes'])}, format version {facts['format_version']}"),
@@ -116,14 +130,18 @@ def render(facts: dict) -> str:
         ("context", f"up to {facts['max_context']:,} tokens, {facts['layers']} layers of {facts['kv_dtype']} KV cache"),
         ("chat template", "yes" if facts["chat_template"] else "no"),
         ("targets", ", ".join(f"{t['target']} ({size(t['bytes'])})" for t in facts["targets"]) or "none"),
-        ("kernels", f"{facts['kernels']}; launches: " + ", ".join(f"{p} {n}" for p, n in facts["launches"].items())),
         ("tensors", str(facts["tensors"])),
-        (
-            "memory",
-            f"{size(needs['total'])} at context {needs['context']:,}: weights {size(needs['weights'])}, "
-            f"activations {size(needs['activations'])}, context {size(needs['context_bytes'])}",
-        ),
     ]
+    for family, plan in facts["plans"].items():
+        launches, needs = ", ".join(f"{phase} {n}" for phase, n in plan["launches"].items()), plan["memory"]
+        rows.append((f"{family} kernels", f"{plan['kernels']}; launches: {launches}"))
+        rows.append(
+            (
+                f"{family} memory",
+                f"{size(needs['total'])} at context {needs['context']:,}: weights {size(needs['weights'])}, "
+                f"activations {size(needs['activations'])}, context {size(needs['context_bytes'])}",
+            )
+        )
     width = max(len(key) for key, _ in rows)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
 

@@ -3,67 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
-from gqsa_runtime import memory
+from gqsa_runtime import device_cpu, device_cuda, memory
+from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.engine import Device
 from gqsa_runtime.errors import DeviceError, InputError
 from gqsa_runtime.program import Program
 from gqsa_runtime.reader import ArtifactFile
-from gqsa_runtime.validate import ContentChecks
 
 DEFAULT_CONTEXT = 4096
 MAX_THREADS = 1024
 
 
-class CheckedTensors(Mapping):
-    """A file's tensors, read when asked for: digest verified, index tensors checked.
-
-    An array that is still in use is handed out again rather than read twice.
-    progress: called with (bytes read so far, bytes of all tensors).
-    """
-
-    def __init__(self, file: ArtifactFile, progress: Callable[[int, int], None] | None = None):
-        self._file = file
-        self._checks = ContentChecks(file.program, file.tensors)
-        self._alive: weakref.WeakValueDictionary[str, np.ndarray] = weakref.WeakValueDictionary()
-        self._progress = progress
-        self._read_bytes, self._all_bytes = 0, memory.weight_bytes(file.program, file.tensors)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._file.tensors:
-            raise KeyError(name)
-        array = self._alive.get(name)
-        if array is None:
-            array = self._file.read(name)
-            self._checks.check(name, array, self)
-            array.flags.writeable = False
-            self._alive[name] = array
-            self._read_bytes += array.nbytes
-            if self._progress:
-                self._progress(self._read_bytes, self._all_bytes)
-        return array
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file.tensors)
-
-    def __len__(self) -> int:
-        return len(self._file.tensors)
-
-    def nbytes(self, name: str) -> int:
-        """Size of a tensor without reading it."""
-        return self._file.tensors[name].size
-
-
 @dataclass(frozen=True)
 class OpenedDevice:
-    """device_reason: which device and why. context_reason: why a context other than asked, or None."""
+    """family: key of Program.plans. device_reason: which device and why.
+
+    context_reason: why a context other than asked, or None.
+    """
 
     device: Device
+    family: str
     context: int
     device_reason: str
     context_reason: str | None
@@ -86,20 +48,20 @@ def open_device(
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise InputError(f"the number of threads is {threads}, expected at least 1 and at most {MAX_THREADS}")
     kind, ordinal, reason = choose_device(program, device)
-    tensors = CheckedTensors(file, progress)
+    tensors = CheckedTensors(file, kind, progress)
 
     def binaries(binary) -> bytes:
         return file.read(binary.tensor).tobytes()
 
     with contextlib.ExitStack() as stack:
         if kind == "cuda":
-            free = stack.enter_context(memory.free_cuda_bytes(ordinal)) - memory.CUDA_HEADROOM_BYTES
+            free = stack.enter_context(device_cuda.free_bytes(ordinal)) - memory.CUDA_HEADROOM_BYTES
         else:
             free = memory.free_cpu_bytes()
             free = None if free is None else free - memory.CPU_HEADROOM_BYTES
-        chosen, context_reason = _choose_context(file, context, free)
+        chosen, context_reason = _choose_context(file, kind, context, free)
         opened = _open(kind, ordinal, program, tensors, binaries, chosen, threads)
-    return OpenedDevice(opened, chosen, reason, context_reason)
+    return OpenedDevice(opened, kind, chosen, reason, context_reason)
 
 
 def choose_device(program: Program, device: str) -> tuple[str, int, str]:
@@ -125,22 +87,16 @@ def choose_device(program: Program, device: str) -> tuple[str, int, str]:
 
 
 def _probe(kind: str, program: Program, ordinal: int) -> tuple[bool, str]:
-    if kind == "cuda":
-        from gqsa_runtime import device_cuda
-
-        return device_cuda.probe(program, ordinal)
-    from gqsa_runtime import device_cpu
-
-    return device_cpu.probe(program)
+    return device_cuda.probe(program, ordinal) if kind == "cuda" else device_cpu.probe(program)
 
 
-def _choose_context(file: ArtifactFile, context: int | None, free: int | None) -> tuple[int, str | None]:
+def _choose_context(file: ArtifactFile, family: str, context: int | None, free: int | None) -> tuple[int, str | None]:
     program = file.program
     wanted = min(program.max_context, DEFAULT_CONTEXT) if context is None else context
-    fits = wanted if free is None else memory.largest_context(program, file.tensors, free)
+    fits = wanted if free is None else memory.largest_context(program, file.tensors, family, free)
     if fits >= wanted:
         return wanted, None
-    needed_gb = memory.needed_bytes(program, file.tensors, wanted) / 1e9
+    needed_gb = memory.needed_bytes(program, file.tensors, family, wanted) / 1e9
     short = f"context {wanted} needs {needed_gb:.2f} GB and {max(free, 0) / 1e9:.2f} GB can be used"
     if fits < 1:
         raise DeviceError(f"{short}; not even one position fits: free memory, or use a smaller model")
@@ -151,9 +107,5 @@ def _choose_context(file: ArtifactFile, context: int | None, free: int | None) -
 
 def _open(kind, ordinal, program, tensors, binaries, context, threads) -> Device:
     if kind == "cuda":
-        from gqsa_runtime.device_cuda import CudaDevice
-
-        return CudaDevice(program, tensors, binaries, context, ordinal)
-    from gqsa_runtime.device_cpu import CpuDevice
-
-    return CpuDevice(program, tensors, binaries, context, threads)
+        return device_cuda.CudaDevice(program, tensors, binaries, context, ordinal)
+    return device_cpu.CpuDevice(program, tensors, binaries, context, threads)

@@ -1,22 +1,27 @@
-"""How much memory a program needs at a context, and how much of it there is."""
+"""How much memory a program needs on a family of targets at a context, and how much of it there is."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import Protocol
 
 from gqsa_runtime.program import Program
-from gqsa_runtime.reader import TensorInfo
 
 # Left free beside what is counted: graphs, modules, threads, Python itself.
 CPU_HEADROOM_BYTES = 128 << 20
 CUDA_HEADROOM_BYTES = 384 << 20
 
 
-def weight_bytes(program: Program, tensors: Mapping[str, TensorInfo]) -> int:
-    """Bytes of the tensors that kernels read, binaries not counted."""
-    binaries = {binary.tensor for binary in program.binaries}
-    return sum(info.size for name, info in tensors.items() if name not in binaries)
+class Sized(Protocol):
+    """A tensor of a file, or one that goes into it."""
+
+    size: int  # in bytes
+
+
+def weight_bytes(program: Program, tensors: Mapping[str, Sized], family: str) -> int:
+    """Bytes of the tensors that a device of the family reads, its kernels' code not counted."""
+    return sum(tensors[name].size for name in program.plans[family].tensors(program.ropes))
 
 
 def context_bytes_per_token(program: Program) -> int:
@@ -24,26 +29,28 @@ def context_bytes_per_token(program: Program) -> int:
     return program.kv_bytes_per_token() + sum(4 * rope.rotary_dim for rope in program.ropes.values())
 
 
-def decode_weight_bytes(program: Program, tensors: Mapping[str, TensorInfo]) -> int:
+def decode_weight_bytes(program: Program, tensors: Mapping[str, Sized], family: str) -> int:
     """Bytes of weights that one decode step reads: all but the embedding tables, of which it reads a row."""
-    operators = {kernel.name: kernel.op for kernel in program.kernels}
+    plan = program.plans[family]
+    operators = {kernel.name: kernel.op for kernel in plan.kernels}
     read = {
         arg.name
-        for step in program.phases["decode"]
+        for step in plan.phases["decode"]
         for arg in step.args
         if arg.kind == "tensor" and operators[step.kernel] != "embedding"
     }
     return sum(tensors[name].size for name in read)
 
 
-def needed_bytes(program: Program, tensors: Mapping[str, TensorInfo], context: int) -> int:
-    """Bytes of device memory for weights, activations and a KV cache of `context` positions."""
-    return weight_bytes(program, tensors) + program.arena_bytes + context * context_bytes_per_token(program)
+def needed_bytes(program: Program, tensors: Mapping[str, Sized], family: str, context: int) -> int:
+    """Bytes of device memory for weights, activations and a KV cache of one slot of `context` positions."""
+    fixed = weight_bytes(program, tensors, family) + program.plans[family].arena_bytes
+    return fixed + context * context_bytes_per_token(program)
 
 
-def largest_context(program: Program, tensors: Mapping[str, TensorInfo], available_bytes: int) -> int:
+def largest_context(program: Program, tensors: Mapping[str, Sized], family: str, available_bytes: int) -> int:
     """Most positions that fit in available_bytes, at most the program's max_context; 0 where none fits."""
-    rest = available_bytes - needed_bytes(program, tensors, 0)
+    rest = available_bytes - needed_bytes(program, tensors, family, 0)
     per_token = context_bytes_per_token(program)
     if rest <= 0:
         return 0
@@ -68,19 +75,3 @@ def free_cpu_bytes() -> int | None:
             used -= int(dict(line.split() for line in lines)["inactive_file"])
         free = min(free, limit - used)
     return max(free, 0)
-
-
-@contextlib.contextmanager
-def free_cuda_bytes(ordinal: int) -> Iterator[int]:
-    """Free memory of a GPU. The GPU's context lives until the end of the block, so that opening the
-    device inside it does not make the context a second time. Raises DeviceError without a GPU.
-    """
-    from gqsa_runtime.device_cuda import Gpu, call
-
-    gpu = Gpu(ordinal)
-    context = call("cuDevicePrimaryCtxRetain", gpu.device)
-    try:
-        call("cuCtxSetCurrent", context)
-        yield int(call("cuMemGetInfo")[0])
-    finally:
-        call("cuDevicePrimaryCtxRelease", gpu.device)

@@ -117,7 +117,7 @@ class Model:
             template if isinstance(template, str) else None,
             opened.device_reason,
             opened.context_reason,
-            memory.decode_weight_bytes(file.program, file.tensors),
+            memory.decode_weight_bytes(file.program, file.tensors, opened.family),
         )
 
     def __enter__(self):

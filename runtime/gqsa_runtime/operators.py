@@ -26,7 +26,7 @@ class Operand:
     """One pointer that an operator's kernels take.
 
     dtype: of the memory pointed to, or "param:NAME" where the constant NAME gives it.
-    elements: fewest elements the memory must hold, from (params, max_tokens, context).
+    elements: fewest elements the memory must hold, from (params, max_tokens, context); of a KV cache, those of a slot.
     access: "in", "out", "inout" or "weight".
     present: whether the pointer is non-null for these params.
     """
@@ -42,6 +42,11 @@ class Operand:
         return params[self.dtype[len("param:") :]] if self.dtype.startswith("param:") else self.dtype
 
 
+def state_elements(max_tokens: int) -> int:
+    """Elements of `state`, i32: {n_tokens, context}, then {slot, position} of each token."""
+    return 2 + 2 * max_tokens
+
+
 def _rows(stride: str, width: str, per_token: str | None = None):
     def elements(p, max_tokens, context):
         n_tokens = 1 if p.get("tokens", 1) == 1 else max_tokens
@@ -55,6 +60,7 @@ class Operator:
     """description: the formula, for people. constants: name -> what it must be. operands: in order.
 
     check: what is wrong with constants that are each in their range, or None. layout: of a linear's weights.
+    families: whose kernels there are.
     """
 
     description: str
@@ -62,6 +68,7 @@ class Operator:
     operands: tuple[Operand, ...]
     check: Callable[[Mapping], str | None] = lambda params: None
     layout: Layout | None = None
+    families: tuple[str, ...] = ("cuda", "cpu")
 
     def pointers(self, family: str, params: Mapping) -> list[tuple[str, str]]:
         """(C type of the pointee, name) of each operand for the templates of a family, "cuda" or "cpu"."""
@@ -93,10 +100,16 @@ def _check_heads(p: Mapping) -> str | None:
     return None
 
 
+def _check_append_attention(p: Mapping) -> str | None:
+    if p["head_dim"] % 8 or p["head_dim"] > 256:
+        return f"head_dim is {p['head_dim']}, expected a multiple of 8 up to 256"
+    return _check_heads(p)
+
+
 _HEADS = {"tokens": SIZE, "heads": SIZE, "kv_heads": SIZE, "head_dim": SIZE, "kv_dtype": ("f16", "f32")}
-_STATE = Operand("state", "i32", lambda p, t, c: 2)
+_STATE = Operand("state", "i32", lambda p, t, c: state_elements(1 if p.get("tokens") == 1 else t))
 _IDS = lambda p, t, c: 1 if p["tokens"] == 1 else t  # noqa: E731
-_KV = lambda p, t, c: c * p["kv_heads"] * p["head_dim"]  # noqa: E731  [context, kv_heads, head_dim]
+_KV = lambda p, t, c: c * p["kv_heads"] * p["head_dim"]  # noqa: E731  [slots, context, kv_heads, head_dim]
 _WIDTH = lambda p, t, c: p["width"]  # noqa: E731
 
 
@@ -163,6 +176,26 @@ def _linear_records() -> Operator:
     )
 
 
+def _embedding_records() -> Operator:
+    parts = (
+        Operand(part.name, part.dtype, lambda p, t, c, name=part.name: RECORDS.elements(p, 0)[name], "weight")
+        for part in RECORDS.parts
+    )
+    return Operator(
+        "out[t] = scale * W[ids[t]], rows of a table in whole records of one width",
+        {"tokens": SIZE, "rows": SIZE, "k": SIZE, "scale": NUMBER, "out_stride": SIZE, **RECORDS.constants},
+        (Operand("ids", "i32", _IDS), *parts, Operand("out", "f32", _rows("out_stride", "k"), "out"), _STATE),
+        _check_embedding_records,
+        RECORDS,
+    )
+
+
+def _check_embedding_records(p: Mapping) -> str | None:
+    if p["masked_widths"] or p["widths"] not in (1 << 4, 1 << 8):
+        return f"the widths of a table are {p['widths']}, masked {p['masked_widths']}, expected 4 or 8 bits alone"
+    return RECORDS.check_constants(p)
+
+
 def _check_linear_records(p: Mapping) -> str | None:
     parts = 2 if p["epilogue"] == "gated" else 1
     if p["out_width"] * parts != p["rows"] or (parts == 2 and p["residual"]):
@@ -172,10 +205,10 @@ def _check_linear_records(p: Mapping) -> str | None:
 
 OPERATORS: dict[str, Operator] = {
     "embedding": Operator(
-        "out[t] (+)= scale * table[ids[t]], or for source positions table[position + t + position_offset]",
+        "out[t] = scale * table[ids[t]], or for source positions table[position[t] + position_offset]",
         {
             "tokens": SIZE, "width": SIZE, "vocab": SIZE, "source": ("tokens", "positions"), "position_offset": COUNT,
-            "scale": NUMBER, "accumulate": FLAG, "out_stride": SIZE,
+            "scale": NUMBER, "out_stride": SIZE,
         },
         (
             Operand("ids", "i32", _IDS),
@@ -184,6 +217,7 @@ OPERATORS: dict[str, Operator] = {
             _STATE,
         ),
     ),
+    "embedding_records": _embedding_records(),
     "rms_norm": Operator(
         "out[t, h] = x[t, h] / sqrt(mean(x[t, h]^2) + eps) * weight, for each of `heads` slices of `width`",
         {"tokens": SIZE, "width": SIZE, "heads": SIZE, "eps": NUMBER, "x_stride": SIZE, "out_stride": SIZE},
@@ -225,7 +259,7 @@ OPERATORS: dict[str, Operator] = {
     # rope: [context, rotary_dim] f32, a row is cos[rotary_dim / 2] then sin[rotary_dim / 2].
     "kv_append": Operator(
         "rotates q in place and k on its way into the cache, in pairs (i, i + rotary_dim / 2), rotary_dim 0: neither; "
-        "stores k and v at cache rows position .. position + n_tokens - 1",
+        "stores k and v at cache row position[t] of slot[t]",
         {**_HEADS, "rotary_dim": COUNT, "q_stride": SIZE, "k_stride": SIZE, "v_stride": SIZE},
         (
             Operand("q", "f32", _rows("q_stride", "head_dim", "heads"), "inout"),
@@ -239,8 +273,8 @@ OPERATORS: dict[str, Operator] = {
         _check_heads,
     ),
     "attention": Operator(
-        "causal softmax(scale * q k^T) v over cache rows 0 .. position + t, with a window > 0 the last `window` of "
-        "them; head h reads KV head h // (heads / kv_heads)",
+        "causal softmax(scale * q k^T) v over cache rows 0 .. position[t] of slot[t], with a window > 0 the last "
+        "`window` of them; head h reads KV head h // (heads / kv_heads)",
         {**_HEADS, "scale": NUMBER, "window": COUNT, "q_stride": SIZE, "out_stride": SIZE},
         (
             Operand("q", "f32", _rows("q_stride", "head_dim", "heads")),
@@ -250,6 +284,26 @@ OPERATORS: dict[str, Operator] = {
             _STATE,
         ),
         _check_heads,
+    ),
+    # partials: [heads / queries, splits, queries, head_dim + 2], whatever number of heads a block takes.
+    "append_attention": Operator(
+        "kv_append and attention of one token in one kernel, the context in up to `splits` runs; q stays as it is; "
+        "counters are 0 before and after",
+        {**_HEADS, "tokens": (1,), "rotary_dim": COUNT, "scale": NUMBER, "window": COUNT, "splits": SIZE},
+        (
+            Operand("q", "f32", lambda p, t, c: p["heads"] * p["head_dim"]),
+            Operand("k", "f32", lambda p, t, c: p["kv_heads"] * p["head_dim"]),
+            Operand("v", "f32", lambda p, t, c: p["kv_heads"] * p["head_dim"]),
+            Operand("rope", "f32", lambda p, t, c: c * p["rotary_dim"], "in", lambda p: p["rotary_dim"] > 0),
+            Operand("k_cache", "param:kv_dtype", _KV, "inout"),
+            Operand("v_cache", "param:kv_dtype", _KV, "inout"),
+            Operand("partials", "f32", lambda p, t, c: p["heads"] * p["splits"] * (p["head_dim"] + 2), "out"),
+            Operand("counters", "i32", lambda p, t, c: p["heads"], "inout"),
+            Operand("out", "f32", lambda p, t, c: p["heads"] * p["head_dim"], "out"),
+            _STATE,
+        ),
+        _check_append_attention,
+        families=("cuda",),
     ),
     "gated_activation": Operator(
         "out = activation(gate) * up",

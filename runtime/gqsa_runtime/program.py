@@ -1,16 +1,21 @@
-"""The launch plan inside a .gqsa file: buffers, kernels and, per phase, the steps to launch.
+"""The launch plans inside a .gqsa file, one for each family of targets: buffers, kernels and, per phase, the
+steps to launch.
 
 Every activation is f32 `[n_tokens, width]`, a row per token, stored with a row stride that is a
 constant of the kernel. A kernel takes only pointers; all numbers are stamped into its code, except
-`state` = i32 [2] {n_tokens, position}: how many tokens this launch holds and how many the KV cache
-held before it. `operators.OPERATORS` gives each operator's operands in order, and `validate` checks every
-argument of every step against it, so that no kernel can be pointed outside its memory.
+`state` = i32 [2 + 2 * prefill_chunk] {n_tokens, context, slot and position of each token}: how many tokens this
+launch holds, how many positions a slot of the KV cache has, and where in the cache each token belongs. A slot
+holds one sequence; the tokens of a launch may be of any slots. `operators.OPERATORS` gives each operator's
+operands in order, and `validate` checks every argument of every step against it, so that no kernel can be
+pointed outside its memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from gqsa_runtime.errors import FormatError
@@ -21,6 +26,9 @@ DTYPE_BYTES = {"f32": 4, "f16": 2, "i32": 4, "i16": 2, "i8": 1}
 # Phases: prefill_body then last_logits make a prompt's next-token logits; prefill_body then
 # all_log_probs score a text; decode is one token from embedding to logits.
 PHASES = ("decode", "prefill_body", "last_logits", "all_log_probs")
+
+# Kind of binary -> family of its target. The targets of a family share a plan.
+FAMILIES = {"cubin": "cuda", "ptx": "cuda", "shared_object": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -47,15 +55,29 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """How CUDA launches a kernel: grid (x, y, z) in blocks, block in threads, dynamic shared memory in bytes."""
+
+    grid: tuple[int, int, int]
+    block: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel: its operator, the constants stamped into it, and how CUDA launches it."""
+    """A compiled kernel: its operator and the constants stamped into it.
+
+    launches: target -> how it is launched there; "" stands for all targets that are not named. CUDA only.
+    """
 
     name: str
     op: str
     params: dict
-    grid: tuple[int, int, int]
-    block: int
-    shared_bytes: int
+    launches: dict[str, Launch]
+
+    def launch(self, target: str) -> Launch:
+        """How a CUDA target launches it."""
+        return self.launches.get(target, self.launches[""])
 
 
 @dataclass(frozen=True)
@@ -68,7 +90,7 @@ class Step:
 
 @dataclass(frozen=True)
 class KVLayer:
-    """The KV cache of one attention layer: k and v are each [context, kv_heads, head_dim]."""
+    """The KV cache of one attention layer: k and v are each [slots, context, kv_heads, head_dim]."""
 
     kv_heads: int
     head_dim: int
@@ -96,10 +118,55 @@ class Binary:
     tensor: str
     kernels: dict[str, tuple[int, int]]
 
+    @property
+    def family(self) -> str:
+        """Key of Program.plans."""
+        return FAMILIES[self.kind]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the targets of one family run. phases: those of PHASES, each with its steps in order."""
+
+    buffers: tuple[Buffer, ...]
+    arena_bytes: int
+    kernels: tuple[Kernel, ...]
+    phases: dict[str, tuple[Step, ...]]
+
+    def steps(self) -> Iterator[Step]:
+        """The steps of all phases."""
+        return itertools.chain.from_iterable(self.phases.values())
+
+    def tensors(self, ropes: Mapping[str, Rope]) -> set[str]:
+        """Names of the tensors that a device reads: those of the steps, and the frequencies of the rotary tables."""
+        named = {arg.name for step in self.steps() for arg in step.args if arg.kind == "tensor"}
+        return named | {rope.inv_freq for rope in ropes.values()}
+
+    @classmethod
+    def from_raw(cls, raw: dict) -> Plan:
+        """From parsed JSON."""
+        return cls(
+            buffers=tuple(Buffer(**buffer) for buffer in raw["buffers"]),
+            arena_bytes=raw["arena_bytes"],
+            kernels=tuple(_kernel(kernel) for kernel in raw["kernels"]),
+            phases={phase: tuple(map(_step, steps)) for phase, steps in raw["phases"].items()},
+        )
+
+
+def _kernel(raw: dict) -> Kernel:
+    launches = {
+        target: Launch(**{**launch, "grid": tuple(launch["grid"])}) for target, launch in raw["launches"].items()
+    }
+    return Kernel(**{**raw, "launches": launches})
+
+
+def _step(raw: dict) -> Step:
+    return Step(raw["kernel"], tuple(Argument(**arg) for arg in raw["args"]))
+
 
 @dataclass(frozen=True)
 class Program:
-    """All that the runtime needs beside weights and tokenizer."""
+    """All that the runtime needs beside weights and tokenizer. plans: by family, "cuda" and "cpu"."""
 
     name: str  # of the model, for people
     model_class: str  # Hugging Face architecture, for people
@@ -111,14 +178,11 @@ class Program:
     kv_dtype: str  # "f16" or "f32"
     kv_layers: tuple[KVLayer, ...]
     ropes: dict[str, Rope]
-    buffers: tuple[Buffer, ...]
-    arena_bytes: int
-    kernels: tuple[Kernel, ...]
-    phases: dict[str, tuple[Step, ...]]
+    plans: dict[str, Plan]
     binaries: tuple[Binary, ...] = ()
 
     def kv_bytes_per_token(self) -> int:
-        """Bytes of KV cache that one position takes over all layers."""
+        """Bytes of KV cache that one position of a slot takes over all layers."""
         per_layer = sum(2 * layer.kv_heads * layer.head_dim for layer in self.kv_layers)
         return per_layer * DTYPE_BYTES[self.kv_dtype]
 
@@ -142,14 +206,7 @@ class Program:
                     "eos_token_ids": tuple(raw["eos_token_ids"]),
                     "kv_layers": tuple(KVLayer(**layer) for layer in raw["kv_layers"]),
                     "ropes": {name: Rope(**rope) for name, rope in raw["ropes"].items()},
-                    "buffers": tuple(Buffer(**buffer) for buffer in raw["buffers"]),
-                    "kernels": tuple(Kernel(**{**k, "grid": tuple(k["grid"])}) for k in raw["kernels"]),
-                    "phases": {
-                        phase: tuple(
-                            Step(step["kernel"], tuple(Argument(**arg) for arg in step["args"])) for step in steps
-                        )
-                        for phase, steps in raw["phases"].items()
-                    },
+                    "plans": {family: Plan.from_raw(plan) for family, plan in raw["plans"].items()},
                     "binaries": tuple(
                         Binary(**{**b, "kernels": {k: tuple(v) for k, v in b["kernels"].items()}})
                         for b in raw["binaries"]

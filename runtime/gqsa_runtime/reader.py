@@ -218,6 +218,11 @@ class _Header:
                 f"{self._path}: this is a GGUF file for {value!r}, not {gqsa.ARCHITECTURE!r}; "
                 "compile it with `gqsac build` first"
             )
+        if key == gqsa.KEY_FORMAT_VERSION and type(value) is int and 1 <= value < gqsa.FORMAT_VERSION:
+            raise FormatError(
+                f"{self._path}: the file has format version {value}, this runtime reads version {gqsa.FORMAT_VERSION}; "
+                "rebuild it with `gqsac build`"
+            )
         if key == gqsa.KEY_FORMAT_VERSION and type(value) is int and value > gqsa.FORMAT_VERSION:
             raise FormatError(
                 f"{self._path}: the file has format version {value}, this runtime reads up to {gqsa.FORMAT_VERSION}; "

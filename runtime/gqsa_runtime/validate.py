@@ -7,7 +7,7 @@ index tensors, as their layouts say, and is applied to each as it is read.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -15,8 +15,8 @@ from gqsa_runtime.constants import NUMBER, allowed, shown
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.format import ALIGNMENT, MAX_NAME_CHARACTERS
 from gqsa_runtime.layouts import ContentRule, Layout
-from gqsa_runtime.operators import OPERATORS, Operand, check_params
-from gqsa_runtime.program import DTYPE_BYTES, PHASES, Argument, Buffer, Kernel, Program, Step
+from gqsa_runtime.operators import OPERATORS, Operand, check_params, state_elements
+from gqsa_runtime.program import DTYPE_BYTES, PHASES, Argument, Buffer, Kernel, Launch, Plan, Program, Step
 from gqsa_runtime.reader import TensorInfo
 from gqsa_runtime.typecheck import conforms
 
@@ -36,7 +36,7 @@ _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 
 
 def validate(program: Program, tensors: Mapping[str, TensorInfo], context: int | None = None) -> None:
-    """Checks every step of every phase against `operators.OPERATORS`, and all that the steps name.
+    """Checks every step of every plan against `operators.OPERATORS`, and all that the steps name.
 
     tensors: name -> TensorInfo of the file. context: length of the KV cache, default max_context.
     Raises FormatError at the first rule that is broken.
@@ -48,19 +48,10 @@ def validate(program: Program, tensors: Mapping[str, TensorInfo], context: int |
     _check_numbers(program)
     if context is not None and not 1 <= context <= program.max_context:
         raise _error(f"the context is {context}, expected 1 to {program.max_context}")
-    checker = _Checker(program, tensors, context or program.max_context)
-    checker.check_buffers()
-    checker.check_ropes()
-    kernels = checker.check_kernels()
-    checker.check_binaries(kernels)
-    if set(program.phases) != set(PHASES):
-        raise _error(f"the phases are {sorted(program.phases)}, expected {sorted(PHASES)}")
-    for phase, steps in program.phases.items():
-        for index, step in enumerate(steps):
-            where = f"step {index} of {phase} ({step.kernel})"
-            if step.kernel not in kernels:
-                raise _error(f"{where}: there is no such kernel")
-            checker.check_step(where, kernels[step.kernel], step.args)
+    _check_ropes(program, tensors)
+    _check_binaries(program, tensors)
+    for family, plan in program.plans.items():
+        _PlanChecker(program, family, plan, tensors, context or program.max_context).check()
 
 
 def _error(what: str) -> FormatError:
@@ -82,8 +73,6 @@ def _check_numbers(program: Program) -> None:
             raise _error(f"{name} is {value}, expected 1 to {2**31 - 1}")
     if program.kv_dtype not in ("f16", "f32"):
         raise _error(f"kv_dtype is {program.kv_dtype!r}, expected 'f16' or 'f32'")
-    if not 0 <= program.arena_bytes < 2**48:
-        raise _error(f"the arena is {program.arena_bytes} bytes")
     for layer in program.kv_layers:
         if not (1 <= layer.kv_heads < 2**16 and 1 <= layer.head_dim < 2**16):
             raise _error(f"a KV cache has {layer.kv_heads} heads of {layer.head_dim}")
@@ -93,28 +82,84 @@ def _check_numbers(program: Program) -> None:
             raise _error(f"special token {token} is outside the vocabulary of {program.vocab_size}")
 
 
-class _Checker:
-    def __init__(self, program: Program, tensors: Mapping[str, TensorInfo], context: int):
-        self.program, self.tensors, self.context = program, tensors, context
-        self.buffers: dict[str, Buffer] = {buffer.name: buffer for buffer in program.buffers}
+def _check_ropes(program: Program, tensors: Mapping[str, TensorInfo]) -> None:
+    for name, rope in program.ropes.items():
+        info = _tensor(tensors, f"rope table {name!r}", rope.inv_freq, "f32")
+        if rope.rotary_dim < 2 or rope.rotary_dim % 2 or info.elements != rope.rotary_dim // 2:
+            raise _error(f"rope table {name!r} has {info.elements} frequencies for {rope.rotary_dim} dimensions")
+        if not allowed(rope.scaling, NUMBER):
+            raise _error(f"rope table {name!r} is scaled by {shown(rope.scaling)}, expected {NUMBER}")
 
-    def check_buffers(self) -> None:
-        program = self.program
-        if len(self.buffers) != len(program.buffers):
+
+def _check_binaries(program: Program, tensors: Mapping[str, TensorInfo]) -> None:
+    targets = [binary.target for binary in program.binaries]
+    if len(set(targets)) != len(targets):
+        raise _error("two binaries have the same target")
+    for binary in program.binaries:
+        where = f"the binary for {binary.target!r}"
+        if binary.kind not in _TARGETS:
+            raise _error(f"{where} is of kind {binary.kind!r}, expected one of {', '.join(_TARGETS)}")
+        if not _TARGETS[binary.kind].fullmatch(binary.target):
+            raise _error(f"{where} is no {binary.kind} target, expected the form {_TARGETS[binary.kind].pattern}")
+        if binary.family not in program.plans:
+            raise _error(f"{where} has no plan: there are those of {sorted(program.plans)}")
+        size = _tensor(tensors, where, binary.tensor, "i8").elements
+        kernels = {kernel.name for kernel in program.plans[binary.family].kernels}
+        if set(binary.kernels) != ({""} if binary.kind == "shared_object" else kernels):
+            raise _error(f"{where} does not hold its plan's kernels exactly")
+        for name, (offset, length) in binary.kernels.items():
+            if offset < 0 or length < 1 or offset + length > size:
+                raise _error(f"{where}: kernel {name!r} lies at {offset} + {length} of {size} bytes")
+    families = {binary.family for binary in program.binaries}
+    if set(program.plans) != families or not families:
+        raise _error(f"there are plans for {sorted(program.plans)} and binaries for {sorted(families)}")
+
+
+def _tensor(tensors: Mapping[str, TensorInfo], where: str, name, dtype: str) -> TensorInfo:
+    info = tensors.get(name) if isinstance(name, str) else None
+    if info is None:
+        raise _error(f"{where}: there is no tensor {name!r}")
+    if info.dtype != dtype:
+        raise _error(f"{where}: tensor {name!r} is {info.dtype}, expected {dtype}")
+    return info
+
+
+class _PlanChecker:
+    def __init__(self, program: Program, family: str, plan: Plan, tensors: Mapping[str, TensorInfo], context: int):
+        self.program, self.family, self.plan, self.tensors, self.context = program, family, plan, tensors, context
+        self.buffers: dict[str, Buffer] = {buffer.name: buffer for buffer in plan.buffers}
+
+    def check(self) -> None:
+        self._check_buffers()
+        kernels = self._check_kernels()
+        if set(self.plan.phases) != set(PHASES):
+            raise _error(f"the phases are {sorted(self.plan.phases)}, expected {sorted(PHASES)}")
+        for phase, steps in self.plan.phases.items():
+            for index, step in enumerate(steps):
+                where = f"step {index} of {phase} for {self.family} ({step.kernel})"
+                if step.kernel not in kernels:
+                    raise _error(f"{where}: there is no such kernel")
+                self._check_step(where, kernels[step.kernel], step.args)
+
+    def _check_buffers(self) -> None:
+        plan = self.plan
+        if not 0 <= plan.arena_bytes < 2**48:
+            raise _error(f"the arena is {plan.arena_bytes} bytes")
+        if len(self.buffers) != len(plan.buffers):
             raise _error("two buffers have the same name")
-        for buffer in program.buffers:
+        for buffer in plan.buffers:
             if buffer.dtype not in DTYPE_BYTES:
                 raise _error(f"buffer {buffer.name!r} has dtype {buffer.dtype!r}")
             if buffer.elements < 0 or buffer.offset < 0 or buffer.offset % ALIGNMENT:
                 raise _error(f"buffer {buffer.name!r} has {buffer.elements} elements at byte {buffer.offset}")
-            if _end(buffer) > program.arena_bytes:
-                raise _error(f"buffer {buffer.name!r} ends at byte {_end(buffer)}, the arena has {program.arena_bytes}")
-        chunk = program.prefill_chunk
+            if _end(buffer) > plan.arena_bytes:
+                raise _error(f"buffer {buffer.name!r} ends at byte {_end(buffer)}, the arena has {plan.arena_bytes}")
+        chunk = self.program.prefill_chunk
         for name, dtype, elements in (
             ("tokens", "i32", chunk),
             ("targets", "i32", chunk),
-            ("state", "i32", 2),
-            ("logits", "f32", program.vocab_size),
+            ("state", "i32", state_elements(chunk)),
+            ("logits", "f32", self.program.vocab_size),
             ("log_probs", "f32", chunk),
             ("argmax", "i32", chunk),
         ):
@@ -122,56 +167,30 @@ class _Checker:
             if buffer is None or buffer.dtype != dtype or buffer.elements < elements:
                 raise _error(f"buffer {name!r} is {buffer}, expected at least {elements} elements of {dtype}")
         for name in _HOST_BUFFERS:
-            for other in program.buffers:
+            for other in plan.buffers:
                 if other.name != name and _overlap(self.buffers[name], other):
                     raise _error(f"buffers {name!r} and {other.name!r} overlap")
 
-    def check_ropes(self) -> None:
-        for name, rope in self.program.ropes.items():
-            info = self._tensor(f"rope table {name!r}", rope.inv_freq, "f32")
-            if rope.rotary_dim < 2 or rope.rotary_dim % 2 or info.elements != rope.rotary_dim // 2:
-                raise _error(f"rope table {name!r} has {info.elements} frequencies for {rope.rotary_dim} dimensions")
-            if not allowed(rope.scaling, NUMBER):
-                raise _error(f"rope table {name!r} is scaled by {shown(rope.scaling)}, expected {NUMBER}")
-
-    def check_kernels(self) -> dict[str, Kernel]:
-        kernels = {kernel.name: kernel for kernel in self.program.kernels}
-        if len(kernels) != len(self.program.kernels):
+    def _check_kernels(self) -> dict[str, Kernel]:
+        kernels = {kernel.name: kernel for kernel in self.plan.kernels}
+        if len(kernels) != len(self.plan.kernels):
             raise _error("two kernels have the same name")
-        for kernel in self.program.kernels:
+        for kernel in self.plan.kernels:
             # The name is looked up in native code.
             if not _IDENTIFIER.fullmatch(kernel.name):
                 raise _error(f"kernel name {kernel.name[:80]!r} is not a C identifier")
             if kernel.op not in OPERATORS:
                 raise _error(f"kernel {kernel.name} is of the unknown operator {kernel.op!r}")
-            if any(not 1 <= n <= most for n, most in zip(kernel.grid, _MAX_GRID, strict=True)):
-                raise _error(f"kernel {kernel.name} has the grid {kernel.grid}")
-            if not 1 <= kernel.block <= _MAX_BLOCK or not 0 <= kernel.shared_bytes <= _MAX_SHARED_BYTES:
-                raise _error(f"kernel {kernel.name}: {kernel.block} threads, {kernel.shared_bytes} bytes shared")
+            if "" not in kernel.launches if self.family == "cuda" else kernel.launches:
+                raise _error(f"kernel {kernel.name} for {self.family} has launches for {sorted(kernel.launches)}")
+            for launch in kernel.launches.values():
+                _check_launch(kernel, launch)
             wrong = check_params(kernel.op, kernel.params)
             if wrong:
                 raise _error(f"kernel {kernel.name}: {wrong}")
         return kernels
 
-    def check_binaries(self, kernels: Mapping[str, Kernel]) -> None:
-        targets = [binary.target for binary in self.program.binaries]
-        if len(set(targets)) != len(targets):
-            raise _error("two binaries have the same target")
-        for binary in self.program.binaries:
-            where = f"the binary for {binary.target!r}"
-            if binary.kind not in _TARGETS:
-                raise _error(f"{where} is of kind {binary.kind!r}, expected one of {', '.join(_TARGETS)}")
-            if not _TARGETS[binary.kind].fullmatch(binary.target):
-                raise _error(f"{where} is no {binary.kind} target, expected the form {_TARGETS[binary.kind].pattern}")
-            size = self._tensor(where, binary.tensor, "i8").elements
-            expected = {""} if binary.kind == "shared_object" else set(kernels)
-            if set(binary.kernels) != expected:
-                raise _error(f"{where} does not hold the program's kernels exactly")
-            for name, (offset, length) in binary.kernels.items():
-                if offset < 0 or length < 1 or offset + length > size:
-                    raise _error(f"{where}: kernel {name!r} lies at {offset} + {length} of {size} bytes")
-
-    def check_step(self, where: str, kernel: Kernel, args: tuple[Argument, ...]) -> None:
+    def _check_step(self, where: str, kernel: Kernel, args: tuple[Argument, ...]) -> None:
         operands = OPERATORS[kernel.op].operands
         if len(args) != len(operands):
             raise _error(f"{where}: {len(args)} arguments, expected {len(operands)}")
@@ -184,7 +203,9 @@ class _Checker:
             wrong = layout.check_sizes(kernel.params, held)
             if wrong:
                 raise _error(f"{where}: {wrong}")
-        elif kernel.op == "embedding" and kernel.params["source"] == "positions":
+        if kernel.op == "embedding_records" and kernel.params["rows"] < self.program.vocab_size:
+            raise _error(f"{where}: the table has {kernel.params['rows']} rows for {self.program.vocab_size} tokens")
+        if kernel.op == "embedding" and kernel.params["source"] == "positions":
             rows = self.context + kernel.params["position_offset"]
             if rows > kernel.params["vocab"]:
                 raise _error(f"{where}: the position table has {kernel.params['vocab']} rows, the context needs {rows}")
@@ -212,7 +233,7 @@ class _Checker:
         dtype = operand.dtype_of(params)
         needed = operand.elements(params, self.program.prefill_chunk, self.context)
         if arg.kind == "tensor":
-            held = self._tensor(where, arg.name, dtype).elements
+            held = _tensor(self.tensors, where, arg.name, dtype).elements
         elif arg.kind == "buffer":
             held = self._buffer_elements(where, operand, arg, dtype)
         else:
@@ -242,13 +263,12 @@ class _Checker:
         sizes = (layer.kv_heads, layer.head_dim, self.program.kv_dtype)
         return sizes == (params["kv_heads"], params["head_dim"], params["kv_dtype"])
 
-    def _tensor(self, where: str, name, dtype: str) -> TensorInfo:
-        info = self.tensors.get(name) if isinstance(name, str) else None
-        if info is None:
-            raise _error(f"{where}: there is no tensor {name!r}")
-        if info.dtype != dtype:
-            raise _error(f"{where}: tensor {name!r} is {info.dtype}, expected {dtype}")
-        return info
+
+def _check_launch(kernel: Kernel, launch: Launch) -> None:
+    if any(not 1 <= n <= most for n, most in zip(launch.grid, _MAX_GRID, strict=True)):
+        raise _error(f"kernel {kernel.name} has the grid {launch.grid}")
+    if not 1 <= launch.block <= _MAX_BLOCK or not 0 <= launch.shared_bytes <= _MAX_SHARED_BYTES:
+        raise _error(f"kernel {kernel.name}: {launch.block} threads, {launch.shared_bytes} bytes shared")
 
 
 def _end(buffer: Buffer) -> int:
@@ -264,13 +284,12 @@ class ContentChecks:
 
     def __init__(self, program: Program, tensors: Mapping[str, TensorInfo]):
         self._rules: dict[str, set[tuple[ContentRule, tuple[str, ...]]]] = {}
-        kernels = {kernel.name: kernel for kernel in program.kernels}
-        for steps in program.phases.values():
-            for step in steps:
-                kernel = kernels[step.kernel]
-                layout = OPERATORS[kernel.op].layout
+        for plan in program.plans.values():
+            kernels = {kernel.name: kernel for kernel in plan.kernels}
+            for step in plan.steps():
+                layout = OPERATORS[kernels[step.kernel].op].layout
                 if layout is not None:
-                    self._add(layout, kernel, step, tensors)
+                    self._add(layout, kernels[step.kernel], step, tensors)
 
     def _add(self, layout: Layout, kernel: Kernel, step: Step, tensors: Mapping[str, TensorInfo]) -> None:
         named = {operand.name: arg.name for operand, arg in zip(OPERATORS[kernel.op].operands, step.args, strict=True)}
@@ -284,9 +303,9 @@ class ContentChecks:
         """Names of the tensors that have a rule."""
         return tuple(self._rules)
 
-    def check(self, name: str, array: np.ndarray, tensors: Mapping[str, np.ndarray]) -> None:
-        """Raises FormatError where the array breaks a rule of the tensor `name`. tensors: all, checked."""
+    def check(self, name: str, array: np.ndarray, read: Callable[[str], np.ndarray]) -> None:
+        """Raises FormatError where the array breaks a rule of the tensor `name`. read: gives another tensor."""
         for rule, needs in self._rules.get(name, ()):
-            wrong = rule.broken(array, *(tensors[other] for other in needs))
+            wrong = rule.broken(array, *map(read, needs))
             if wrong:
                 raise _error(f"tensor {name!r} {wrong}")

@@ -33,7 +33,7 @@ def verify_file(path: str | os.PathLike, progress: Callable | None = None) -> Ve
         names = list(artifact.tensors)
         for name in progress(names) if progress else names:
             array = artifact.read(name)
-            checks.check(name, array)
+            checks.check(name, array, artifact.read)
             n_bytes += array.nbytes
         Tokenizer(artifact.text(gqsa.KEY_TOKENIZER))
         if gqsa.KEY_CHAT_TEMPLATE in artifact.metadata:

@@ -339,8 +339,8 @@ def test_files_that_are_no_artifacts(tmp_path, source, artifact):
         "text": (b"Hello, hello", "not a .gqsa file"),
         "flipped": (_flip(sound, _place(artifact, "embed_tokens.weight")), "damaged"),
         "newer": (
-            tiny.file_bytes(**{"gqsa.format_version": 2}),
-            "format version 2.*pip install ./runtime",
+            tiny.file_bytes(**{"gqsa.format_version": 3}),
+            "format version 3.*pip install ./runtime",
         ),
         "llama": (gguf_bytes.gguf({"general.architecture": "llama"}, {}), "GGUF file for 'llama'.*gqsac build"),
     }
@@ -395,7 +395,7 @@ def test_prompts_and_contexts(tmp_path, artifact):
 
 def test_a_context_that_memory_does_not_allow(monkeypatch, artifact):
     with ArtifactFile.open(artifact) as file:
-        bare = memory.needed_bytes(file.program, file.tensors, 0)
+        bare = memory.needed_bytes(file.program, file.tensors, "cpu", 0)
         a_token = memory.context_bytes_per_token(file.program)
     free = bare + 100 * a_token + memory.CPU_HEADROOM_BYTES
     monkeypatch.setattr(memory, "free_cpu_bytes", lambda: free)

@@ -84,9 +84,13 @@ def test_multi_stream_linears_compute_what_transformers_computes(tmp_path, sourc
     folder = save_multi_stream(tmp_path / "mixed", sources["qwen2"])
     succeed("build", folder, "-o", tmp_path / "mixed.gqsa", "--target", TARGET, "--kv-dtype", "f32")
     with ArtifactFile.open(tmp_path / "mixed.gqsa") as file:
-        bits = {kernel.params["bits"] for kernel in file.program.kernels if kernel.op == "linear_sparse"}
+        bits = {kernel.params["bits"] for kernel in file.program.plans["cpu"].kernels if kernel.op == "linear_sparse"}
         assert bits == {4, 8}
-        assert any(kernel.params.get("accumulate") for kernel in file.program.kernels if kernel.op == "linear_sparse")
+        assert any(
+            kernel.params.get("accumulate")
+            for kernel in file.program.plans["cpu"].kernels
+            if kernel.op == "linear_sparse"
+        )
     check_parity(folder, tmp_path / "mixed.gqsa")
 
 
@@ -163,7 +167,7 @@ def test_dump_holds_every_stage(built, tmp_path):
     for name in ("1-legalized.txt", "2-fused.txt"):
         text = (dump / name).read_text()
         assert text.startswith("LlamaForCausalLM: vocabulary 256, context 320\n") and "Attention(" in text
-    kernels = {kernel["name"] for kernel in json.loads((dump / "3-plan.json").read_text())["kernels"]}
+    kernels = {kernel["name"] for kernel in json.loads((dump / "3-plan.json").read_text())["plans"]["cuda"]["kernels"]}
     assert {path.stem for path in (dump / "cuda").glob("*.cu")} == kernels
     assert kernels < {path.stem for path in (dump / "cpu").glob("*.c")}  # and the thread pool
     assert {path.stem for path in (dump / "sm_90").glob("*.cubin")} == kernels
@@ -192,7 +196,7 @@ def test_cuda_targets_hold_every_kernel(built, tmp_path):
         ]
         for binary in program.binaries:
             data = artifact.read(binary.tensor).tobytes()
-            assert set(binary.kernels) == {kernel.name for kernel in program.kernels}
+            assert set(binary.kernels) == {kernel.name for kernel in program.plans["cuda"].kernels}
             for name, (offset, size) in binary.kernels.items():
                 code = data[offset : offset + size]
                 assert code.startswith(b"\x7fELF" if binary.kind == "cubin" else b"//")

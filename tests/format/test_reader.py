@@ -37,7 +37,7 @@ def raw(pairs=None, infos=(), data=b"", **options) -> bytes:
 def test_sound_file_reads_back(tmp_path):
     with ArtifactFile.open(write(tmp_path, SOUND)) as file:
         assert file.program == tiny.program()
-        assert file.metadata["gqsa.format_version"] == 1
+        assert file.metadata["gqsa.format_version"] == 2
         assert list(file.tensors) == list(tiny.tensors())
         for name, expected in tiny.tensors().items():
             array = file.read(name)
@@ -105,7 +105,11 @@ def test_other_architecture(tmp_path):
 
 
 def test_newer_format_version(tmp_path):
-    refuse(tmp_path, tiny.file_bytes(**{"gqsa.format_version": 2}), "format version 2.*pip install ./runtime")
+    refuse(tmp_path, tiny.file_bytes(**{"gqsa.format_version": 3}), "format version 3.*pip install ./runtime")
+
+
+def test_older_format_version(tmp_path):
+    refuse(tmp_path, tiny.file_bytes(**{"gqsa.format_version": 1}), "format version 1, .*rebuild it with `gqsac build`")
 
 
 def test_format_version_zero_or_wrong_type(tmp_path):
@@ -259,7 +263,7 @@ def outcome(path: str) -> str:
             validate(file.program, file.tensors)
             checks = ContentChecks(file.program, file.tensors)
             for name in file.tensors:
-                checks.check(name, file.read(name))
+                checks.check(name, file.read(name), file.read)
         return "sound"
     except FormatError as error:
         assert len(str(error)) < 1000

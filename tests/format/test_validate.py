@@ -7,7 +7,7 @@ import time
 import pytest
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.operators import OPERATORS, check_params
-from gqsa_runtime.program import Argument, Binary, KVLayer, Program, Rope
+from gqsa_runtime.program import Argument, Binary, KVLayer, Launch, Plan, Program, Rope
 from gqsa_runtime.reader import TensorInfo
 from gqsa_runtime.validate import ContentChecks, validate
 
@@ -22,29 +22,58 @@ def infos(**changes) -> dict[str, TensorInfo]:
     }
 
 
+PLAN_FIELDS = {field.name for field in dataclasses.fields(Plan)}
+
+
+def cubin(plan: Plan) -> Binary:
+    return Binary("sm_90", "cubin", "binary.cpu", dict.fromkeys([kernel.name for kernel in plan.kernels], (0, 10)))
+
+
+def cuda_program(plan: Plan | None = None) -> dict:
+    """Changes that make the tiny program one for CUDA."""
+    plan = plan or tiny.cuda_plan()
+    return {"plans": {"cuda": plan}, "binaries": (cubin(plan),)}
+
+
+def program(**changes) -> Program:
+    """The tiny program with changes to it or to its plan."""
+    in_plan = {name: changes.pop(name) for name in PLAN_FIELDS & changes.keys()}
+    return tiny.program(**({"plans": {"cpu": tiny.plan(**in_plan)}} if in_plan else {}), **changes)
+
+
 def refuse(match: str, tensors=None, context=None, **changes) -> None:
     with pytest.raises(FormatError, match=match):
-        validate(tiny.program(**changes), tensors or infos(), context)
+        validate(program(**changes), tensors or infos(), context)
 
 
 def with_buffer(name: str, **changes) -> tuple:
-    return tuple(dataclasses.replace(b, **changes) if b.name == name else b for b in tiny.program().buffers)
+    return tuple(dataclasses.replace(b, **changes) if b.name == name else b for b in tiny.plan().buffers)
 
 
 def with_kernel(kernel_name: str, /, **changes) -> tuple:
-    return tuple(dataclasses.replace(k, **changes) if k.name == kernel_name else k for k in tiny.program().kernels)
+    return tuple(dataclasses.replace(k, **changes) if k.name == kernel_name else k for k in tiny.plan().kernels)
+
+
+def with_launch(target: str = "", **changes) -> Plan:
+    """The CUDA plan whose kernels have one launch, changed."""
+    launches = {target: dataclasses.replace(Launch((1, 1, 1), 128, 0), **changes)}
+    return tiny.cuda_plan(kernels=with_launches(launches))
+
+
+def with_launches(launches: dict) -> tuple:
+    return tuple(dataclasses.replace(kernel, launches=launches) for kernel in tiny.plan().kernels)
 
 
 def with_param(name: str, **changes) -> tuple:
-    (kernel,) = [k for k in tiny.program().kernels if k.name == name]
+    (kernel,) = [k for k in tiny.plan().kernels if k.name == name]
     return with_kernel(name, params={**kernel.params, **changes})
 
 
 def with_arg(phase: str, step: int, name: str, argument: Argument) -> dict:
     """Phases with one argument replaced, found by its parameter's name."""
-    phases = dict(tiny.program().phases)
+    phases = dict(tiny.plan().phases)
     steps = list(phases[phase])
-    (op,) = [k.op for k in tiny.program().kernels if k.name == steps[step].kernel]
+    (op,) = [k.op for k in tiny.plan().kernels if k.name == steps[step].kernel]
     args = list(steps[step].args)
     args[[p.name for p in OPERATORS[op].operands].index(name)] = argument
     steps[step] = dataclasses.replace(steps[step], args=tuple(args))
@@ -74,7 +103,8 @@ def test_context_out_of_range(context):
         {"phases": []},
         {"name": None},
         {"binaries": 3},
-        {"kernels": with_kernel("last_row", grid=(1, 1))},
+        cuda_program(with_launch(grid=(1, 1))),
+        {"plans": {"cpu": None}},
     ],
 )
 def test_wrong_types(changes):
@@ -118,21 +148,21 @@ def test_a_program_too_large_to_parse():
 
 
 def test_buffers():
-    program = tiny.program()
-    refuse("same name", buffers=(*program.buffers, program.buffers[0]))
+    plan = tiny.plan()
+    refuse("same name", buffers=(*plan.buffers, plan.buffers[0]))
     refuse("dtype", buffers=with_buffer("x", dtype="f64"))
     refuse("elements at byte", buffers=with_buffer("x", elements=-1))
     refuse("elements at byte", buffers=with_buffer("x", offset=-64))
     refuse("elements at byte", buffers=with_buffer("x", offset=4))
-    refuse("the arena has", arena_bytes=program.arena_bytes - 64)
+    refuse("the arena has", arena_bytes=plan.arena_bytes - 64)
     refuse("the arena has", buffers=with_buffer("x", offset=1 << 40))
-    (state,) = [b for b in program.buffers if b.name == "state"]
+    (state,) = [b for b in plan.buffers if b.name == "state"]
     refuse("'state' and 'x' overlap", buffers=with_buffer("x", offset=state.offset))
 
 
 @pytest.mark.parametrize("name", ["tokens", "targets", "state", "logits", "log_probs", "argmax"])
 def test_reserved_buffers(name):
-    refuse(f"buffer '{name}'", buffers=tuple(b for b in tiny.program().buffers if b.name != name))
+    refuse(f"buffer '{name}'", buffers=tuple(b for b in tiny.plan().buffers if b.name != name))
     refuse(f"buffer '{name}'", buffers=with_buffer(name, elements=1))
     refuse(f"buffer '{name}'", buffers=with_buffer(name, dtype="i8"))
 
@@ -145,19 +175,47 @@ def test_ropes():
 
 
 def test_kernels():
-    refuse("same name", kernels=(*tiny.program().kernels, tiny.program().kernels[0]))
+    refuse("same name", kernels=(*tiny.plan().kernels, tiny.plan().kernels[0]))
     refuse("unknown operator", kernels=with_kernel("last_row", op="matmul"))
     refuse("C identifier", kernels=with_kernel("last_row", name="last row"))
-    refuse("has the grid", kernels=with_kernel("last_row", grid=(0, 1, 1)))
-    refuse("has the grid", kernels=with_kernel("last_row", grid=(1, 1 << 17, 1)))
-    refuse("threads", kernels=with_kernel("last_row", block=2048))
-    refuse("bytes shared", kernels=with_kernel("last_row", shared_bytes=1 << 20))
-    refuse("no such kernel", kernels=tiny.program().kernels[1:])
+    refuse("no such kernel", kernels=tiny.plan().kernels[1:])
+
+
+def test_launches():
+    def refuse_launch(match, target="", **changes):
+        refuse(match, **cuda_program(with_launch(target, **changes)))
+
+    refuse_launch("has the grid", grid=(0, 1, 1))
+    refuse_launch("has the grid", grid=(1, 1 << 17, 1))
+    refuse_launch("threads", block=2048)
+    refuse_launch("bytes shared", shared_bytes=1 << 20)
+    refuse_launch("for cuda has launches for \\['sm_90'\\]", target="sm_90")
+    refuse("for cpu has launches for \\[''\\]", kernels=with_launches({"": Launch((1, 1, 1), 128, 0)}))
+    launches = {"": Launch((1, 1, 1), 128, 0), "sm_90": Launch((1, 0, 1), 128, 0)}
+    refuse("has the grid", **cuda_program(tiny.cuda_plan(kernels=with_launches(launches))))
+
+
+def test_plans():
+    cuda, cpu = tiny.cuda_plan(), tiny.plan()
+    both = {"plans": {"cuda": cuda, "cpu": cpu}, "binaries": (*tiny.program().binaries, cubin(cuda))}
+    validate(tiny.program(**both), infos())
+    assert Program.from_json(tiny.program(**both).to_json()) == tiny.program(**both)
+    refuse(r"has no plan: there are those of \['cuda'\]", plans={"cuda": cuda})
+    refuse(r"plans for \['cpu', 'tpu'\] and binaries for \['cpu'\]", plans={"cpu": cpu, "tpu": cpu})
+    refuse(r"plans for \[\] and binaries for \[\]", plans={}, binaries=())
+    short = tiny.cuda_plan(kernels=cuda.kernels[1:])
+    refuse("for cuda .*no such kernel", **cuda_program(short))
+
+
+def test_a_target_may_have_a_launch_of_its_own():
+    others, own = Launch((1, 1, 1), 128, 0), Launch((7, 1, 1), 64, 16)
+    kernel = with_launches({"": others, "sm_90": own})[0]
+    assert kernel.launch("sm_90") == own and kernel.launch("sm_80") == kernel.launch("compute_80") == others
 
 
 @pytest.mark.parametrize("op", sorted(OPERATORS))
 def test_every_param_is_checked(op):
-    examples = {kernel.op: kernel.params for kernel in tiny.program().kernels}
+    examples = {kernel.op: kernel.params for kernel in tiny.plan().kernels}
     examples["layer_norm"] = {"tokens": 1, "width": 8, "eps": 1e-5, "x_stride": 8, "out_stride": 8}
     examples["gated_activation"] = {"tokens": 1, "width": 8, "activation": "silu", "gate_stride": 8, "up_stride": 8,
                                     "out_stride": 8}  # fmt: skip
@@ -205,14 +263,13 @@ def test_binaries():
         refuse_binary("lies at", kernels={"": place})
     twice = tiny.program().binaries * 2
     refuse("same target", binaries=twice)
-    names = [kernel.name for kernel in tiny.program().kernels]
-    cubin = Binary("sm_90", "cubin", "binary.cpu", dict.fromkeys(names, (0, 10)))
-    validate(tiny.program(binaries=(cubin,)), infos())
-    refuse("exactly", binaries=(dataclasses.replace(cubin, kernels=dict.fromkeys(names[1:], (0, 10))),))
+    validate(tiny.program(**cuda_program()), infos())
+    short = cubin(tiny.cuda_plan(kernels=tiny.cuda_plan().kernels[1:]))
+    refuse("exactly", **{**cuda_program(), "binaries": (short,)})
 
 
 def test_phases():
-    phases = tiny.program().phases
+    phases = tiny.plan().phases
     refuse("phases are", phases={key: steps for key, steps in phases.items() if key != "decode"})
     refuse("phases are", phases={**phases, "train": ()})
     short = dataclasses.replace(phases["decode"][0], args=phases["decode"][0].args[1:])
@@ -266,7 +323,7 @@ def test_position_table_must_cover_the_context():
     def kernels(offset):
         return with_param("embedding_t1", source="positions", position_offset=offset)
 
-    validate(tiny.program(kernels=kernels(tiny.VOCAB - tiny.CONTEXT)), infos())
+    validate(program(kernels=kernels(tiny.VOCAB - tiny.CONTEXT)), infos())
     refuse("position table", kernels=kernels(tiny.VOCAB - tiny.CONTEXT + 1))
 
 
@@ -286,7 +343,7 @@ def contents(**changes) -> None:
     checks = ContentChecks(tiny.program(), infos(**changes))
     assert set(checks.names) == {"q.crow_indices", "q.groups", "q.tasks"}
     for name, array in arrays.items():
-        checks.check(name, array)
+        checks.check(name, array, None)
 
 
 def test_index_contents():

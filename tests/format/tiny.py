@@ -1,9 +1,12 @@
 """A tiny sound program, its tensors and its file: one layer, a byte tokenizer, every operator kind that matters."""
 
+import dataclasses
 import json
 
 import numpy as np
-from gqsa_runtime.program import Argument, Binary, Buffer, Kernel, KVLayer, Program, Rope, Step
+from gqsa_runtime.format import FORMAT_VERSION
+from gqsa_runtime.operators import state_elements
+from gqsa_runtime.program import Argument, Binary, Buffer, Kernel, KVLayer, Launch, Plan, Program, Rope, Step
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.format import gguf_bytes
@@ -53,23 +56,25 @@ def _kernels(suffix: str, tokens: int) -> list[Kernel]:
               "activation": "none", "residual": False, "residual_stride": 0}  # fmt: skip
     params = {
         "embedding": {"width": WIDTH, "vocab": VOCAB, "source": "tokens", "position_offset": 0, "scale": 1.0,
-                      "accumulate": False, "out_stride": WIDTH},
+                      "out_stride": WIDTH},
         "rms_norm": {"width": WIDTH, "heads": 1, "eps": 1e-5, "x_stride": WIDTH, "out_stride": WIDTH},
         "linear_sparse": {**linear, "group_size": GROUP, "bits": 4, "n_tasks": 2, "accumulate": False},
         "kv_append": {**heads, "rotary_dim": 4, "q_stride": ROWS, "k_stride": ROWS, "v_stride": ROWS},
         "attention": {**heads, "scale": 0.25, "window": 0, "q_stride": ROWS, "out_stride": ROWS},
         "linear_dense": {**linear, "rows": VOCAB, "k": ROWS, "x_stride": ROWS, "out_stride": VOCAB},
     }  # fmt: skip
-    return [Kernel(f"{op}_{suffix}", op, {"tokens": tokens, **p}, (1, 1, 1), 128, 0) for op, p in params.items()]
+    return [Kernel(f"{op}_{suffix}", op, {"tokens": tokens, **p}, {}) for op, p in params.items()]
 
 
-def program(**changes) -> Program:
+def plan(**changes) -> Plan:
+    """The plan of CPU targets."""
     kernels = [*_kernels("t1", 1), *_kernels("t8", 8)]
     kernels += [
-        Kernel("last_row", "last_row", {"width": ROWS, "x_stride": ROWS}, (1, 1, 1), 128, 0),
-        Kernel("log_probs", "log_probs", {"tokens": 8, "vocab": VOCAB, "x_stride": VOCAB}, (1, 1, 1), 128, 0),
+        Kernel("last_row", "last_row", {"width": ROWS, "x_stride": ROWS}, {}),
+        Kernel("log_probs", "log_probs", {"tokens": 8, "vocab": VOCAB, "x_stride": VOCAB}, {}),
     ]
-    sizes = [("tokens", "i32", CHUNK), ("targets", "i32", CHUNK), ("state", "i32", 2), ("logits", "f32", CHUNK * VOCAB),
+    sizes = [("tokens", "i32", CHUNK), ("targets", "i32", CHUNK), ("state", "i32", state_elements(CHUNK)),
+             ("logits", "f32", CHUNK * VOCAB),
              ("log_probs", "f32", CHUNK), ("argmax", "i32", CHUNK), ("last", "f32", ROWS), ("x", "f32", CHUNK * WIDTH),
              ("q", "f32", CHUNK * ROWS), ("y", "f32", CHUNK * ROWS)]  # fmt: skip
     buffers, offset = [], 0
@@ -97,16 +102,29 @@ def program(**changes) -> Program:
 
     last, scores = step("last_row", "y", "last"), step("log_probs", "logits", "targets", "log_probs", "argmax")
     fields = {
-        "name": "tiny", "model_class": "TinyForCausalLM", "vocab_size": VOCAB, "max_context": CONTEXT,
-        "prefill_chunk": CHUNK, "bos_token_id": BOS, "eos_token_ids": (EOS,), "kv_dtype": "f32",
-        "kv_layers": (KVLayer(1, 16),), "ropes": {"main": Rope("inv_freq", 4, 1.0)}, "buffers": tuple(buffers),
-        "arena_bytes": offset, "kernels": tuple(kernels),
+        "buffers": tuple(buffers), "arena_bytes": offset, "kernels": tuple(kernels),
         "phases": {
             "decode": (*body("t1"), head("t1", "y")),
             "prefill_body": tuple(body("t8")),
             "last_logits": (last, head("t1", "last")),
             "all_log_probs": (head("t8", "y"), scores),
         },
+    }  # fmt: skip
+    return Plan(**{**fields, **changes})
+
+
+def cuda_plan(**changes) -> Plan:
+    """The same plan with launches, as CUDA targets need them."""
+    made = plan()
+    kernels = tuple(dataclasses.replace(kernel, launches={"": Launch((1, 1, 1), 128, 0)}) for kernel in made.kernels)
+    return dataclasses.replace(made, **{"kernels": kernels, **changes})
+
+
+def program(**changes) -> Program:
+    fields = {
+        "name": "tiny", "model_class": "TinyForCausalLM", "vocab_size": VOCAB, "max_context": CONTEXT,
+        "prefill_chunk": CHUNK, "bos_token_id": BOS, "eos_token_ids": (EOS,), "kv_dtype": "f32",
+        "kv_layers": (KVLayer(1, 16),), "ropes": {"main": Rope("inv_freq", 4, 1.0)}, "plans": {"cpu": plan()},
         "binaries": (Binary("x86_64_v3", "shared_object", "binary.cpu", {"": (0, 100)}),),
     }  # fmt: skip
     return Program(**{**fields, **changes})
@@ -117,7 +135,7 @@ def metadata(made: Program | None = None, **changes) -> dict:
         "general.architecture": "gqsa",
         "general.alignment": 64,
         "general.name": "tiny",
-        "gqsa.format_version": 1,
+        "gqsa.format_version": FORMAT_VERSION,
         "gqsa.compiler": json.dumps({"gqsac": "test"}),
         "gqsa.program": (made or program()).to_json(),
         "tokenizer.huggingface.json": tokenizer_json(),

@@ -4,6 +4,7 @@ import ctypes
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from gqsa_runtime.program import Launch
 
 from gqsac.compiler.cuda_launch import launch
 from gqsac.compiler.kernel_spec import KernelSpec
@@ -65,14 +66,14 @@ class Gpu:
     def download(self, array: np.ndarray, address: int) -> None:
         _checked(self.driver.cuMemcpyDtoH(array.ctypes.data, address, array.nbytes))
 
-    def launch(self, function, grid, block: int, shared_bytes: int, pointers: list, stream=0, dependent=False) -> None:
+    def launch(self, function, launch: Launch, pointers: list, stream=0, dependent=False) -> None:
         """Pointers are device addresses or None. dependent: programmatic dependent launch, sm_90 and later."""
         driver = self.driver
         arguments = (tuple(p or 0 for p in pointers), (ctypes.c_void_p,) * len(pointers))
         config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
-        config.sharedMemBytes, config.hStream = shared_bytes, driver.CUstream(int(stream))
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.block, 1, 1
+        config.sharedMemBytes, config.hStream = launch.shared_bytes, driver.CUstream(int(stream))
         if dependent:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -99,7 +100,7 @@ class GpuKernels:
         with ThreadPoolExecutor() as pool:
             binaries = list(pool.map(compile_one, kernels.items()))
         self._functions = {
-            spec: gpu.load(data, name, launch(spec, 1)[2])
+            spec: gpu.load(data, name, launch(spec, 1).shared_bytes)
             for (spec, name), data in zip(kernels.items(), binaries, strict=True)
         }
 
@@ -116,7 +117,7 @@ class GpuKernels:
             gpu.upload(address, root)
             copies.append((root, allocation, address))
         pointers = [None if a is None else self._locate(a, copies) for a in problem.arguments]
-        gpu.launch(self._functions[problem.spec], *launch(problem.spec, max_tokens), pointers)
+        gpu.launch(self._functions[problem.spec], launch(problem.spec, max_tokens), pointers)
         gpu.synchronize()
         for root, allocation, address in copies:
             gpu.download(root, address)

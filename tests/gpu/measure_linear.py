@@ -11,6 +11,7 @@ import argparse
 import json
 
 import numpy as np
+from gqsa_runtime.engine import launch_state
 
 from gqsac.bsr import pack_values
 from gqsac.compiler.cuda_launch import launch
@@ -35,8 +36,8 @@ def main() -> None:
     weights = [_weights(gpu, *shape, options) for shape in SHAPES]
     x = gpu.allocate(4 * 32768)
     gpu.upload(x, np.zeros(32768, np.float32))
-    state = gpu.allocate(8)
-    gpu.upload(state, np.array([1, 0], np.int32))
+    state = gpu.allocate(16)
+    gpu.upload(state, launch_state(1, 0, np.arange(1)))
     for n_tasks in options.tasks:
         line = {"group_size": options.group_size, "bits": options.bits, "density": options.density, "tasks": n_tasks}
         steps, total_bytes = _steps(gpu, weights, n_tasks, x, state, options)
@@ -113,8 +114,8 @@ def _time_graph(gpu, steps, dependent_launch) -> float:
     driver = gpu.driver
     stream = _checked(driver.cuStreamCreate(1))
     _checked(driver.cuStreamBeginCapture(stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL))
-    for function, (grid, block, shared_bytes), pointers in steps:
-        gpu.launch(function, grid, block, shared_bytes, pointers, stream, dependent_launch)
+    for function, made, pointers in steps:
+        gpu.launch(function, made, pointers, stream, dependent_launch)
     graph = _checked(driver.cuGraphInstantiate(_checked(driver.cuStreamEndCapture(stream)), 0))
     start, end = _checked(driver.cuEventCreate(0)), _checked(driver.cuEventCreate(0))
     times = []

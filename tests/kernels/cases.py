@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
+from gqsa_runtime.engine import launch_state
 from gqsa_runtime.layouts import GROUP_WORDS
-from gqsa_runtime.operators import OPERATORS
+from gqsa_runtime.operators import OPERATORS, state_elements
 
 from gqsac.bsr import BsrStream, pack_values
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
@@ -66,7 +67,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Case:
-    """fill(rng, params, case) returns arguments by name, without `state`."""
+    """fill(rng, params, case) returns arguments by name, without `state`.
+
+    The tokens continue slot 0 from `position`, or have the (slot, position) that `places` gives.
+    """
 
     name: str
     spec: KernelSpec
@@ -78,15 +82,28 @@ class Case:
     rtol: float = 2e-5
     atol: float = 2e-5
     extra: object = None  # what `fill` needs beside the constants
+    places: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def slots(self) -> int:
+        """How many slots the KV cache has."""
+        return 1 + max(slot for slot, _ in self.token_places())
+
+    def token_places(self) -> tuple[tuple[int, int], ...]:
+        """(slot, position) of each token."""
+        return self.places or tuple((0, self.position + token) for token in range(self.n_tokens))
 
     def build(self) -> Problem:
         """The same problem at every call: the case's name seeds it."""
         rng = np.random.default_rng(list(self.name.encode()))
         params = dict(self.spec.params)
         named = self.fill(rng, params, self)
-        # The decode variant must not read the count of tokens.
-        n_tokens = POISON if params.get("tokens") == 1 else self.n_tokens
-        named["state"] = np.array([n_tokens, self.position], np.int32)
+        slots, positions = np.array(self.token_places()).T
+        state = _empty(state_elements(self.max_tokens), np.int32)
+        state[: state_elements(self.n_tokens)] = launch_state(self.context, slots, positions)
+        if params.get("tokens") == 1:  # the decode variant must not read the count of tokens
+            state[0] = POISON
+        named["state"] = state
         arguments = [named[operand.name] for operand in OPERATORS[self.spec.op].operands]
         for operand, array in zip(OPERATORS[self.spec.op].operands, arguments, strict=True):
             assert (array is not None) == operand.present(params), (self.name, operand.name)
@@ -230,7 +247,7 @@ def _embedding(rng, p, case):
     return {
         "ids": ids,
         "table": _normal(rng, p["vocab"] * p["width"], np.float16),
-        "out": _activations(rng, case, p, p["out_stride"], p["width"], filled=p["accumulate"]),
+        "out": _activations(rng, case, p, p["out_stride"], p["width"], filled=False),
     }
 
 
@@ -260,18 +277,20 @@ def _kv_append(rng, p, case):
         angles = rng.random((case.context, p["rotary_dim"] // 2)) * 6.3
         rope = _array(np.concatenate([np.cos(angles), np.sin(angles)], 1), np.float32)
     cache = np.float16 if p["kv_dtype"] == "f16" else np.float32
-    caches = [_output(case.context * kv_width, cache) for _ in range(2)]
+    caches = [_output(case.slots * case.context * kv_width, cache) for _ in range(2)]
     return {"q": q, "k": k, "v": v, "rope": rope, "k_cache": caches[0], "v_cache": caches[1]}
 
 
 def _attention(rng, p, case):
-    width, length = p["kv_heads"] * p["head_dim"], case.position + case.n_tokens
+    width = p["kv_heads"] * p["head_dim"]
     dtype = np.float16 if p["kv_dtype"] == "f16" else np.float32
+    seen = np.zeros((case.slots, case.context), bool)  # all other rows must not be used
+    for slot, position in case.token_places():
+        seen[slot, max(0, position + 1 - p["window"]) if p["window"] else 0 : position + 1] = True
     caches = []
     for _ in range(2):
-        cache = _empty(case.context * width, dtype)
-        first = max(0, case.position + 1 - p["window"]) if p["window"] else 0  # older rows must not be used
-        cache[first * width : length * width] = rng.standard_normal((length - first) * width)
+        cache = _empty(seen.size * width, dtype)
+        cache[: seen.size * width].reshape(-1, width)[seen.ravel()] = rng.standard_normal((seen.sum(), width))
         caches.append(cache)
     return {
         "q": _activations(rng, case, p, p["q_stride"], p["heads"] * p["head_dim"], scale=2.0),
@@ -400,19 +419,30 @@ def _dense_cases():
         )  # fmt: skip
 
 
-def _simple_cases():
-    def case(name, fill, n_tokens=1, position=3, context=64, **params):
-        spec = KernelSpec.make(name.split("/")[0], **params)
-        return Case(name, spec, fill, n_tokens, position, 16, context)
+# Tokens of several slots in one launch: runs one after another, runs that do not begin at 0, single tokens in turn.
+MIXED_PLACES = {
+    "two_slots": (*((1, position) for position in range(5, 10)), *((0, position) for position in range(4))),
+    "interleaved": tuple((token % 2, 3 + token // 2 * (token % 2 + 1)) for token in range(13)),
+    "gap": (*((2, position) for position in range(3)), *((2, position) for position in range(7, 12)), (0, 0), (1, 20)),
+}
 
-    table = {"vocab": 101, "width": 72, "position_offset": 0, "scale": 1.0, "accumulate": False, "out_stride": 72}
+
+def _simple_cases():
+    def case(name, fill, n_tokens=1, position=3, context=64, places=(), **params):
+        spec = KernelSpec.make(name.split("/")[0], **params)
+        return Case(name, spec, fill, len(places) or n_tokens, position, 16, context, places=places)
+
+    table = {"vocab": 101, "width": 72, "position_offset": 0, "scale": 1.0, "out_stride": 72}
     for source, offset in (("tokens", 0), ("positions", 2)):
         changes = {**table, "source": source, "position_offset": offset}
         yield case(f"embedding/{source}", _embedding, tokens=1, **changes)
         yield case(f"embedding/{source}_tile", _embedding, 13, tokens=8, **{**changes, "out_stride": 81})
-        changes = {**changes, "accumulate": True, "scale": 8.5}
-        yield case(f"embedding/{source}_accumulate", _embedding, tokens=1, **changes)
-        yield case(f"embedding/{source}_accumulate_tile", _embedding, 5, tokens=8, **changes)
+        changes = {**changes, "scale": 8.5}
+        yield case(f"embedding/{source}_scaled", _embedding, tokens=1, **changes)
+        yield case(f"embedding/{source}_scaled_tile", _embedding, 5, tokens=8, **changes)
+    for mix, places in MIXED_PLACES.items():
+        changes = {**table, "source": "positions", "position_offset": 2}
+        yield case(f"embedding/positions_{mix}", _embedding, places=places, tokens=8, **changes)
     yield case("embedding/wide", _embedding, tokens=1, **{**table, "width": 2049, "out_stride": 2049}, source="tokens")
 
     for width in (40, 576, 4099):
@@ -445,6 +475,13 @@ def _simple_cases():
             }
             yield case(f"kv_append/{name}", _kv_append, 5, 0, tokens=8, rotary_dim=rotary_dim, **shape, **strides)
 
+    for kv_dtype in ("f16", "f32"):
+        shape = {"heads": 4, "kv_heads": 2, "head_dim": 40, "rotary_dim": 16, "kv_dtype": kv_dtype}
+        strides = {"q_stride": 160, "k_stride": 80, "v_stride": 80}
+        yield case(f"kv_append/slot_2_{kv_dtype}", _kv_append, places=((2, 11),), tokens=1, **shape, **strides)
+        for mix, places in MIXED_PLACES.items():
+            yield case(f"kv_append/{mix}_{kv_dtype}", _kv_append, places=places, tokens=8, **shape, **strides)
+
     for function in ("relu", "silu", "gelu", "gelu_tanh"):
         gated = {"width": 200, "activation": function, "gate_stride": 400, "up_stride": 400, "out_stride": 200}
         yield case(f"gated_activation/{function}_stacked", _gated_activation, tokens=1, **gated)
@@ -466,15 +503,16 @@ def _simple_cases():
 
 def _attention_cases():
     def case(
-        name, n_tokens, position, context=96, heads=4, kv_heads=2, head_dim=64, kv_dtype="f16", window=0, **changes
-    ):
+        name, n_tokens, position, context=96, heads=4, kv_heads=2, head_dim=64, kv_dtype="f16", window=0, places=(),
+        **changes,
+    ):  # fmt: skip
         width = heads * head_dim
         params = {
             "tokens": 1, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": head_dim**-0.5,
             "window": window, "kv_dtype": kv_dtype, "q_stride": width, "out_stride": width, **changes,
         }  # fmt: skip
         spec = KernelSpec.make("attention", **params)
-        return Case(f"attention/{name}", spec, _attention, n_tokens, position, 80, context, atol=5e-5)
+        return Case(f"attention/{name}", spec, _attention, n_tokens, position, 80, context, atol=5e-5, places=places)
 
     for kv_dtype in ("f16", "f32"):
         for heads, kv_heads, head_dim in ((9, 3, 64), (2, 2, 80), (4, 1, 128), (2, 1, 256), (2, 1, 20)):
@@ -489,9 +527,59 @@ def _attention_cases():
     for window in (1, 16, 4096):
         yield case(f"window_{window}", 1, 90, window=window)
         yield case(f"window_{window}_tile", 13, 70, window=window, tokens=8)
+    yield case("slot_2", 1, 37, places=((2, 37),))
+    yield case("slot_2_window_16", 1, 37, window=16, places=((2, 37),))
+    wide = tuple((token // 30, 7 + token % 30) for token in range(80))  # runs that cross tiles of queries
+    for mix, places in {**MIXED_PLACES, "wide": wide}.items():
+        for window in (0, 4):
+            yield case(f"{mix}_window_{window}", len(places), 0, places=places, window=window, tokens=8)
+        yield case(f"{mix}_d256_f32", len(places), 0, places=places, head_dim=256, kv_dtype="f32", tokens=8)
     strides = {"q_stride": 300, "out_stride": 261}
     yield case("strides", 1, 5, **strides)
     yield case("strides_tile", 70, 5, tokens=8, **strides)
+
+
+def _append_attention(rng, p, case):
+    past = _attention(
+        rng, {**p, "q_stride": p["heads"] * p["head_dim"], "out_stride": p["heads"] * p["head_dim"]}, case
+    )
+    half = p["rotary_dim"] // 2
+    angles = rng.random((case.context, half)) * 6.3
+    counters = _array(np.zeros(p["heads"]), np.int32)
+    return {
+        **past,
+        "k": _normal(rng, p["kv_heads"] * p["head_dim"]),
+        "v": _normal(rng, p["kv_heads"] * p["head_dim"]),
+        "rope": _array(np.concatenate([np.cos(angles), np.sin(angles)], 1), np.float32) if half else None,
+        "partials": _output(p["heads"] * p["splits"] * (p["head_dim"] + 2), np.float32),
+        "counters": counters,
+    }
+
+
+def _append_attention_cases():
+    def case(name, position, heads=4, kv_heads=2, head_dim=64, kv_dtype="f16", window=0, places=(), **changes):
+        params = {
+            "tokens": 1, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": head_dim**-0.5,
+            "window": window, "kv_dtype": kv_dtype, "rotary_dim": head_dim, "splits": 4, **changes,
+        }  # fmt: skip
+        spec = KernelSpec.make("append_attention", **params)
+        context = 704 if position > 90 else 96
+        return Case(
+            f"append_attention/{name}", spec, _append_attention, 1, position, 1, context, atol=5e-5, places=places
+        )
+
+    for kv_dtype in ("f16", "f32"):
+        for heads, kv_heads, head_dim in ((9, 3, 64), (2, 2, 80), (8, 1, 128), (2, 1, 256), (5, 1, 24)):
+            shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "kv_dtype": kv_dtype}
+            yield case(f"h{heads}_kv{kv_heads}_d{head_dim}_{kv_dtype}", 70, **shape)
+    for position in (0, 1, 31, 32, 33, 90, 700):
+        yield case(f"position_{position}", position)
+    for window in (1, 16, 40, 4096):
+        yield case(f"window_{window}", 90, window=window)
+    for rotary_dim in (0, 32):
+        yield case(f"rotary_{rotary_dim}", 40, rotary_dim=rotary_dim)
+    yield case("one_run", 300, splits=1)
+    yield case("slot_2", 37, places=((2, 37),))
 
 
 _HELPERS = SimpleNamespace(
@@ -502,7 +590,9 @@ CASES: tuple[Case, ...] = (
     *_dense_cases(),
     *_simple_cases(),
     *_attention_cases(),
+    *_append_attention_cases(),
     *cases_records.make_cases(Case, _HELPERS),
 )
+CPU_CASES: tuple[Case, ...] = tuple(case for case in CASES if "cpu" in OPERATORS[case.spec.op].families)
 # Kernel names, unique over all cases: equal specs share one kernel.
 KERNEL_NAMES: dict[KernelSpec, str] = name_kernels([case.spec for case in CASES])

@@ -60,6 +60,26 @@ def _planes(q):
     return np.stack([high, q - 256 * high], -2).astype(np.int8)
 
 
+def _embedding_records(helpers):
+    def fill(rng, p, case):
+        source = _source({**p, "width": case.extra, "epilogue": "rows"}, "all", len(case.name))
+        dtypes = {"i8": np.int8, "i32": np.int32}
+        n_tokens = 1 if p["tokens"] == 1 else case.n_tokens
+        ids = helpers.output(case.max_tokens, np.int32)
+        ids[:n_tokens] = rng.integers(0, p["rows"], n_tokens)
+        ids[0] = p["rows"] - 1
+        return {
+            "ids": ids,
+            **{
+                part.name: helpers.array(RECORDS.pack(part.name, source, p), dtypes[part.dtype])
+                for part in RECORDS.parts
+            },
+            "out": helpers.activations(rng, case, p, p["out_stride"], p["k"], filled=False),
+        }
+
+    return fill
+
+
 def _quantize(helpers):
     def fill(rng, p, case):
         n_tiles = p["k"] // TILE
@@ -120,6 +140,15 @@ def make_cases(Case, helpers):
     yield case("gated", rows=72, epilogue="gated", activation="silu", norm="rms")
     yield case("gated_mixed_bias", "mixed", rows=72, epilogue="gated", activation="silu", bias=True)
     yield case("gated_tile", pattern="groups", rows=72, epilogue="gated", activation="gelu", **several)
+
+    for width in (4, 8):
+        for rows, k in ((37, 576), (64, 256)):
+            for tokens, n_tokens in ((1, 1), (8, 13)):
+                p = {"tokens": tokens, "rows": rows, "k": k, "scale": 1.5, "out_stride": k + 3}
+                name = f"embedding_records/w{width}_r{rows}_k{k}{'_tile' if tokens > 1 else ''}"
+                plan = _source({**p, "width": width, "epilogue": "rows"}, "all", len(name))[1]
+                spec = KernelSpec.make("embedding_records", **p, **plan.constants)
+                yield Case(name, spec, _embedding_records(helpers), n_tokens, 3, 16, 64, extra=width)
 
     for norm in ("none", "rms", "layer"):
         for k in (64, 576, 4096):

@@ -38,16 +38,16 @@ class EmulatedKernels:
         backwards: the threads of a block run last to first. Raises AssertionError for a broken kernel:
         diverged barriers, a write behind the shared memory, a misaligned load.
         """
-        grid, block, shared_bytes = launch(spec, max_tokens)
+        made = launch(spec, max_tokens)
         pointers = (ctypes.c_void_p * len(arguments))(*[None if a is None else a.ctypes.data for a in arguments])
         function = ctypes.cast(getattr(self._library, self._names[spec]), ctypes.c_void_p)
         problem = self._library.emulation_launch(
             function,
             pointers,
             len(arguments),
-            (ctypes.c_uint * 3)(*grid),
-            ctypes.c_uint(block),
-            ctypes.c_size_t(shared_bytes),
+            (ctypes.c_uint * 3)(*made.grid),
+            ctypes.c_uint(made.block),
+            ctypes.c_size_t(made.shared_bytes),
             int(backwards),
         )
         assert problem is None, f"{self._names[spec]}: {problem.decode()}"

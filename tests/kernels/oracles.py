@@ -1,14 +1,16 @@
 """NumPy oracles: what each operator of `operators.OPERATORS` computes, in float64.
 
 `run(op, params, arguments)` takes the arrays that a kernel gets, by argument name (flat, `state`
-included), and returns the contents that every output must have afterwards, or a function that checks them. Elements that a kernel
-must leave alone keep the value that they had.
+included), and returns the contents that every output must have afterwards, or a function that checks
+them. Elements that a kernel must leave alone keep the value that they had.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS
+from gqsa_runtime.operators import state_elements
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -28,9 +30,25 @@ def activate(name, x):
     raise ValueError(f"unknown activation {name!r}")
 
 
-def _tokens(params, state):
-    """Rows that the launch covers: the decode variant ignores state[0]."""
-    return 1 if params.get("tokens") == 1 else int(state[0])
+@dataclass(frozen=True)
+class Places:
+    """Where in the KV cache the tokens of a launch belong: slots and positions, int [n_tokens]."""
+
+    context: int
+    slots: np.ndarray
+    positions: np.ndarray
+
+    @classmethod
+    def read(cls, params, state):
+        """From `state`; the decode variant ignores its count of tokens."""
+        n_tokens = 1 if params.get("tokens") == 1 else int(state[0])
+        slots, positions = state[2 : state_elements(n_tokens)].reshape(n_tokens, 2).astype(np.int64).T
+        return cls(int(state[1]), slots, positions)
+
+    @property
+    def rows(self):
+        """Each token's row of the cache, int [n_tokens]."""
+        return self.slots * self.context + self.positions
 
 
 def _rows(array, n_tokens, stride, width):
@@ -45,7 +63,7 @@ def _read(array, n_tokens, stride, width):
 
 
 def _linear(layout):
-    def compute(p, a, n, position, write):
+    def compute(p, a, n, places, write):
         weight = layout.unpack(a, p).astype(np.float64)
         total = _read(a["x"], n, p["x_stride"], p["k"]) @ weight.T
         if p.get("accumulate"):
@@ -69,7 +87,11 @@ def _normalized(p, a, x):
     return x + a["norm_bias"][: p["k"]] if p["norm"] == "layer" else x
 
 
-def _linear_records(p, a, n, position, write):
+def _embedding_records(p, a, n, places, write):
+    write("out", RECORDS.unpack(a, p)[a["ids"][:n]].astype(np.float64) * p["scale"], p["out_stride"])
+
+
+def _linear_records(p, a, n, places, write):
     if p["tokens"] == 1:
         x = _normalized(p, a, _read(a["x"], n, p["x_stride"], p["k"]))
     else:
@@ -89,7 +111,7 @@ def _linear_records(p, a, n, position, write):
     write("out", total, p["out_stride"])
 
 
-def _quantize(p, a, n, position, write):
+def _quantize(p, a, n, places, write):
     n_tiles = p["k"] // 64
     x = _normalized(p, a, _read(a["x"], n, p["x_stride"], p["k"])).reshape(n, n_tiles, 64)
     scale = np.abs(x).max(2, keepdims=True) / 32639
@@ -110,19 +132,19 @@ def _quantize(p, a, n, position, write):
     return {"planes": check_planes, "ranges": check_ranges}
 
 
-def _embedding(p, a, n, position, write):
-    index = a["ids"][:n] if p["source"] == "tokens" else position + np.arange(n) + p["position_offset"]
+def _embedding(p, a, n, places, write):
+    index = a["ids"][:n] if p["source"] == "tokens" else places.positions + p["position_offset"]
     row = a["table"][: p["vocab"] * p["width"]].reshape(p["vocab"], p["width"])[index].astype(np.float64) * p["scale"]
-    write("out", row + _read(a["out"], n, p["out_stride"], p["width"]) if p["accumulate"] else row, p["out_stride"])
+    write("out", row, p["out_stride"])
 
 
-def _rms_norm(p, a, n, position, write):
+def _rms_norm(p, a, n, places, write):
     x = _read(a["x"], n, p["x_stride"], p["heads"] * p["width"]).reshape(n, p["heads"], p["width"])
     out = x / np.sqrt((x * x).mean(-1, keepdims=True) + p["eps"]) * a["weight"][: p["width"]]
     write("out", out.reshape(n, -1), p["out_stride"])
 
 
-def _layer_norm(p, a, n, position, write):
+def _layer_norm(p, a, n, places, write):
     x = _read(a["x"], n, p["x_stride"], p["width"])
     x = x - x.mean(-1, keepdims=True)
     out = x / np.sqrt((x * x).mean(-1, keepdims=True) + p["eps"]) * a["weight"][: p["width"]] + a["bias"][: p["width"]]
@@ -137,48 +159,64 @@ def _rotate(x, rope, rotary_dim):
     return np.concatenate([low * cos - high * sin, high * cos + low * sin, x[..., rotary_dim:]], axis=-1)
 
 
-def _kv_append(p, a, n, position, write):
+def _kv_append(p, a, n, places, write):
     q = _read(a["q"], n, p["q_stride"], p["heads"] * p["head_dim"]).reshape(n, p["heads"], -1)
     k = _read(a["k"], n, p["k_stride"], p["kv_heads"] * p["head_dim"]).reshape(n, p["kv_heads"], -1)
     v = _read(a["v"], n, p["v_stride"], p["kv_heads"] * p["head_dim"])
     if p["rotary_dim"]:
-        table = a["rope"][position * p["rotary_dim"] : (position + n) * p["rotary_dim"]]
-        rope = table.reshape(n, p["rotary_dim"]).astype(np.float64)
+        table = a["rope"][: places.context * p["rotary_dim"]].reshape(places.context, p["rotary_dim"])
+        rope = table[places.positions].astype(np.float64)
         q, k = _rotate(q, rope, p["rotary_dim"]), _rotate(k, rope, p["rotary_dim"])
     write("q", q.reshape(n, -1), p["q_stride"])
     width = p["kv_heads"] * p["head_dim"]
-    write("k_cache", k.reshape(n, -1), width, position * width)
-    write("v_cache", v, width, position * width)
+    write("k_cache", k.reshape(n, -1), width, places.rows)
+    write("v_cache", v, width, places.rows)
 
 
-def _cache_rows(cache, length, p):
-    """[length, heads, head_dim] of a KV cache; rows before the window are poisoned, and never seen."""
-    rows = cache[: length * p["kv_heads"] * p["head_dim"]].astype(np.float64).reshape(length, p["kv_heads"], -1)
-    return np.repeat(np.nan_to_num(rows), p["heads"] // p["kv_heads"], axis=1)
+def _cache_rows(cache, first, end, p):
+    """[end - first, heads, head_dim] of a KV cache."""
+    width = p["kv_heads"] * p["head_dim"]
+    rows = cache[first * width : end * width].astype(np.float64).reshape(end - first, p["kv_heads"], -1)
+    return np.repeat(rows, p["heads"] // p["kv_heads"], axis=1)
 
 
-def _attention(p, a, n, position, write):
-    length, head_dim = position + n, p["head_dim"]
+def _attention(p, a, n, places, write):
+    head_dim = p["head_dim"]
     q = _read(a["q"], n, p["q_stride"], p["heads"] * head_dim).reshape(n, p["heads"], head_dim)
-    keys, vals = (_cache_rows(a[name], length, p) for name in ("k_cache", "v_cache"))
-    scores = p["scale"] * np.einsum("thd,shd->hts", q, keys)
-    row, column = position + np.arange(n)[:, None], np.arange(length)[None]
-    seen = column <= row
-    if p["window"]:
-        seen &= column > row - p["window"]
-    scores = np.where(seen, scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    write("out", np.einsum("hts,shd->thd", weights, vals).reshape(n, -1), p["out_stride"])
+    out = np.empty_like(q)
+    for token, (position, row) in enumerate(zip(places.positions, places.rows, strict=True)):
+        first = row - min(position, p["window"] - 1 if p["window"] else position)
+        keys, vals = (_cache_rows(a[name], first, row + 1, p) for name in ("k_cache", "v_cache"))
+        scores = p["scale"] * np.einsum("hd,shd->hs", q[token], keys)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out[token] = np.einsum("hs,shd->hd", weights / weights.sum(-1, keepdims=True), vals)
+    write("out", out.reshape(n, -1), p["out_stride"])
 
 
-def _gated_activation(p, a, n, position, write):
+def _append_attention(p, a, n, places, write):
+    caches = {}
+
+    def append(name, rows, stride, at=None):
+        if name != "q":
+            write(name, rows, stride, at)
+            caches[name] = a[name].astype(np.float64)
+            _rows(caches[name], at.max() + 1, stride, rows.shape[1])[at] = rows.astype(a[name].dtype)
+        else:
+            caches[name] = rows.reshape(-1)
+
+    heads, kv_heads = p["heads"] * p["head_dim"], p["kv_heads"] * p["head_dim"]
+    _kv_append({**p, "q_stride": heads, "k_stride": kv_heads, "v_stride": kv_heads}, a, n, places, append)
+    _attention({**p, "q_stride": heads, "out_stride": heads}, {**a, **caches}, n, places, write)
+    return {"counters": a["counters"].copy()}
+
+
+def _gated_activation(p, a, n, places, write):
     gate = _read(a["gate"], n, p["gate_stride"], p["width"])
     up = _read(a["up"], n, p["up_stride"], p["width"])
     write("out", activate(p["activation"], gate) * up, p["out_stride"])
 
 
-def _elementwise(p, a, n, position, write):
+def _elementwise(p, a, n, places, write):
     x = _read(a["a"], n, p["a_stride"], p["width"])
     if p["function"] in ("add", "mul"):
         b = _read(a["b"], n, p["b_stride"], p["width"])
@@ -188,12 +226,12 @@ def _elementwise(p, a, n, position, write):
     write("out", out, p["out_stride"])
 
 
-def _last_row(p, a, n, position, write):
+def _last_row(p, a, n, places, write):
     start = (n - 1) * p["x_stride"]
     write("out", a["x"][start : start + p["width"]][None].astype(np.float64), p["width"])
 
 
-def _log_probs(p, a, n, position, write):
+def _log_probs(p, a, n, places, write):
     logits = _read(a["logits"], n, p["x_stride"], p["vocab"])
     shifted = logits - logits.max(-1, keepdims=True)
     log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
@@ -207,9 +245,11 @@ _ORACLES = {
     "layer_norm": _layer_norm,
     "linear_dense": _linear(DENSE_F16),
     "linear_sparse": _linear(GROUP_WORDS),
+    "embedding_records": _embedding_records,
     "linear_records": _linear_records,
     "quantize": _quantize,
     "kv_append": _kv_append,
+    "append_attention": _append_attention,
     "attention": _attention,
     "gated_activation": _gated_activation,
     "elementwise": _elementwise,
@@ -225,13 +265,15 @@ def run(op, params, arguments):
     they are not changed. Float outputs come back as float64, integers as they are.
     """
     outputs = {}
-    state = arguments["state"]
 
-    def write(name, rows, stride, start=0):
+    def write(name, rows, stride, at=None):
+        """at: which rows of the output these are, by default the first."""
         array = arguments[name]
+        at = np.arange(len(rows)) if at is None else at
         result = array.astype(np.float64) if array.dtype.kind == "f" else array.copy()
-        _rows(result[start:], rows.shape[0], stride, rows.shape[1])[:] = rows
+        _rows(result, at.max() + 1, stride, rows.shape[1])[at] = rows
         outputs[name] = result
 
-    checks = _ORACLES[op](params, arguments, _tokens(params, state), int(state[1]), write)
+    places = Places.read(params, arguments["state"])
+    checks = _ORACLES[op](params, arguments, len(places.positions), places, write)
     return outputs | (checks or {})

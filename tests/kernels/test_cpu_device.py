@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from gqsa_runtime import device_cpu
 from gqsa_runtime.device_cpu import CpuDevice, choose_binary, probe, supported_targets
+from gqsa_runtime.engine import launch_state
 from gqsa_runtime.errors import DeviceError
-from gqsa_runtime.program import Argument, Binary, Buffer, Kernel, KVLayer, Program, Rope, Step
+from gqsa_runtime.program import Argument, Binary, Buffer, Kernel, KVLayer, Plan, Program, Rope, Step
 from gqsa_runtime.rope import rope_table
 
 from gqsac.compiler.kernel_spec import KernelSpec
@@ -24,7 +25,7 @@ ATTENTION = {"heads": HEADS, "kv_heads": HEADS, "head_dim": HEAD_DIM, "kv_dtype"
 SPECS = {
     "embed": KernelSpec.make(
         "embedding", tokens=1, width=WIDTH, vocab=VOCAB, source="tokens", position_offset=0, scale=1.0,
-        accumulate=False, out_stride=WIDTH,
+        out_stride=WIDTH,
     ),
     "append": KernelSpec.make(
         "kv_append", tokens=1, rotary_dim=HEAD_DIM, k_stride=WIDTH, v_stride=WIDTH, **ATTENTION
@@ -53,18 +54,17 @@ def make_program(targets=("x86_64_v4", "x86_64_v3", "aarch64")):
     )
     buffers = (
         Buffer("tokens", "i32", 1, 0),
-        Buffer("state", "i32", 2, 64),
+        Buffer("state", "i32", 4, 64),
         Buffer("x", "f32", WIDTH, 128),
         Buffer("rows", "f32", 2 * WIDTH, 128 + 4 * WIDTH),
         Buffer("logits", "f32", VOCAB, 128 + 12 * WIDTH),
     )
+    kernels = tuple(Kernel(name, spec.op, dict(spec.params), {}) for name, spec in SPECS.items())
+    plan = Plan(buffers, 128 + 12 * WIDTH + 4 * VOCAB, kernels, {"decode": steps})
     return Program(
         name="test", model_class="Test", vocab_size=VOCAB, max_context=CONTEXT, prefill_chunk=1, bos_token_id=None,
         eos_token_ids=(), kv_dtype="f16", kv_layers=(KVLayer(HEADS, HEAD_DIM),),
-        ropes={"main": Rope("inv_freq", HEAD_DIM, 1.0)}, buffers=buffers,
-        arena_bytes=128 + 12 * WIDTH + 4 * VOCAB,
-        kernels=tuple(Kernel(name, spec.op, dict(spec.params), (1, 1, 1), 32, 0) for name, spec in SPECS.items()),
-        phases={"decode": steps},
+        ropes={"main": Rope("inv_freq", HEAD_DIM, 1.0)}, plans={"cpu": plan},
         binaries=tuple(Binary(target, "shared_object", f"so.{target}", {"": (0, 0)}) for target in targets),
     )  # fmt: skip
 
@@ -79,16 +79,16 @@ def shared_object(binary):
     return compile_cpu({name: render("cpu", spec, name) for name, spec in SPECS.items()}, binary.target)
 
 
-def open_device(tensors=None, context=CONTEXT, threads=None, program=None):
-    return CpuDevice(program or make_program(), tensors or make_tensors(), shared_object, context, threads)
+def open_device(tensors=None, context=CONTEXT, threads=None, program=None, slots=1):
+    return CpuDevice(program or make_program(), tensors or make_tensors(), shared_object, context, threads, slots)
 
 
-def decode(device, tokens, start=0):
+def decode(device, tokens, start=0, slot=0, context=CONTEXT):
     """Logits [len(tokens), VOCAB]."""
     rows = []
     for position, token in enumerate(tokens, start):
         device.upload("tokens", np.array([token]))
-        device.upload("state", np.array([1, position]))
+        device.upload("state", launch_state(context, slot, np.array([position])))
         device.launch("decode")
         rows.append(device.download("logits", VOCAB))
     return np.array(rows)
@@ -100,7 +100,7 @@ def expected_logits(tensors, tokens):
     caches = {name: np.zeros(CONTEXT * WIDTH, np.float16) for name in ("k_cache", "v_cache")}
     rows = []
     for position, token in enumerate(tokens):
-        x, state = table[token], np.array([1, position], np.int32)
+        x, state = table[token], launch_state(CONTEXT, 0, np.array([position]))
         arguments = {"q": x, "k": x, "v": x, "rope": rope, **caches, "state": state}
         out = oracles.run("kv_append", dict(SPECS["append"].params), arguments)
         caches = {name: out[name].astype(np.float16) for name in caches}
@@ -119,6 +119,17 @@ def test_program_runs_as_the_oracles_say_on_any_number_of_threads():
     # The cache is f16: a key that rounds the other way moves a logit by more than f32 arithmetic does.
     np.testing.assert_allclose(results[0], expected_logits(tensors, tokens), rtol=2e-3, atol=2e-2)
     assert results[0].tobytes() == results[1].tobytes() == results[2].tobytes()
+
+
+def test_slots_hold_sequences_apart():
+    tensors = make_tensors()
+    texts = np.random.default_rng(2).integers(0, VOCAB, (3, 10))
+    device = open_device(tensors, context=12, threads=2, slots=3)
+    for position in range(10):
+        logits = [decode(device, [text[position]], position, slot, 12) for slot, text in enumerate(texts)]
+    for text, last in zip(texts, logits, strict=True):
+        np.testing.assert_allclose(last[0], expected_logits(tensors, text)[-1], rtol=2e-3, atol=2e-2)
+    device.close()
 
 
 def test_threads_that_fell_asleep_wake_up():
@@ -181,8 +192,8 @@ def test_transfers_are_bounded():
     device = open_device()
     with pytest.raises(ValueError, match="2 values do not fit buffer 'tokens' of 1"):
         device.upload("tokens", np.zeros(2))
-    with pytest.raises(ValueError, match="'state' holds 2 elements, not 3"):
-        device.download("state", 3)
+    with pytest.raises(ValueError, match="'state' holds 4 elements, not 5"):
+        device.download("state", 5)
     device.upload("state", np.array([1, 2]))
     held = device.download("state", 2)
     device.upload("state", np.array([3, 4]))

@@ -7,7 +7,7 @@ from gqsa_runtime.device_cpu import _load_library, supported_targets
 
 from gqsac.compiler.passes.compile_cpu import compile_cpu
 from gqsac.compiler.passes.render import render
-from tests.kernels.cases import CASES, KERNEL_NAMES
+from tests.kernels.cases import CPU_CASES, KERNEL_NAMES
 
 THREADS = 3  # more than a task count or a head count somewhere, and no divisor of most
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not supported_targets(), reason="this CPU runs n
 
 @pytest.fixture(scope="module", params=supported_targets())
 def library(request):
-    sources = {name: render("cpu", spec, name) for spec, name in KERNEL_NAMES.items()}
+    sources = {KERNEL_NAMES[case.spec]: render("cpu", case.spec, KERNEL_NAMES[case.spec]) for case in CPU_CASES}
     return _load_library(compile_cpu(sources, request.param))
 
 
@@ -27,7 +27,7 @@ def run_kernel(library, name, arguments, n_threads):
         getattr(library, name)(pointers, ctypes.c_int(thread), ctypes.c_int(n_threads))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.name)
 def test_kernel_matches_its_oracle_for_any_number_of_threads(library, case):
     outputs = []
     for n_threads in (1, THREADS):

@@ -103,10 +103,10 @@ def test_no_kernel_spills(binaries, target):
 @pytest.mark.parametrize("target", [target for target in CUDA_TARGETS if target.startswith("sm_")])
 def test_launches_fit_the_device(binaries, target):
     for spec, binary in _of_target(binaries, target):
-        name, (grid, block, shared_bytes) = NAMES[spec], launch(spec, 512)
-        assert binary.registers * block <= _REGISTERS_PER_BLOCK, name
-        assert shared_bytes + binary.shared_bytes <= 99 * 1024, name
-        assert block % 32 == 0 and all(size >= 1 for size in grid), name
+        name, made = NAMES[spec], launch(spec, 512)
+        assert binary.registers * made.block <= _REGISTERS_PER_BLOCK, name
+        assert made.shared_bytes + binary.shared_bytes <= 99 * 1024, name
+        assert made.block % 32 == 0 and all(size >= 1 for size in made.grid), name
 
 
 def test_same_bytes_for_the_same_source():
@@ -121,9 +121,10 @@ def test_same_bytes_for_the_same_source():
 def test_grids_cover_every_row_and_token(max_tokens):
     for spec in SPECS:
         params = dict(spec.params)
-        grid, block, shared_bytes = launch(spec, max_tokens)
+        made = launch(spec, max_tokens)
+        grid, block = made.grid, made.block
         tokens = 1 if params.get("tokens") == 1 or spec.op == "last_row" else max_tokens
-        assert shared_bytes <= MAX_SHARED_BYTES
+        assert made.shared_bytes <= MAX_SHARED_BYTES
         assert grid[1] <= tokens, "block rows without tokens"
         if spec.op == "linear_sparse":
             assert grid[0] * block // 32 >= params["n_tasks"] and grid[1] * params["tokens"] >= tokens

@@ -22,7 +22,7 @@ class FakeDevice:
 
     def __init__(self, program, context: int, script=None):
         self.program, self.context, self.script = program, context, script
-        self.buffers = {b.name: np.zeros(b.elements, DTYPES[b.dtype]) for b in program.buffers}
+        self.buffers = {b.name: np.zeros(b.elements, DTYPES[b.dtype]) for b in program.plans["cpu"].buffers}
         self.cache = np.full(context, -1, np.int32)
         self.launches: list[tuple[str, int, int]] = []  # (phase, n_tokens, position)
         self.closed = False
@@ -34,7 +34,11 @@ class FakeDevice:
         return self.buffers[buffer][:count].copy()
 
     def launch(self, phase):
-        n_tokens, position = map(int, self.buffers["state"])
+        n_tokens, context = map(int, self.buffers["state"][:2])
+        slots, positions = self.buffers["state"][2 : 2 + 2 * n_tokens].reshape(-1, 2).T
+        position = int(positions[0])
+        assert context == self.context and not slots.any()
+        assert positions.tolist() == list(range(position, position + n_tokens))
         self.launches.append((phase, n_tokens, position))
         if phase in ("decode", "prefill_body"):
             assert 1 <= n_tokens <= (1 if phase == "decode" else self.program.prefill_chunk)

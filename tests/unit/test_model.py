@@ -225,7 +225,7 @@ def test_a_gpu_comes_first(path, monkeypatch):
 
 def test_context_shrinks_to_the_memory(path, opened, monkeypatch):
     with ArtifactFile.open(path) as file:
-        needs = memory.needed_bytes(file.program, file.tensors, 10)
+        needs = memory.needed_bytes(file.program, file.tensors, "cpu", 10)
         per_token = memory.context_bytes_per_token(file.program)
     assert per_token == 2 * 16 * 4 + 4 * 4
     monkeypatch.setattr(memory, "CPU_HEADROOM_BYTES", 0)

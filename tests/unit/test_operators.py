@@ -34,6 +34,8 @@ def test_the_documented_operators_are_those_of_the_schema():
 @pytest.mark.parametrize("family", C_TYPES)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_sources_take_the_pointers_of_the_schema(name, family):
+    if family not in OPERATORS[name].families:
+        pytest.skip(f"{name} has no {family} kernels")
     spec = next(case.spec for case in CASES if case.spec.op == name)
     source = render(family, spec, "kernel_under_test")
     for kind, pointer in OPERATORS[name].pointers(family, dict(spec.params)):

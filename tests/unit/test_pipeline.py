@@ -7,6 +7,7 @@ import pytest
 from gqsac.checkpoint import StreamHeader
 from gqsac.compiler import ir, pipeline
 from gqsac.compiler.passes import compile_cpu
+from gqsac.compiler.passes.choose_layouts import LayoutOptions, Weights
 from gqsac.compiler.passes.compile import CPU_TARGETS, CUDA_TARGETS, check_targets, default_targets
 from gqsac.compiler.pipeline import BuildOptions, build, can_stack, compiler_identity, families, limit_context
 from gqsac.errors import InputError
@@ -58,7 +59,9 @@ def test_only_linears_of_one_layout_are_stacked():
     graph = SimpleNamespace(aliases={"alias.weight": "a.weight"})
 
     def stacks(*names):
-        return can_stack(checkpoint, graph, tuple(f"{name}.weight" for name in names))
+        return can_stack(
+            Weights(graph, checkpoint, LayoutOptions(exact=True)), tuple(f"{name}.weight" for name in names)
+        )
 
     assert stacks("a", "b") and stacks("a", "b", "alias") and stacks("dense", "other") and stacks("both", "both")
     assert not any(stacks("a", other) for other in ("eight", "wide", "both", "dense"))

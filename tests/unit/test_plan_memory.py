@@ -1,33 +1,48 @@
-"""Activations that are alive at the same time never share memory."""
+"""Storages that are alive at the same time never share memory, and those that never meet do."""
+
+import dataclasses
+
+from gqsa_runtime.program import DTYPE_BYTES
 
 from gqsac.compiler.kernel_spec import KernelSpec
 from gqsac.compiler.passes.plan_memory import plan_memory
-from gqsac.compiler.passes.specialize import RESERVED, Launch, Launches, ValueRef
+from gqsac.compiler.passes.specialize import RESERVED, Call, Calls, Storage, ValueRef
 
 SPEC = KernelSpec.make("elementwise")
 
 
-def launch(writes: str, *reads: str) -> Launch:
-    args = (*(ValueRef(name) for name in reads), ValueRef(writes), ValueRef("state"))
-    return Launch(SPEC, args, writes)
+def call(*names: str) -> Call:
+    return Call(SPEC, (*(ValueRef(name) for name in names), ValueRef("state")))
 
 
-def plan(body, widths):
-    phases = {"prefill_body": tuple(body), "decode": (), "last_logits": (launch("last", "d"),), "all_log_probs": ()}
-    return plan_memory(Launches(phases, {**widths, "last": 8, "logits": 100}), prefill_chunk=4)
+def calls(body, widths, decode=()) -> Calls:
+    """Calls whose hidden state is "d"; widths of f32 storages."""
+    phases = {
+        "decode": tuple(decode),
+        "prefill_body": tuple(body),
+        "last_logits": (call("d", "last"),),
+        "all_log_probs": (),
+    }
+    reserved = {name: Storage("i32", per_token=2, fixed=3) for name in RESERVED}
+    return Calls(phases, {**reserved, **{name: Storage("f32", per_token=width) for name, width in widths.items()}})
+
+
+def place(made: Calls):
+    memory = plan_memory(made, prefill_chunk=4)
+    return memory, {buffer.name: buffer for buffer in memory.buffers}
+
+
+def end(buffer) -> int:
+    return buffer.offset + buffer.elements * DTYPE_BYTES[buffer.dtype]
 
 
 def overlap(a, b) -> bool:
-    def end(buffer):
-        return buffer.offset + buffer.elements * 4
-
     return a.offset < end(b) and b.offset < end(a)
 
 
 def test_live_values_are_apart_and_dead_ones_are_reused():
-    body = [launch("a", "tokens"), launch("b", "a"), launch("c", "b"), launch("d", "b", "c")]
-    memory = plan(body, {"a": 1000, "b": 1000, "c": 1000, "d": 8})
-    buffers = {buffer.name: buffer for buffer in memory.buffers}
+    body = [call("tokens", "a"), call("a", "b"), call("b", "c"), call("b", "c", "d")]
+    memory, buffers = place(calls(body, {"a": 1000, "b": 1000, "c": 1000, "d": 8}))
     for first, second in [("a", "b"), ("b", "c"), ("c", "d"), ("b", "d")]:
         assert not overlap(buffers[first], buffers[second])
     assert overlap(buffers["a"], buffers["c"])
@@ -35,11 +50,29 @@ def test_live_values_are_apart_and_dead_ones_are_reused():
 
 
 def test_reserved_buffers_overlap_nothing_and_the_arena_holds_all():
-    body = [launch("a", "tokens"), launch("d", "a")]
-    memory = plan(body, {"a": 64, "d": 8})
-    buffers = {buffer.name: buffer for buffer in memory.buffers}
+    memory, buffers = place(calls([call("tokens", "a"), call("a", "d")], {"a": 64, "d": 8}))
     assert set(RESERVED) <= set(buffers)
     for name in RESERVED:
         assert not any(overlap(buffers[name], other) for other in memory.buffers if other.name != name)
     assert all(buffer.offset % 64 == 0 for buffer in memory.buffers)
-    assert memory.arena_bytes >= max(buffer.offset + buffer.elements * 4 for buffer in memory.buffers)
+    assert memory.arena_bytes >= max(map(end, memory.buffers))
+
+
+def test_what_decode_alone_uses_holds_one_token_and_lies_where_a_prefill_lies():
+    widths = {"a": 1000, "d": 100}
+    body = [call("tokens", "a"), call("a", "d")]
+    decode = [call("tokens", "one.a"), call("one.a", "one.d"), call("one.d", "logits")]
+    alone, _ = place(calls(body, widths))
+    both, buffers = place(calls(body, {**widths, "one.a": 1000, "one.d": 100}, decode))
+    assert both.arena_bytes == alone.arena_bytes
+    assert [buffers[name].elements for name in ("a", "one.a", "one.d")] == [4000, 1000, 100]
+    assert not overlap(buffers["one.a"], buffers["one.d"])
+    assert overlap(buffers["one.a"], buffers["a"])
+
+
+def test_storages_have_types():
+    made = calls([call("tokens", "a"), call("a", "d")], {"a": 64, "d": 8})
+    storages = {**made.storages, "a": Storage("i8", per_token=100, fixed=28)}
+    _, buffers = place(dataclasses.replace(made, storages=storages))
+    assert (buffers["a"].dtype, buffers["a"].elements) == ("i8", 428)
+    assert (buffers["state"].dtype, buffers["state"].elements) == ("i32", 11)

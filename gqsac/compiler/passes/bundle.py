@@ -2,9 +2,12 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -13,6 +16,8 @@ from gqsa_runtime import format as fmt
 
 from gqsac.compiler.passes.pack import DTYPES, PackedTensor
 from gqsac.errors import DeviceError, InputError
+
+_MAKERS = max(1, min(4, len(os.sched_getaffinity(0))))  # threads that pack weights ahead of the writing
 
 
 def check_output(path: Path) -> None:
@@ -83,8 +88,7 @@ def bundle(
         writer.write_padding(file, file.tell())
         file.flush()
         digests[0] = _digest(Path(temporary).read_bytes())
-        for row, tensor in enumerate(tensors, start=1):
-            array = np.ascontiguousarray(tensor.make())
+        for row, (tensor, array) in enumerate(_made_ahead(tensors), start=1):
             if array.shape != tensor.shape or array.dtype != DTYPES[tensor.dtype]:
                 raise AssertionError(
                     f"{tensor.name}: made {array.dtype} {array.shape}, planned {tensor.dtype} {tensor.shape}"
@@ -111,6 +115,22 @@ def bundle(
     finally:
         _close(writer)
         Path(temporary).unlink(missing_ok=True)
+
+
+def _made_ahead(tensors: list[PackedTensor]) -> Iterator[tuple[PackedTensor, np.ndarray]]:
+    """The tensors with their arrays, in order. Others are made meanwhile, few enough to keep memory small."""
+    groups = [list(group) for _, group in itertools.groupby(tensors, key=lambda t: t.source or t.name)]
+    with ThreadPoolExecutor(_MAKERS) as pool:
+        pending = deque()
+        try:
+            for group in itertools.chain(groups, [None] * _MAKERS):
+                if group is not None:
+                    pending.append((group, pool.submit(lambda g: [np.ascontiguousarray(t.make()) for t in g], group)))
+                if pending and (len(pending) > _MAKERS or group is None):
+                    made, future = pending.popleft()
+                    yield from zip(made, future.result(), strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _close(writer: gguf.GGUFWriter | None) -> None:

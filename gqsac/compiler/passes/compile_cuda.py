@@ -11,7 +11,13 @@ from gqsa_runtime.errors import DeviceError
 
 # What changes the code beside the source, the headers, the target and nvrtc_version.
 # No fast math: a compiled model must give the tokens that f32 arithmetic gives.
-OPTIONS = ("--std=c++17", "--ptxas-options=-v", "--no-source-include", "--no-cache", "--device-as-default-execution-space")
+OPTIONS = (
+    "--std=c++17",
+    "--ptxas-options=-v",
+    "--no-source-include",
+    "--no-cache",
+    "--device-as-default-execution-space",
+)
 
 
 class CompileError(DeviceError):

@@ -28,7 +28,7 @@ def fuse(graph: ir.Graph, can_stack: CanStack) -> ir.Graph:
 
 def fuse_gated_activations(graph: ir.Graph) -> ir.Graph:
     """activation(gate) * up becomes one GatedActivation where the product alone reads the activation."""
-    readers, makers = _readers(graph), _makers(graph)
+    readers, makers = readers_of(graph), _makers(graph)
 
     def fused(op: ir.Op) -> ir.Op:
         if not (isinstance(op, ir.Elementwise) and op.function == "mul"):
@@ -63,7 +63,7 @@ def stack_siblings(graph: ir.Graph, can_stack: CanStack) -> ir.Graph:
 
 def fuse_activations(graph: ir.Graph) -> ir.Graph:
     """An activation that alone reads a bare linear moves into its epilogue."""
-    readers, makers = _readers(graph), _makers(graph)
+    readers, makers = readers_of(graph), _makers(graph)
 
     def fused(op: ir.Op) -> ir.Op:
         if not _is_activation(op):
@@ -82,7 +82,7 @@ def fuse_residuals(graph: ir.Graph) -> ir.Graph:
     The linear moves to the addition's place, where the other addend surely exists. Of two linears the
     later one takes the addition, since it would run last anyway.
     """
-    readers, makers = _readers(graph), _makers(graph)
+    readers, makers = readers_of(graph), _makers(graph)
     order = {op.output: i for i, op in enumerate(graph.ops)}
 
     def fused(op: ir.Op) -> ir.Op:
@@ -149,7 +149,7 @@ def _stacked(parts: list[ir.Linear]) -> list[ir.Op]:
     return ops
 
 
-def _readers(graph: ir.Graph) -> dict[str, list[ir.Op]]:
+def readers_of(graph: ir.Graph) -> dict[str, list[ir.Op]]:
     """Who reads each value; an operator that reads it twice counts twice."""
     readers: dict[str, list[ir.Op]] = {op.output: [] for op in graph.ops}
     for op in graph.ops:

@@ -1,19 +1,21 @@
-"""Group patterns: gives each linear its weight layout, and linears whose weights are alike one kernel.
+"""Group patterns: how each linear's weights lie in the file, and linears whose weights are alike share one kernel.
 
-Linears of one shape, layout and density share the constants of their kernel, the cut of the work too: a task
-is a run of whole rows with nearly the same number of kept groups as every other task, whatever the rows
-look like. The counts are known here, so the cut is made ahead of time.
+Linears of one shape, layout and density share the constants of their kernel, the cut of the work too. Of group
+words a task is a run of whole rows with nearly the same number of kept groups as every other task, whatever the
+rows look like. The counts are known here, so the cut is made ahead of time.
 """
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, Layout
+from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS, Layout
 from gqsa_runtime.layouts.group_words import MAX_COLUMNS
+from gqsa_runtime.layouts.records import GROUP
 
 from gqsac.checkpoint import Checkpoint
 from gqsac.compiler import ir
+from gqsac.compiler.passes.choose_layouts import Weights, module_of
 from gqsac.errors import UnsupportedError
 
 
@@ -21,44 +23,75 @@ from gqsac.errors import UnsupportedError
 class StoredPart:
     """One addend of a (possibly stacked) linear, as the file holds it.
 
-    constants: what the layout adds to the kernel's constants, the same for the whole cluster.
-    nnz: groups that the checkpoint keeps. n_groups: groups that the file holds.
+    constants: what the layout adds to the kernel's constants, the same for the whole cluster. nnz: groups that the
+    checkpoint keeps, as the layout counts them. n_groups: what Layout.shapes takes.
     """
 
     layout: Layout
     constants: dict
     nnz: int = 0
-    n_groups: int = 0
+    n_groups: int | tuple = 0
 
 
 @dataclass(frozen=True)
 class Patterns:
-    """linear output value -> its addends, at least one. n_clusters: for the summary."""
+    """linear output value -> its addends, at least one; table -> its rows, if they are not fp16.
+
+    n_clusters: for the summary.
+    """
 
     linears: dict[str, tuple[StoredPart, ...]]
+    tables: dict[str, StoredPart]
     n_clusters: int
 
 
-def module_of(weight: str) -> str:
-    """Path of the module that owns a weight: "a.b.weight" -> "a.b"."""
-    return weight.removesuffix(".weight")
-
-
-def group_patterns(graph: ir.Graph, checkpoint: Checkpoint) -> Patterns:
+def group_patterns(graph: ir.Graph, weights: Weights) -> Patterns:
     """Clusters the graph's linears by shape, bits, group size and density.
 
     Raises UnsupportedError for a bit width or a row length that the kernels do not cover.
     """
     linears: dict[str, tuple[StoredPart, ...]] = {}
-    found: dict[str, list[tuple[_Cluster, int]]] = {}  # linear -> its streams' clusters and kept groups
-    members: dict[_Cluster, list[int]] = defaultdict(list)
+    in_words: list[ir.Linear] = []
+    in_records: dict[str, list[tuple[str, StoredPart]]] = defaultdict(list)  # cluster -> (output, addend)
     for op in graph.ops:
         if not isinstance(op, ir.Linear):
             continue
-        modules = [module_of(graph.aliases.get(weight, weight)) for weight in op.weights]
-        if not checkpoint.is_compressed(modules[0]):
+        layout = weights.layout(op.weights)
+        if layout is DENSE_F16:
             linears[op.output] = (StoredPart(DENSE_F16, {}),)
-            continue
+        elif layout is GROUP_WORDS:
+            in_words.append(op)
+        else:
+            part = _in_records(weights, op.weights, op.gated)
+            alike = {name: value for name, value in part.constants.items() if name != "record_bytes"}
+            in_records[repr((op.n_rows, op.k, alike))].append((op.output, part))
+    for members in in_records.values():
+        largest = max(part.constants["record_bytes"] for _, part in members)
+        for output, part in members:
+            linears[output] = (replace(part, constants={**part.constants, "record_bytes": largest}),)
+    words, n_clusters = _in_words(in_words, weights.checkpoint, weights)
+    tables = {
+        op.table: _in_records(weights, (op.table,), False)
+        for op in graph.ops
+        if isinstance(op, ir.Embedding) and weights.layout((op.table,)) is RECORDS
+    }
+    return Patterns({**linears, **words}, tables, n_clusters + len(in_records))
+
+
+def _in_records(weights: Weights, names: tuple[str, ...], paired: bool) -> StoredPart:
+    plan = weights.plan(names, paired)
+    rows = int((plan.order >= 0).sum())
+    kept = plan.kept.sum() if plan.kept is not None else rows * plan.columns // GROUP
+    return StoredPart(RECORDS, plan.constants, int(kept), (len(plan.block), int(plan.units.sum())))
+
+
+def _in_words(
+    ops: list[ir.Linear], checkpoint: Checkpoint, weights: Weights
+) -> tuple[dict[str, tuple[StoredPart, ...]], int]:
+    found: dict[str, list[tuple[_Cluster, int]]] = {}  # linear -> its streams' clusters and kept groups
+    members: dict[_Cluster, list[int]] = defaultdict(list)
+    for op in ops:
+        modules = [module_of(weights.stored(weight)) for weight in op.weights]
         found[op.output] = []
         for stream in zip(*map(checkpoint.stream_headers, modules), strict=True):
             bits, group_size = stream[0].bits, stream[0].group_size
@@ -72,8 +105,8 @@ def group_patterns(graph: ir.Graph, checkpoint: Checkpoint) -> Patterns:
         cluster: GROUP_WORDS.count_tasks(cluster.rows, sum(nnz) / len(nnz), cluster.group_size)
         for cluster, nnz in members.items()
     }
-    for output, parts in found.items():
-        linears[output] = tuple(
+    linears = {
+        output: tuple(
             StoredPart(
                 GROUP_WORDS,
                 {"bits": c.bits, "group_size": c.group_size, "n_tasks": n_tasks[c], "accumulate": index > 0},
@@ -82,7 +115,9 @@ def group_patterns(graph: ir.Graph, checkpoint: Checkpoint) -> Patterns:
             )
             for index, (c, nnz) in enumerate(parts)
         )
-    return Patterns(linears, len(members))
+        for output, parts in found.items()
+    }
+    return linears, len(members)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from gqsa_runtime.format import MAX_NAME_BYTES
+from gqsa_runtime.layouts import RECORDS
 
 from gqsac.bsr import BsrStream
-from gqsac.checkpoint import Checkpoint
 from gqsac.compiler import ir
-from gqsac.compiler.passes.group_patterns import Patterns, StoredPart, module_of
+from gqsac.compiler.passes.choose_layouts import Weights, module_of, plan_of
+from gqsac.compiler.passes.group_patterns import Patterns, StoredPart
 from gqsac.errors import ModelError
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i8": np.int8}
@@ -22,12 +23,16 @@ DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i8": np.int8}
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """One tensor of the file: its shape is known now, its bytes when `make` is called."""
+    """One tensor of the file: its shape is known now, its bytes when `make` is called.
+
+    source: what it is made from. Neighbours of one source share work, and are made one after another.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     make: Callable[[], np.ndarray]
+    source: str | None = None
 
     @property
     def size(self) -> int:
@@ -46,29 +51,28 @@ class LinearNames:
 @dataclass(frozen=True)
 class Packing:
     """tensors in file order; names of what the operators read: linears by output value, vectors and
-    tables by (parameter name, offset added to it), rope tables by key."""
+    tables by parameter name (all parts of its layout), rope tables by key."""
 
     tensors: tuple[PackedTensor, ...]
     linears: dict[str, LinearNames]
     vectors: dict[str, str]
-    tables: dict[str, str]
+    tables: dict[str, tuple[str, ...]]
     ropes: dict[str, str]
 
 
-def pack(graph: ir.Graph, checkpoint: Checkpoint, patterns: Patterns) -> Packing:
+def pack(graph: ir.Graph, weights: Weights, patterns: Patterns) -> Packing:
     """Names, shapes and makers of all tensors, in the order in which the operators read them."""
-    packer = _Packer(graph, checkpoint)
+    packer = _Packer(graph, weights)
     for op in graph.ops:
         match op:
             case ir.Embedding():
-                packer.table(op)
+                packer.table(op, patterns.tables.get(op.table))
             case ir.Linear():
+                if op.norm is not None:
+                    packer.norm(op.norm)
                 packer.linear(op, patterns.linears[op.output])
-            case ir.RMSNorm():
-                packer.vector(op.weight, op.width, op.weight_offset)
-            case ir.LayerNorm():
-                packer.vector(op.weight, op.width)
-                packer.layer_norm_bias(op)
+            case ir.RMSNorm() | ir.LayerNorm():
+                packer.norm(op)
     for key, rope in graph.ropes.items():
         packer.rope(key, rope)
     return Packing(tuple(packer.tensors.values()), packer.linears, packer.vectors, packer.tables, packer.ropes)
@@ -98,17 +102,19 @@ def stack_streams(streams: list[BsrStream]) -> BsrStream:
 
 
 class _Packer:
-    def __init__(self, graph: ir.Graph, checkpoint: Checkpoint):
-        self.graph, self.checkpoint = graph, checkpoint
+    def __init__(self, graph: ir.Graph, weights: Weights):
+        self.graph, self.weights, self.checkpoint = graph, weights, weights.checkpoint
         self.tensors: dict[str, PackedTensor] = {}
         self.linears: dict[str, LinearNames] = {}
         self.vectors: dict[str, str] = {}
-        self.tables: dict[str, str] = {}
+        self.tables: dict[str, tuple[str, ...]] = {}
         self.ropes: dict[str, str] = {}
 
-    def add(self, name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> str:
+    def add(
+        self, name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], np.ndarray], source: str | None = None
+    ) -> str:
         name = _fit_name(name)
-        self.tensors.setdefault(name, PackedTensor(name, dtype, shape, make))
+        self.tensors.setdefault(name, PackedTensor(name, dtype, shape, make, source))
         return name
 
     def stored(self, parameter: str) -> str:
@@ -120,8 +126,10 @@ class _Packer:
         if found != shape:
             raise ModelError(f"{parameter}: the checkpoint holds shape {found}, the model's config needs {shape}")
 
-    def check_streams(self, weight: str, rows: int, k: int) -> None:
-        for header in self.checkpoint.stream_headers(module_of(self.stored(weight))):
+    def check_compressed(self, weight: str, rows: int, k: int) -> None:
+        module = module_of(self.stored(weight))
+        one = self.checkpoint.is_one_matrix(module)
+        for header in (self.checkpoint.matrix_header(module),) if one else self.checkpoint.stream_headers(module):
             if (header.rows, header.columns) != (rows, k):
                 found = f"{header.rows}x{header.columns}"
                 raise ModelError(f"{weight}: the checkpoint holds {found}, the model's config needs {rows}x{k}")
@@ -143,12 +151,21 @@ class _Packer:
             raise ModelError(f"{parameter}: the largest weight is {np.abs(array).max():g} and fp16 ends at 65504")
         return half
 
-    def table(self, op: ir.Embedding) -> None:
+    def table(self, op: ir.Embedding, part: StoredPart | None) -> None:
         shape = (op.rows, op.width)
         self.check(op.table, shape)
-        self.tables[op.table] = self.add(
-            _short(self.stored(op.table)), "f16", shape, lambda: self.read_f16(op.table, shape)
-        )
+        if part is not None:
+            self.tables[op.table] = self._records(op.name, (op.table,), part, op.rows, op.width, False)
+            return
+        name = self.add(_short(self.stored(op.table)), "f16", shape, lambda: self.read_f16(op.table, shape))
+        self.tables[op.table] = (name,)
+
+    def norm(self, op: ir.RMSNorm | ir.LayerNorm) -> None:
+        if isinstance(op, ir.RMSNorm):
+            self.vector(op.weight, op.width, op.weight_offset)
+        else:
+            self.vector(op.weight, op.width)
+            self.layer_norm_bias(op)
 
     def vector(self, parameter: str, width: int, offset: float = 0.0) -> None:
         self.check(parameter, (width,))
@@ -173,16 +190,19 @@ class _Packer:
     def linear(self, op: ir.Linear, parts: tuple[StoredPart, ...]) -> None:
         stem = _stacked_name([self.stored(weight) for weight in op.weights])
         for weight, own_bias, rows in zip(op.weights, op.biases, op.rows, strict=True):
-            if parts[0].layout.compressed:
-                self.check_streams(weight, rows, op.k)
+            if self.weights.is_compressed(weight):
+                self.check_compressed(weight, rows, op.k)
             else:
                 self.check(weight, (rows, op.k))
             if own_bias:
                 self.check(own_bias, (rows,))
         bias = None
         if any(op.biases):
-            bias = self.add(f"{stem}.bias", "f32", (op.width,), lambda: self._stack_biases(op))
-        names = tuple(self._part(op, stem, index, part) for index, part in enumerate(parts))
+            bias = self.add(f"{stem}.bias", "f32", (op.n_rows,), lambda: self._stack_biases(op))
+        if parts[0].layout is RECORDS:
+            names = (self._records(op.name, op.weights, parts[0], op.n_rows, op.k, op.gated),)
+        else:
+            names = tuple(self._part(op, stem, index, part) for index, part in enumerate(parts))
         self.linears[op.output] = LinearNames(names, bias)
 
     def _stack_biases(self, op: ir.Linear) -> np.ndarray:
@@ -220,8 +240,33 @@ class _Packer:
             return _short(self.stored(op.weights[0])) if len(op.weights) == 1 else f"{stem}.{tensor}"
 
         return tuple(
-            self.add(name(tensor.name), tensor.dtype, shapes[tensor.name], lambda t=tensor.name: make(t))
+            self.add(name(tensor.name), tensor.dtype, shapes[tensor.name], lambda t=tensor.name: make(t), stem)
             for tensor in part.layout.parts
+        )
+
+    def _records(
+        self, where: str, weights: tuple[str, ...], part: StoredPart, rows: int, k: int, paired: bool
+    ) -> tuple[str, ...]:
+        """Adds the tensors of weights in records, once for all who read them; returns their names."""
+        params = {"rows": rows, "k": k, **part.constants}
+        shapes = RECORDS.shapes(params, part.n_groups)
+        memory: dict[str, tuple] = {}
+        last = RECORDS.parts[-1].name
+
+        def make(tensor: str) -> np.ndarray:
+            try:
+                if "source" not in memory:
+                    matrix = self.weights.matrix(weights)
+                    memory["source"] = matrix, plan_of(matrix, paired)
+                source = memory.pop("source") if tensor == last else memory["source"]
+                return RECORDS.pack(tensor, source, params)
+            except ModelError as error:
+                raise ModelError(f"{where}: {error}") from error
+
+        stem = _stacked_name([self.stored(weight) for weight in weights])
+        return tuple(
+            self.add(f"{stem}.{tensor.name}", tensor.dtype, shapes[tensor.name], lambda t=tensor.name: make(t), stem)
+            for tensor in RECORDS.parts
         )
 
     def _stack(self, op: ir.Linear, index: int) -> BsrStream:

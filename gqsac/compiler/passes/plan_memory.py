@@ -1,14 +1,11 @@
-"""Plan memory: gives every activation a fixed place in one arena, shared by values that never meet.
-
-The plan is made for a full prefill chunk; decode uses the first row of the same buffers.
-"""
+"""Plan memory: gives every storage a fixed place in one arena, shared by those that never meet."""
 
 from dataclasses import dataclass
 
 from gqsa_runtime.format import ALIGNMENT
-from gqsa_runtime.program import DTYPE_BYTES, Buffer
+from gqsa_runtime.program import DTYPE_BYTES, PHASES, Buffer
 
-from gqsac.compiler.passes.specialize import RESERVED, Launches, ValueRef
+from gqsac.compiler.passes.specialize import RESERVED, Calls, ValueRef
 
 
 @dataclass(frozen=True)
@@ -19,62 +16,54 @@ class MemoryPlan:
     arena_bytes: int
 
 
-def plan_memory(launches: Launches, prefill_chunk: int) -> MemoryPlan:
+def plan_memory(calls: Calls, prefill_chunk: int) -> MemoryPlan:
     """Places buffers by greatest size first, each at the lowest offset free during its lifetime.
 
-    Reserved buffers live throughout: the runtime reads and writes them between launches.
+    What decode alone touches holds one token, everything else the chunk. Reserved buffers live throughout: the
+    runtime reads and writes them between launches.
     """
-    sizes = {name: (dtype, elements) for name, dtype, elements in _reserved_buffers(launches, prefill_chunk)}
-    lifetimes = _lifetimes(launches)
-    for storage in lifetimes:
-        sizes[storage] = ("f32", launches.widths[storage] * prefill_chunk)
+    lifetimes = _lifetimes(calls)
     forever = (-1, 1 << 30)
+    in_chunks = set(RESERVED).union(*(_touched(calls, phase) for phase in PHASES if phase != "decode"))
+    buffers = []
+    for name in {*RESERVED, *lifetimes}:
+        storage = calls.storages[name]
+        buffers.append((name, storage.dtype, storage.elements(prefill_chunk if name in in_chunks else 1)))
+
+    def size_of(buffer) -> int:
+        _, dtype, elements = buffer
+        return -(-elements * DTYPE_BYTES[dtype] // ALIGNMENT) * ALIGNMENT
 
     placed: list[tuple[int, int, tuple[int, int]]] = []  # (start, end, lifetime)
-    buffers = []
-    order = sorted(sizes, key=lambda name: (-sizes[name][1] * DTYPE_BYTES[sizes[name][0]], name))
-    for name in order:
-        dtype, elements = sizes[name]
-        size = -(-elements * DTYPE_BYTES[dtype] // ALIGNMENT) * ALIGNMENT
-        lifetime = lifetimes.get(name, forever)
+    results = []
+    for buffer in sorted(buffers, key=lambda buffer: (-size_of(buffer), buffer[0])):
+        lasting = buffer[0] in RESERVED or calls.storages[buffer[0]].lasting
+        size, lifetime = size_of(buffer), forever if lasting else lifetimes[buffer[0]]
         offset = 0
         for start, end, other in sorted(placed):
             if other[0] <= lifetime[1] and lifetime[0] <= other[1] and offset + size > start:
                 offset = max(offset, end)
         placed.append((offset, offset + size, lifetime))
-        buffers.append(Buffer(name, dtype, elements, offset))
+        results.append(Buffer(*buffer, offset))
     arena_bytes = max(end for _, end, _ in placed)
-    return MemoryPlan(tuple(sorted(buffers, key=lambda buffer: (buffer.offset, buffer.name))), arena_bytes)
+    return MemoryPlan(tuple(sorted(results, key=lambda buffer: (buffer.offset, buffer.name))), arena_bytes)
 
 
-def _reserved_buffers(launches: Launches, chunk: int) -> list[tuple[str, str, int]]:
-    return [
-        ("tokens", "i32", chunk),
-        ("targets", "i32", chunk),
-        ("state", "i32", 2),
-        ("logits", "f32", chunk * launches.widths["logits"]),
-        ("log_probs", "f32", chunk),
-        ("argmax", "i32", chunk),
-        ("last", "f32", launches.widths["last"]),
-    ]
+def _touched(calls: Calls, phase: str) -> set[str]:
+    """Storages that the calls of a phase read or write."""
+    return {arg.storage for call in calls.phases[phase] for arg in call.args if isinstance(arg, ValueRef)}
 
 
-def _lifetimes(launches: Launches) -> dict[str, tuple[int, int]]:
-    """Storage -> (first, last) launch that touches it, over the prefill body and what may follow it.
+def _lifetimes(calls: Calls) -> dict[str, tuple[int, int]]:
+    """Storage -> (first, last) call that touches it, all phases counted one behind another.
 
-    The decode phase launches the same operators in the same order, so its lifetimes are these.
+    That is the order in which they run, but for what may be left out or come again: a text is scored without
+    last_logits, and decode runs before a prefill body or after what follows it, never in between.
     """
-    body = launches.phases["prefill_body"]
     lifetimes: dict[str, tuple[int, int]] = {}
-    for index, launch in enumerate(body):
-        touched = [arg.storage for arg in launch.args if isinstance(arg, ValueRef)] + [launch.writes]
-        for storage in touched:
-            if storage not in RESERVED:
-                first, _ = lifetimes.get(storage, (index, index))
-                lifetimes[storage] = (first, index)
-    for phase in ("last_logits", "all_log_probs"):
-        for launch in launches.phases[phase]:
-            for arg in launch.args:
-                if isinstance(arg, ValueRef) and arg.storage in lifetimes:
-                    lifetimes[arg.storage] = (lifetimes[arg.storage][0], len(body))
+    for index, call in enumerate(call for phase in PHASES for call in calls.phases[phase]):
+        for arg in call.args:
+            if isinstance(arg, ValueRef) and arg.storage not in RESERVED:
+                first, _ = lifetimes.get(arg.storage, (index, index))
+                lifetimes[arg.storage] = (first, index)
     return lifetimes

@@ -2,7 +2,8 @@
 
 A template `templates/cuda/<op>.cu.j2` (`templates/cpu/<op>.c.j2`) gets `name`, the kernel's C
 identifier, the spec's params by name, and its operands from the schema (gqsa_runtime.operators): for CUDA
-as `signature`, for CPUs as `arguments`, a struct. Jinja only stamps constants; algorithms live in the
+as `signature`, for CPUs as `arguments`, a struct. A CUDA template also gets `launch`, what the kernel must know
+of how it is launched (`cuda_launch.Geometry.constants`). Jinja only stamps constants; algorithms live in the
 headers under `include/`.
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 import jinja2
 from gqsa_runtime.operators import OPERATORS
 
-from gqsac.compiler.cuda_launch import constants
+from gqsac.compiler.cuda_launch import geometry
 from gqsac.compiler.kernel_spec import KernelSpec
 
 
@@ -46,11 +47,12 @@ def render(target: str, spec: KernelSpec, name: str) -> str:
     suffix = {"cuda": "cu", "cpu": "c"}[target]
     params = dict(spec.params)
     pointers = OPERATORS[spec.op].pointers(target, params)
-    operands = {"signature": _signature(pointers)} if target == "cuda" else {"arguments": _struct(pointers)}
     if target == "cuda":
-        operands["geometry"] = constants(spec)
+        given = {"signature": _signature(pointers), "launch": geometry(spec).constants}
+    else:
+        given = {"arguments": _struct(pointers)}
     template = _environment().get_template(f"{target}/{spec.op}.{suffix}.j2")
-    return template.render(name=name, **operands, **params)
+    return template.render(name=name, **given, **params)
 
 
 def _signature(pointers: list[tuple[str, str]]) -> str:

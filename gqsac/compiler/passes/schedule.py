@@ -1,27 +1,31 @@
-"""Schedule: the launch plan. Names the kernels, gives each its CUDA geometry, resolves arguments."""
+"""Schedule: the launch plan of a family. Names the kernels, gives each its CUDA geometry, resolves arguments."""
 
-from gqsa_runtime.program import PHASES, Argument, Buffer, Kernel, Step
+from gqsa_runtime.program import PHASES, Argument, Kernel, Plan, Step
 
-from gqsac.compiler.cuda_launch import launch as cuda_launch
+from gqsac.compiler.cuda_launch import launch
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
 from gqsac.compiler.passes.plan_memory import MemoryPlan
-from gqsac.compiler.passes.specialize import Launches, ValueRef
+from gqsac.compiler.passes.specialize import Calls, ValueRef
 
 
-def schedule(
-    launches: Launches, memory: MemoryPlan, prefill_chunk: int
-) -> tuple[dict[str, KernelSpec], tuple[Kernel, ...], dict[str, tuple[Step, ...]], tuple[Buffer, ...]]:
-    """Returns kernels by name, their table, the steps of each phase, and the buffers of the program."""
-    names = name_kernels([launch.spec for phase in PHASES for launch in launches.phases[phase]])
-    kernels = []
-    for spec, name in names.items():
-        grid, block, shared_bytes = cuda_launch(spec, prefill_chunk)
-        kernels.append(Kernel(name, spec.op, dict(spec.params), grid, block, shared_bytes))
-    phases = {
-        phase: tuple(Step(names[launch.spec], tuple(map(_argument, launch.args))) for launch in launches.phases[phase])
-        for phase in PHASES
-    }
-    return {name: spec for spec, name in names.items()}, tuple(kernels), phases, memory.buffers
+def schedule(calls: Calls, memory: MemoryPlan, family: str, prefill_chunk: int) -> tuple[dict[str, KernelSpec], Plan]:
+    """The kernels by name, and the plan that launches them. family: "cuda" or "cpu"."""
+    names = name_kernels([call.spec for phase in PHASES for call in calls.phases[phase]])
+
+    def kernel(spec: KernelSpec, name: str) -> Kernel:
+        launches = {"": launch(spec, prefill_chunk)} if family == "cuda" else {}
+        return Kernel(name, spec.op, dict(spec.params), launches)
+
+    plan = Plan(
+        buffers=memory.buffers,
+        arena_bytes=memory.arena_bytes,
+        kernels=tuple(kernel(spec, name) for spec, name in names.items()),
+        phases={
+            phase: tuple(Step(names[call.spec], tuple(map(_argument, call.args))) for call in calls.phases[phase])
+            for phase in PHASES
+        },
+    )
+    return {name: spec for spec, name in names.items()}, plan
 
 
 def _argument(arg: ValueRef | Argument) -> Argument:

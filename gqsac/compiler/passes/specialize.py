@@ -1,121 +1,151 @@
-"""Specialize: turns each operator into a kernel launch, all of its numbers stamped into a KernelSpec.
+"""Specialize: turns each operator into kernel calls, all of their numbers stamped into a KernelSpec.
 
-A launch still names IR values; plan_memory gives them addresses. Every operator is specialised
-twice: for one token (decode) and for tiles of TOKEN_TILE tokens (prefill and scoring).
+A call still names storages; plan_memory gives them addresses. Every operator is specialised twice: for one
+token (decode) and for tiles of TOKEN_TILE tokens (prefill and scoring).
 """
 
 from dataclasses import dataclass
 
+from gqsa_runtime.layouts import RECORDS
+from gqsa_runtime.layouts.records import TILE
+from gqsa_runtime.operators import state_elements
 from gqsa_runtime.program import Argument
 
 from gqsac.compiler import ir
+from gqsac.compiler.cuda_launch import splits_of
 from gqsac.compiler.kernel_spec import KernelSpec
 from gqsac.compiler.passes.group_patterns import Patterns
 from gqsac.compiler.passes.pack import Packing
 
 TOKEN_TILE = 8  # tokens that share one pass over the weights: eight f32 accumulators a lane
 
-# Values beside the graph's own, filled or read by the runtime. "last": the last token's hidden state.
+# Storages beside those of the graph's values, filled or read by the runtime. "last": the last token's hidden state.
 RESERVED = ("tokens", "targets", "state", "logits", "log_probs", "argmax", "last")
 
 NULL = Argument("null")
 
 
 @dataclass(frozen=True)
-class ValueRef:
-    """An f32 row-per-token value, or a reserved buffer, that a kernel points to.
+class Storage:
+    """Memory that kernels point into. dtype: key of program.DTYPE_BYTES. per_token, fixed: its elements.
 
-    storage: the value that owns the memory. offset: first column, in elements.
+    lasting: what it holds between launches matters.
     """
+
+    dtype: str
+    per_token: int = 0
+    fixed: int = 0
+    lasting: bool = False
+
+    def elements(self, n_tokens: int) -> int:
+        """How many elements it has where launches hold up to n_tokens."""
+        return self.fixed + self.per_token * n_tokens
+
+
+@dataclass(frozen=True)
+class ValueRef:
+    """Where a kernel points to: a storage, and the first element in it."""
 
     storage: str
     offset: int = 0
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One kernel launch; args in the order of OPERATORS[spec.op].operands. writes: storage it defines."""
+class Call:
+    """One kernel launch; args in the order of OPERATORS[spec.op].operands."""
 
     spec: KernelSpec
     args: tuple[ValueRef | Argument, ...]
-    writes: str
 
 
 @dataclass(frozen=True)
-class Launches:
-    """Launches of each phase, and the width (row stride) of each storage in elements."""
+class Calls:
+    """The calls of each phase of program.PHASES, in order, and every storage that they name."""
 
-    phases: dict[str, tuple[Launch, ...]]
-    widths: dict[str, int]
+    phases: dict[str, tuple[Call, ...]]
+    storages: dict[str, Storage]
 
 
-def specialize(graph: ir.Graph, packing: Packing, patterns: Patterns, kv_dtype: str) -> Launches:
-    """Launches for the four phases of gqsa_runtime.program.PHASES. kv_dtype: "f16" or "f32"."""
-    views = _resolve_slices(graph)
-    widths = {op.output: ir.width(op) for op in graph.ops if not isinstance(op, ir.Slice)}
-    head = graph.ops[-1]
-    hidden_width = widths[views[head.x].storage]
-    widths |= {"last": hidden_width, "logits": graph.vocab_size}
+def specialize(graph: ir.Graph, packing: Packing, patterns: Patterns, kv_dtype: str, family: str) -> Calls:
+    """Calls for the four phases of gqsa_runtime.program.PHASES. kv_dtype: "f16" or "f32". family: "cuda" or "cpu"."""
+    body, head = graph.ops[:-1], graph.ops[-1]
+    # Decode never runs between the phases that pass on a prefill's values: it has storages of its own, which may lie
+    # where a prefill's do.
+    decode, prefill = _resolve_slices(body, "decode."), _resolve_slices(body, "")
+    hidden_width = next(ir.width(op) for op in body if op.output == prefill[head.x].storage)
+    storages = {
+        "tokens": Storage("i32", per_token=1),
+        "targets": Storage("i32", per_token=1),
+        "state": Storage("i32", per_token=state_elements(1) - state_elements(0), fixed=state_elements(0)),
+        "logits": Storage("f32", per_token=graph.vocab_size),
+        "log_probs": Storage("f32", per_token=1),
+        "argmax": Storage("i32", per_token=1),
+        "last": Storage("f32", per_token=0, fixed=hidden_width),
+    }
+    for views in (decode, prefill):
+        for op in body:
+            if not isinstance(op, ir.Slice):
+                storages[views[op.output].storage] = Storage("f32", per_token=ir.width(op))
+    for op in graph.ops:
+        if isinstance(op, ir.Linear) and patterns.linears[op.output][0].layout is RECORDS:
+            storages[f"{op.output}.planes"] = Storage("i8", per_token=2 * op.k)
+            storages[f"{op.output}.ranges"] = Storage("f32", per_token=op.k // TILE * 2)
 
-    def lower(ops, tokens: int, **renamed: ValueRef) -> tuple[Launch, ...]:
-        specializer = _Specializer(graph, packing, patterns, kv_dtype, views | renamed, widths, tokens)
-        return tuple(launch for op in ops for launch in specializer.launches(op))
+    def lower(ops, tokens: int, views: dict[str, ValueRef], **renamed: ValueRef) -> tuple[Call, ...]:
+        views = views | {graph.logits: ValueRef("logits")} | renamed
+        specializer = _Specializer(graph, packing, patterns, kv_dtype, family, views, storages, tokens)
+        return tuple(call for op in ops for call in specializer.calls(op))
 
-    logits = {graph.logits: ValueRef("logits")}
-    hidden = views[head.x]
-    last_row = Launch(
+    last_row = Call(
         KernelSpec.make("last_row", width=hidden_width, x_stride=hidden_width),
-        (hidden, ValueRef("last"), ValueRef("state")),
-        "last",
+        (prefill[head.x], ValueRef("last"), ValueRef("state")),
     )
-    log_probs = Launch(
+    log_probs = Call(
         KernelSpec.make("log_probs", tokens=TOKEN_TILE, vocab=graph.vocab_size, x_stride=graph.vocab_size),
         tuple(ValueRef(name) for name in ("logits", "targets", "log_probs", "argmax", "state")),
-        "log_probs",
     )
-    body = graph.ops[:-1]
     phases = {
-        "decode": lower(graph.ops, 1, **logits),
-        "prefill_body": lower(body, TOKEN_TILE),
-        "last_logits": (last_row, *lower([head], 1, **logits, **{head.x: ValueRef("last")})),
-        "all_log_probs": (*lower([head], TOKEN_TILE, **logits), log_probs),
+        "decode": lower(graph.ops, 1, decode),
+        "prefill_body": lower(body, TOKEN_TILE, prefill),
+        "last_logits": (last_row, *lower([head], 1, prefill, **{head.x: ValueRef("last")})),
+        "all_log_probs": (*lower([head], TOKEN_TILE, prefill), log_probs),
     }
-    widths.pop(graph.logits)
-    return Launches(phases, widths)
+    return Calls(phases, storages)
 
 
-def _resolve_slices(graph: ir.Graph) -> dict[str, ValueRef]:
-    """Every value as a place in the storage of the operator that computes it."""
+def _resolve_slices(ops: tuple[ir.Op, ...], prefix: str) -> dict[str, ValueRef]:
+    """Every value as a place in the storage of the operator that computes it, whose name begins with the prefix."""
     views: dict[str, ValueRef] = {}
-    for op in graph.ops:
+    for op in ops:
         if isinstance(op, ir.Slice):
             base = views[op.x]
             views[op.output] = ValueRef(base.storage, base.offset + op.start)
         else:
-            views[op.output] = ValueRef(op.output)
+            views[op.output] = ValueRef(prefix + op.output)
     return views
 
 
 class _Specializer:
-    def __init__(self, graph, packing, patterns, kv_dtype, views, widths, tokens):
+    def __init__(self, graph, packing, patterns, kv_dtype, family, views, storages, tokens):
         self.graph: ir.Graph = graph
         self.packing: Packing = packing
         self.patterns: Patterns = patterns
         self.kv_dtype: str = kv_dtype
         self.views: dict[str, ValueRef] = views
-        self.widths: dict[str, int] = widths
+        self.family: str = family
+        self.storages: dict[str, Storage] = storages
         self.tokens: int = tokens
 
     def stride(self, value: str) -> int:
-        return self.widths[self.views[value].storage]
+        """Elements from row to row."""
+        return self.storages[self.views[value].storage].elements(1)
 
-    def launch(self, op: ir.Op, operator: str, args, **params) -> Launch:
-        out = self.views[op.output]
+    def call(self, operator: str, args, **params) -> Call:
         spec = KernelSpec.make(operator, tokens=self.tokens, **params)
         resolved = tuple(self.views[arg] if isinstance(arg, str) else arg for arg in args)
-        return Launch(spec, (*resolved, ValueRef("state")), out.storage)
+        return Call(spec, (*resolved, ValueRef("state")))
 
-    def launches(self, op: ir.Op) -> list[Launch]:
+    def calls(self, op: ir.Op) -> list[Call]:
         match op:
             case ir.Slice():
                 return []
@@ -135,29 +165,37 @@ class _Specializer:
                 return [self.elementwise(op)]
         raise TypeError(f"{op.name}: no kernel for {type(op).__name__}")
 
-    def embedding(self, op: ir.Embedding) -> Launch:
-        args = (ValueRef("tokens"), Argument("tensor", self.packing.tables[op.table]), op.output)
-        return self.launch(
-            op, "embedding", args, width=op.width, vocab=op.rows, source=op.source, scale=float(op.scale),
-            position_offset=op.position_offset, accumulate=False, out_stride=self.stride(op.output),
+    def embedding(self, op: ir.Embedding) -> Call:
+        tensors = [Argument("tensor", name) for name in self.packing.tables[op.table]]
+        args = (ValueRef("tokens"), *tensors, op.output)
+        if op.table in self.patterns.tables:
+            return self.call(
+                "embedding_records", args, rows=op.rows, k=op.width, scale=float(op.scale),
+                out_stride=self.stride(op.output), **self.patterns.tables[op.table].constants,
+            )  # fmt: skip
+        return self.call(
+            "embedding", args, width=op.width, vocab=op.rows, source=op.source, scale=float(op.scale),
+            position_offset=op.position_offset, out_stride=self.stride(op.output),
         )  # fmt: skip
 
-    def rms_norm(self, op: ir.RMSNorm) -> Launch:
+    def rms_norm(self, op: ir.RMSNorm) -> Call:
         args = (op.x, Argument("tensor", self.packing.vectors[op.weight]), op.output)
-        return self.launch(
-            op, "rms_norm", args, width=op.width, heads=op.heads, eps=float(op.eps),
+        return self.call(
+            "rms_norm", args, width=op.width, heads=op.heads, eps=float(op.eps),
             x_stride=self.stride(op.x), out_stride=self.stride(op.output),
         )  # fmt: skip
 
-    def layer_norm(self, op: ir.LayerNorm) -> Launch:
+    def layer_norm(self, op: ir.LayerNorm) -> Call:
         weight = Argument("tensor", self.packing.vectors[op.weight])
         bias = Argument("tensor", self.packing.vectors[op.bias or f"{op.output}.no_bias"])
-        return self.launch(
-            op, "layer_norm", (op.x, weight, bias, op.output), width=op.width, eps=float(op.eps),
+        return self.call(
+            "layer_norm", (op.x, weight, bias, op.output), width=op.width, eps=float(op.eps),
             x_stride=self.stride(op.x), out_stride=self.stride(op.output),
         )  # fmt: skip
 
-    def linear(self, op: ir.Linear) -> list[Launch]:
+    def linear(self, op: ir.Linear) -> list[Call]:
+        if self.patterns.linears[op.output][0].layout is RECORDS:
+            return self.linear_records(op)
         names = self.packing.linears[op.output]
         shape = {
             "rows": op.width,
@@ -176,41 +214,103 @@ class _Specializer:
         # Addends add up in the output; only the last one applies the epilogue.
         no_epilogue = {"bias": False, "activation": "none", "residual": False, "residual_stride": 0}
         parts = self.patterns.linears[op.output]
-        launches = []
+        calls = []
         for index, (tensors, part) in enumerate(zip(names.parts, parts, strict=True)):
             last = index == len(parts) - 1
             weights = [Argument("tensor", tensor) for tensor in tensors]
             args = (op.x, *weights, bias if last else NULL, residual if last else NULL, op.output)
             constants = {**shape, **(epilogue if last else no_epilogue), **part.constants}
-            launches.append(self.launch(op, part.layout.op, args, **constants))
-        return launches
+            calls.append(self.call(part.layout.op, args, **constants))
+        return calls
 
-    def attention(self, op: ir.Attention) -> list[Launch]:
+    def linear_records(self, op: ir.Linear) -> list[Call]:
+        """One token is normalised and quantised by the kernel itself; several are by a call of their own."""
+        names, constants = self.packing.linears[op.output], self.patterns.linears[op.output][0].constants
+        norm = {"norm": "none", "eps": 0.0}
+        weight = bias = NULL
+        if op.norm is not None:
+            weight = Argument("tensor", self.packing.vectors[op.norm.weight])
+            norm = {"norm": "rms", "eps": float(op.norm.eps)}
+            if isinstance(op.norm, ir.LayerNorm):
+                norm["norm"] = "layer"
+                bias = Argument("tensor", self.packing.vectors[op.norm.bias or f"{op.norm.output}.no_bias"])
+        calls = []
+        x: tuple = (op.x, NULL, NULL, weight, bias)
+        if self.tokens > 1:
+            integers = ValueRef(f"{op.output}.planes"), ValueRef(f"{op.output}.ranges")
+            calls.append(
+                self.call("quantize", (op.x, weight, bias, *integers), k=op.k, x_stride=self.stride(op.x), **norm)
+            )
+            x = (NULL, *integers, NULL, NULL)
+        args = (
+            *x,
+            *(Argument("tensor", name) for name in names.parts[0]),
+            Argument("tensor", names.bias) if names.bias else NULL,
+            op.residual if op.residual else NULL,
+            op.output,
+        )
+        calls.append(
+            self.call(
+                "linear_records",
+                args,
+                rows=op.n_rows,
+                k=op.k,
+                x_stride=self.stride(op.x),
+                out_stride=self.stride(op.output),
+                out_width=op.width,
+                bias=names.bias is not None,
+                activation=op.activation,
+                residual=op.residual is not None,
+                residual_stride=self.stride(op.residual) if op.residual else 0,
+                epilogue="gated" if op.gated else "rows",
+                **norm,
+                **constants,
+            )  # fmt: skip
+        )
+        return calls
+
+    def attention(self, op: ir.Attention) -> list[Call]:
         heads = {"heads": op.heads, "kv_heads": op.kv_heads, "head_dim": op.head_dim, "kv_dtype": self.kv_dtype}
         caches = (Argument("k_cache", op.layer), Argument("v_cache", op.layer))
         rope = Argument("rope", op.rope) if op.rope is not None else NULL
         rotary_dim = self.graph.ropes[op.rope].rotary_dim if op.rope is not None else 0
+        if self.family == "cuda" and self.tokens == 1 and op.head_dim % 8 == 0 and op.head_dim <= 256:
+            return [self.append_attention(op, rope, caches, rotary_dim, heads)]
         q_stride = self.stride(op.q)
-        append = self.launch(
-            op, "kv_append", (op.q, op.k, op.v, rope, *caches), rotary_dim=rotary_dim, q_stride=q_stride,
+        append = self.call(
+            "kv_append", (op.q, op.k, op.v, rope, *caches), rotary_dim=rotary_dim, q_stride=q_stride,
             k_stride=self.stride(op.k), v_stride=self.stride(op.v), **heads,
         )  # fmt: skip
-        attend = self.launch(
-            op, "attention", (op.q, *caches, op.output), scale=float(op.scale), window=op.window,
+        attend = self.call(
+            "attention", (op.q, *caches, op.output), scale=float(op.scale), window=op.window,
             q_stride=q_stride, out_stride=self.stride(op.output), **heads,
         )  # fmt: skip
-        # kv_append defines no activation of its own: it rotates q in place.
-        return [Launch(append.spec, append.args, self.views[op.q].storage), attend]
+        return [append, attend]
 
-    def gated_activation(self, op: ir.GatedActivation) -> Launch:
-        return self.launch(
-            op, "gated_activation", (op.gate, op.up, op.output), width=op.width, activation=op.activation,
+    def append_attention(self, op: ir.Attention, rope, caches, rotary_dim: int, heads: dict) -> Call:
+        """All of it in one launch, its runs of the context side by side."""
+        splits = splits_of(op.heads, op.kv_heads)
+        # All layers share the scratch: they run one after another, and each leaves its counters at 0.
+        partials = Storage("f32", fixed=op.heads * splits * (op.head_dim + 2))
+        known = self.storages.get("decode.partials", partials)
+        self.storages["decode.partials"] = max(known, partials, key=lambda storage: storage.fixed)
+        known = self.storages.get("decode.counters", Storage("i32"))
+        self.storages["decode.counters"] = Storage("i32", fixed=max(known.fixed, op.heads), lasting=True)
+        scratch = ValueRef("decode.partials"), ValueRef("decode.counters")
+        return self.call(
+            "append_attention", (op.q, op.k, op.v, rope, *caches, *scratch, op.output), rotary_dim=rotary_dim,
+            scale=float(op.scale), window=op.window, splits=splits, **heads,
+        )  # fmt: skip
+
+    def gated_activation(self, op: ir.GatedActivation) -> Call:
+        return self.call(
+            "gated_activation", (op.gate, op.up, op.output), width=op.width, activation=op.activation,
             gate_stride=self.stride(op.gate), up_stride=self.stride(op.up), out_stride=self.stride(op.output),
         )  # fmt: skip
 
-    def elementwise(self, op: ir.Elementwise) -> Launch:
+    def elementwise(self, op: ir.Elementwise) -> Call:
         args = (op.a, op.b if op.b else NULL, op.output)
-        return self.launch(
-            op, "elementwise", args, width=op.width, function=op.function, scalar=float(op.scalar),
+        return self.call(
+            "elementwise", args, width=op.width, function=op.function, scalar=float(op.scalar),
             a_stride=self.stride(op.a), b_stride=self.stride(op.b) if op.b else 0, out_stride=self.stride(op.output),
         )  # fmt: skip

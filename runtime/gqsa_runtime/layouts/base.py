@@ -73,8 +73,8 @@ class Layout(ABC):
         """n_groups of a stored linear, from the number of elements of each part."""
         return 0
 
-    def n_weights(self, params: Mapping, n_groups: int) -> int:
-        """Weights that are stored; the others of rows * k are zero."""
+    def n_weights(self, params: Mapping, n_groups: int) -> int | None:
+        """Weights that are stored; the others of rows * k are zero. None where sizes alone do not tell."""
         return params["rows"] * params["k"]
 
     def check_constants(self, params: Mapping) -> str | None:

@@ -50,6 +50,7 @@ class Plan:
     kept: bool [blocks, 16, tiles, 4], None where nothing is removed.
     """
 
+    columns: int
     order: np.ndarray
     widths: np.ndarray
     kept: np.ndarray | None
@@ -72,7 +73,9 @@ class Plan:
         }
 
 
-def make_plan(row_bits: np.ndarray, columns: int, keep: np.ndarray | None = None, pairs: np.ndarray | None = None) -> Plan:
+def make_plan(
+    row_bits: np.ndarray, columns: int, keep: np.ndarray | None = None, pairs: np.ndarray | None = None
+) -> Plan:
     """The plan of a linear from its widths and mask alone.
 
     row_bits: uint8 [rows], 0 for a row without weights. keep: bool [rows, columns / 16] or None.
@@ -111,7 +114,7 @@ def make_plan(row_bits: np.ndarray, columns: int, keep: np.ndarray | None = None
         groups = np.where(tiles[..., None] >= 0, kept.sum(1)[block[:, None], np.maximum(tiles, 0)], 0).sum((1, 2))
         value_bytes = np.where(masked, groups * 2 * width, value_bytes)
     size = _HEADER + 32 * masked + 32 * n + _padded(8 * n) + _padded(value_bytes)
-    return Plan(order, widths, kept, block, tiles, masked, (size // UNIT).astype(np.int64))
+    return Plan(columns, order, widths, kept, block, tiles, masked, (size // UNIT).astype(np.int64))
 
 
 def _padded(n_bytes):
@@ -173,6 +176,13 @@ class Records(Layout):
             "order": (params["n_blocks"] * ROWS,),
         }
 
+    def n_weights(self, params: Mapping, n_groups) -> int | None:
+        """See Layout. n_groups: kept groups of 16, or (records, units), which tell only where nothing is removed."""
+        if isinstance(n_groups, int):
+            return n_groups * GROUP
+        nothing_removed = params["whole"] and not params["masked_widths"]
+        return params["rows"] * params["k"] if nothing_removed else None
+
     def count_groups(self, params: Mapping, elements: Mapping[str, int]):
         """See Layout."""
         return elements["starts"] - 1, elements["records"] // UNIT
@@ -199,7 +209,8 @@ class Records(Layout):
             "starts": Starts(n_units, params["record_bytes"] // UNIT),
             "records": WellFormed(params["k"] // TILE, *widths, TILES if params["whole"] else 1),
             "blocks": RisesTo(n_records),
-            "order": OrderOf(params["rows"], params.get("epilogue", "rows") != "rows"),
+            # Without an epilogue it is a table, whose rows stand in order.
+            "order": OrderOf(params["rows"], params.get("epilogue", "table")),
         }
 
     def pack(self, part: str, source, params: Mapping) -> np.ndarray:
@@ -247,10 +258,13 @@ class Starts(ContentRule):
 
 @dataclass(frozen=True)
 class OrderOf(ContentRule):
-    """Each of the rows 0 .. rows - 1 once, and -1; paired: row r and r + rows / 2 stand 8 apart in a block."""
+    """Each of the rows 0 .. rows - 1 once, and -1.
+
+    use "gated": row r and r + rows / 2 stand 8 apart in a block. "table": rows stand in order.
+    """
 
     rows: int
-    paired: bool
+    use: str
 
     def broken(self, array: np.ndarray) -> str | None:
         """See ContentRule."""
@@ -260,8 +274,10 @@ class OrderOf(ContentRule):
         if (np.bincount(flat[flat >= 0], minlength=self.rows) != 1).any():
             return f"does not hold each of {self.rows} rows once"
         first, second = flat.reshape(-1, 2, 8)[:, 0], flat.reshape(-1, 2, 8)[:, 1]
-        if self.paired and (second != np.where(first < 0, -1, first + self.rows // 2)).any():
+        if self.use == "gated" and (second != np.where(first < 0, -1, first + self.rows // 2)).any():
             return f"does not pair rows {self.rows // 2} apart"
+        if self.use == "table" and (flat[: self.rows] != np.arange(self.rows)).any():
+            return "does not hold a table's rows in order"
         return None
 
 

@@ -1,23 +1,15 @@
 // Parts that both forms of attention share. See OPERATORS["attention"] for the arguments.
 //
-// The kernel defines HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, KV_F16, Q_STRIDE and OUT_STRIDE.
+// The kernel defines TOKENS, HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, KV_F16, Q_STRIDE and OUT_STRIDE.
 // Softmax runs online over blocks of cache rows: a running maximum and sum for each query, and what
 // was summed under an older maximum is scaled down when a larger one comes.
 #ifndef GQSA_ATTENTION_H
 #define GQSA_ATTENTION_H
 
+#include "kv_cache.h"
 #include "vmath.h"
 
-#if KV_F16
-typedef _Float16 kv_t;
-#define load_kv_n load_f16_n
-#else
-typedef float kv_t;
-#define load_kv_n load_n
-#endif
-
-#define PER_KV (HEADS / KV_HEADS)       // query heads that read one KV head
-#define KV_STRIDE (KV_HEADS * HEAD_DIM)  // between cache rows
+#define PER_KV (HEADS / KV_HEADS)  // query heads that read one KV head
 #define HEAD_PARTS ((HEAD_DIM + VW - 1) / VW)
 
 // Lower than any score, yet finite: exp(-inf - LOWEST) is 0 where exp(-inf + inf) would be NaN.

@@ -12,19 +12,22 @@ struct decode_head {
     vf out[HEAD_PARTS];
 };
 
-// Adds cache rows 0 .. n - 1 of a block to one head's running softmax.
-INLINE void attend_block(struct decode_head *head, const float *q, const kv_t *keys, const kv_t *vals, int n) {
+// Adds cache rows first .. first + n - 1 of a slot to one head's running softmax. keys, vals: the caches, from the
+// KV head on.
+INLINE void attend_block(struct decode_head *head, const float *q, const kv_t *keys, const kv_t *vals,
+                         struct kv_slot slot, size_t first, int n) {
     float scores[POSITIONS];
     vf largest = splat(LOWEST);
     for (int base = 0; base < n; base += VW) {
         vf dots[VW];
         UNROLL for (int i = 0; i < VW; i++) {
-            const kv_t *key = keys + (size_t)min_i(base + i, n - 1) * KV_STRIDE;
-            // The hardware's own prefetch follows rows that lie KV_STRIDE apart badly. A prefetch past
-            // the cache's end does nothing.
+            const kv_t *key = keys + kv_row(slot, first + min_i(base + i, n - 1));
+            // The hardware's own prefetch follows rows that lie far apart badly. A prefetch past the cache's
+            // end does nothing.
+            const size_t later = kv_row(slot, first + base + i + POSITIONS);
             UNROLL for (int byte = 0; byte < HEAD_DIM * (int)sizeof *key; byte += 64) {
-                __builtin_prefetch((const char *)(keys + (size_t)(base + i + POSITIONS) * KV_STRIDE) + byte);
-                __builtin_prefetch((const char *)(vals + (size_t)(base + i + POSITIONS) * KV_STRIDE) + byte);
+                __builtin_prefetch((const char *)(keys + later) + byte);
+                __builtin_prefetch((const char *)(vals + later) + byte);
             }
             vf dot = load_kv(key, 0) * load_n(q, HEAD_DIM);
             UNROLL for (int part = 1; part < HEAD_PARTS; part++)
@@ -55,36 +58,37 @@ INLINE void attend_block(struct decode_head *head, const float *q, const kv_t *k
     }
     int i = 0;
     for (; i + 2 <= n; i += 2) {
-        const kv_t *row = vals + (size_t)i * KV_STRIDE;
+        const kv_t *row = vals + kv_row(slot, first + i), *next = vals + kv_row(slot, first + i + 1);
         UNROLL for (int part = 0; part < HEAD_PARTS; part++) {
             even[part] = fma_v(load_kv(row, part), splat(scores[i]), even[part]);
-            odd[part] = fma_v(load_kv(row + KV_STRIDE, part), splat(scores[i + 1]), odd[part]);
+            odd[part] = fma_v(load_kv(next, part), splat(scores[i + 1]), odd[part]);
         }
     }
     if (i < n) {
+        const kv_t *row = vals + kv_row(slot, first + i);
         UNROLL for (int part = 0; part < HEAD_PARTS; part++)
-            even[part] = fma_v(load_kv(vals + (size_t)i * KV_STRIDE, part), splat(scores[i]), even[part]);
+            even[part] = fma_v(load_kv(row, part), splat(scores[i]), even[part]);
     }
     UNROLL for (int part = 0; part < HEAD_PARTS; part++) head->out[part] = even[part] + odd[part];
 }
 
 INLINE void attention(const struct arguments *arg, int share, int n_shares) {
     const float *q = arg->q;
-    const kv_t *k_cache = arg->k_cache, *v_cache = arg->v_cache;
     float *out = arg->out;
-    int position = arg->state[1];
+    struct kv_slot slot = kv_slot(arg->state, 0);
+    int position = position_of(arg->state, 0);
     int start = first_seen(position), head_begin, head_end;
     split(HEADS, share, n_shares, &head_begin, &head_end);
     for (int head = head_begin; head < head_end;) {
         int kv_head = head / PER_KV;
+        const kv_t *keys = arg->k_cache + kv_head * HEAD_DIM, *vals = arg->v_cache + kv_head * HEAD_DIM;
         int n_heads = min_i(head_end, (kv_head + 1) * PER_KV) - head;
         struct decode_head heads[PER_KV];
         for (int i = 0; i < n_heads; i++) heads[i] = (struct decode_head){.max = LOWEST};
         for (int base = start; base <= position; base += POSITIONS) {
-            size_t offset = (size_t)base * KV_STRIDE + kv_head * HEAD_DIM;
             int n = min_i(POSITIONS, position + 1 - base);
             for (int i = 0; i < n_heads; i++)
-                attend_block(&heads[i], q + (head + i) * HEAD_DIM, k_cache + offset, v_cache + offset, n);
+                attend_block(&heads[i], q + (head + i) * HEAD_DIM, keys, vals, slot, base, n);
         }
         for (int i = 0; i < n_heads; i++) {
             for (int part = 0; part < HEAD_PARTS; part++)

@@ -1,6 +1,7 @@
 // Attention of many tokens. Lanes are queries: (token, head) pairs that read one KV head, QUERIES of
-// them to a tile, token by token. Keys and values enter as broadcasts, so that scores, maxima, masks
-// and sums need no reduction across lanes. Shares take tiles in turn, as later tiles see more rows.
+// them to a tile, token by token; a tile is cut where a token does not continue the one before it. Keys
+// and values enter as broadcasts, so that scores, maxima, masks and sums need no reduction across lanes.
+// Shares take tiles in turn, as later tiles see more rows.
 #ifndef GQSA_ATTENTION_PREFILL_H
 #define GQSA_ATTENTION_PREFILL_H
 
@@ -85,39 +86,41 @@ INLINE void block_values(struct prefill_tile *tile) {
     }
 }
 
-// Queries query .. query + QUERIES - 1 of one KV head; query = token * PER_KV + head within the KV head.
-// Not inlined: a tile has its own stack, up to 0.6 MiB at HEAD_DIM 256.
-static __attribute__((noinline)) void attend_tile(const struct arguments *arg, int kv_head, int query, int n_queries) {
-    const kv_t *k_cache = arg->k_cache, *v_cache = arg->v_cache;
-    int position = arg->state[1];
+// Queries begin .. end - 1 of one KV head, QUERIES at most; query = token * PER_KV + head within the KV head.
+// Their tokens have one slot and positions rising by one. Not inlined: a tile has its own stack, up to
+// 0.6 MiB at HEAD_DIM 256.
+static __attribute__((noinline)) void attend_tile(const struct arguments *arg, int kv_head, int begin, int end) {
+    const kv_t *k_cache = arg->k_cache + kv_head * HEAD_DIM, *v_cache = arg->v_cache + kv_head * HEAD_DIM;
+    const int32_t *state = arg->state;
+    const struct kv_slot slot = kv_slot(state, begin / PER_KV);
+    const int first_position = position_of(state, begin / PER_KV);
+    const int last_position = position_of(state, (end - 1) / PER_KV);
     struct prefill_tile tile;
     for (int i = 0; i < QUERIES; i++) {  // a short tile repeats its last query
-        int at = min_i(query + i, n_queries - 1), token = at / PER_KV;
+        int at = min_i(begin + i, end - 1), token = at / PER_KV;
         const float *q = arg->q + (size_t)token * Q_STRIDE
                          + (kv_head * PER_KV + at % PER_KV) * HEAD_DIM;
         for (int d = 0; d < HEAD_DIM; d++) ((float *)tile.q[d])[i] = q[d] * SCALE;
-        ((int32_t *)tile.first)[i] = first_seen(position + token);
-        ((int32_t *)tile.last)[i] = position + token;
+        ((int32_t *)tile.first)[i] = first_seen(position_of(state, token));
+        ((int32_t *)tile.last)[i] = position_of(state, token);
     }
     memset(tile.out, 0, sizeof tile.out);
     for (int part = 0; part < QUERY_PARTS; part++) tile.max[part] = splat(LOWEST), tile.sum[part] = splat(0.0f);
-    int first_token = query / PER_KV, last_token = min_i(query + QUERIES - 1, n_queries - 1) / PER_KV;
-    int end = position + last_token + 1;
-    for (int base = first_seen(position + first_token); base < end; base += POSITIONS) {
+    for (int base = first_seen(first_position); base <= last_position; base += POSITIONS) {
         for (int row = 0; row < POSITIONS; row++) {
-            size_t offset = (size_t)min_i(base + row, end - 1) * KV_STRIDE + kv_head * HEAD_DIM;
+            size_t offset = kv_row(slot, min_i(base + row, last_position));
             for (int part = 0; part < HEAD_PARTS; part++) {
                 store(tile.keys[row] + part * VW, load_kv(k_cache + offset, part));
                 store(tile.vals[row] + part * VW, load_kv(v_cache + offset, part));
             }
         }
-        int masked = base + POSITIONS - 1 > position + first_token || base < first_seen(position + last_token);
+        int masked = base + POSITIONS - 1 > first_position || base < first_seen(last_position);
         block_scores(&tile);
         block_softmax(&tile, base, masked);
         block_values(&tile);
     }
-    for (int i = 0; i < min_i(QUERIES, n_queries - query); i++) {
-        int at = query + i;
+    for (int i = 0; i < end - begin; i++) {
+        int at = begin + i;
         float *out = arg->out + (size_t)(at / PER_KV) * OUT_STRIDE
                      + (kv_head * PER_KV + at % PER_KV) * HEAD_DIM;
         float scale = 1.0f / ((const float *)tile.sum)[i];
@@ -125,11 +128,25 @@ static __attribute__((noinline)) void attend_tile(const struct arguments *arg, i
     }
 }
 
+// Whether a token continues the one before it: the same slot, the next position.
+INLINE int follows(const int32_t *state, int token) {
+    return slot_of(state, token) == slot_of(state, token - 1)
+           && position_of(state, token) == position_of(state, token - 1) + 1;
+}
+
 INLINE void attention(const struct arguments *arg, int share, int n_shares) {
-    int n_queries = arg->state[0] * PER_KV;
+    int n_queries = count_tokens(TOKENS, arg->state) * PER_KV;
     int tiles = (n_queries + QUERIES - 1) / QUERIES;
-    for (int unit = share; unit < tiles * KV_HEADS; unit += n_shares)
-        attend_tile(arg, unit % KV_HEADS, unit / KV_HEADS * QUERIES, n_queries);
+    for (int unit = share; unit < tiles * KV_HEADS; unit += n_shares) {
+        int begin = unit / KV_HEADS * QUERIES, limit = min_i(begin + QUERIES, n_queries);
+        while (begin < limit) {
+            int token = begin / PER_KV + 1;
+            while (token * PER_KV < limit && follows(arg->state, token)) token++;
+            int end = min_i(token * PER_KV, limit);
+            attend_tile(arg, unit % KV_HEADS, begin, end);
+            begin = end;
+        }
+    }
 }
 
 #endif

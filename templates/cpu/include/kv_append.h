@@ -5,17 +5,9 @@
 #ifndef GQSA_KV_APPEND_H
 #define GQSA_KV_APPEND_H
 
-#include "vec.h"
+#include "kv_cache.h"
 
 #define HALF (ROTARY_DIM / 2)
-
-#if KV_F16
-typedef _Float16 kv_t;
-#define store_kv_n store_f16_n
-#else
-typedef float kv_t;
-#define store_kv_n store_n
-#endif
 
 // to[0 .. HEAD_DIM) = head rotated; `to` may be `head`. rope: cos[HALF], sin[HALF].
 INLINE void rotate(const float *head, const float *rope, float *to) {
@@ -38,19 +30,19 @@ INLINE void kv_append(const struct arguments *arg, int share, int n_shares) {
     const float *k = arg->k, *v = arg->v, *rope = arg->rope;
     kv_t *k_cache = arg->k_cache, *v_cache = arg->v_cache;
     const int32_t *state = arg->state;
-    int n_tokens = TOKENS == 1 ? 1 : state[0], begin, end;
+    int n_tokens = count_tokens(TOKENS, state), begin, end;
     split(n_tokens * (HEADS + KV_HEADS), share, n_shares, &begin, &end);
     for (int unit = begin; unit < end; unit++) {
         int token = unit / (HEADS + KV_HEADS), head = unit % (HEADS + KV_HEADS);
-        size_t position = (size_t)state[1] + token;
-        const float *angles = rope + position * ROTARY_DIM;
+        int position = position_of(state, token);
+        const float *angles = rope + (size_t)position * ROTARY_DIM;
         if (head < HEADS) {
             float *at = q + (size_t)token * Q_STRIDE + head * HEAD_DIM;
             if (ROTARY_DIM) rotate(at, angles, at);
             continue;
         }
         head -= HEADS;
-        size_t row = (position * KV_HEADS + head) * HEAD_DIM;
+        size_t row = kv_row(kv_slot(state, token), position) + head * HEAD_DIM;
         float rotated[HEAD_DIM];
         rotate(k + (size_t)token * K_STRIDE + head * HEAD_DIM, angles, rotated);
         store_row(k_cache + row, rotated);

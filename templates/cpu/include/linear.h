@@ -4,6 +4,7 @@
 #ifndef GQSA_LINEAR_H
 #define GQSA_LINEAR_H
 
+#include "state.h"
 #include "vmath.h"
 
 // sums: of rows row .. row + n - 1 of one token, n <= VW. out and residual may be the same memory.

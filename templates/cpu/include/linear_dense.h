@@ -47,7 +47,7 @@ INLINE void linear_dense(const struct arguments *arg, int share, int n_shares) {
     const _Float16 *weight = arg->weight;
     const float *bias = arg->bias, *residual = arg->residual;
     float *out = arg->out;
-    int n_tokens = TOKENS == 1 ? 1 : arg->state[0];
+    int n_tokens = count_tokens(TOKENS, arg->state);
     int begin, end;
     split((ROWS + BLOCK - 1) / BLOCK, share, n_shares, &begin, &end);
     for (int block = begin; block < end; block++) {

@@ -150,7 +150,7 @@ INLINE void place_token(const struct arguments *arg, struct token *to, int token
 }
 
 INLINE void linear_records(const struct arguments *arg, int share, int n_shares) {
-    const int n_tokens = count_tokens(arg->state);
+    const int n_tokens = count_tokens(TOKENS, arg->state);
     if (n_tokens <= FEW) {
         const int begin = first_block(arg, share, n_shares), end = first_block(arg, share + 1, n_shares);
         if (begin == end) return;

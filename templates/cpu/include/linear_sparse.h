@@ -161,7 +161,7 @@ INLINE void linear_sparse(const struct arguments *arg, int share, int n_shares) 
     float packed[K / VW][TILE][VW] __attribute__((aligned(64)));
     // Shares take whole tiles, and parts of their rows only where there are fewer tiles than shares: a
     // tile is packed once for each part.
-    const int n_tokens = TOKENS == 1 ? 1 : arg->state[0];
+    const int n_tokens = count_tokens(TOKENS, arg->state);
     const int n_tiles = (n_tokens + TILE - 1) / TILE;
     const int parts = min_i(N_TASKS, (n_shares + n_tiles - 1) / n_tiles);
     for (int unit = share; unit < n_tiles * parts; unit += n_shares) {

@@ -7,6 +7,7 @@
 #define GQSA_QUANTIZED_ROWS_H
 
 #define VW 16
+#include "state.h"
 #include "vmath.h"
 
 #define TILE 64
@@ -15,9 +16,6 @@
 #define Q_MAX 32639.0f  // 127 * 256 + 127
 
 enum { NO_NORM, RMS_NORM, LAYER_NORM };
-
-// Where the number of tokens stands in the state: here alone.
-INLINE int count_tokens(const int32_t *state) { return TOKENS == 1 ? 1 : state[0]; }
 
 // factor: 1 / the root of the mean square, of what is left after the mean for a layer norm.
 struct norm {

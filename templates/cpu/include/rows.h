@@ -2,6 +2,7 @@
 #ifndef GQSA_ROWS_H
 #define GQSA_ROWS_H
 
+#include "state.h"
 #include "vmath.h"
 
 #define COLUMNS 256  // columns of one row that a share takes at a time

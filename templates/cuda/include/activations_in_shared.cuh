@@ -7,16 +7,10 @@
 #pragma once
 #include "common.cuh"
 
-constexpr int MAX_STAGED_BYTES = 96 * 1024;  // as in cuda_launch.py: leaves sm_86/89/120 their reserve
-
-template <int K, int UNIT>
+// K and UNIT, in floats. STRIDE: of the planes, in float4; made by cuda_launch.py, as is whether all of it fits.
+template <int K, int UNIT, int STRIDE>
 struct StagedActivations {
     static constexpr int PLANES = UNIT / 4;
-    static constexpr int UNITS = K / UNIT;
-    static constexpr int SKEW = PLANES > 1 ? 8 / PLANES : 0;  // stride % 8
-    static constexpr int STRIDE = UNITS + (SKEW - UNITS % 8 + 8) % 8;
-    static constexpr int BYTES = PLANES * STRIDE * 16;
-    static constexpr bool FITS = BYTES <= MAX_STAGED_BYTES;
 
     // All threads of the block call it, then __syncthreads().
     static __device__ __forceinline__ void stage(float4* shared, const float* x) {

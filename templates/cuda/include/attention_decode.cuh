@@ -6,7 +6,8 @@
 #pragma once
 #include "kv_cache.cuh"
 
-// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache. Shared memory: [warps, HEAD_DIM + 2] floats.
+// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache. Shared memory: [warps, PARTIAL] floats, of each warp its
+// values [HEAD_DIM], largest score and sum.
 template <class C>
 __device__ __forceinline__ void attention_decode(const float* q, const typename C::Cache::Element* k_cache,
                                                  const typename C::Cache::Element* v_cache, float* out,
@@ -17,17 +18,17 @@ __device__ __forceinline__ void attention_decode(const float* q, const typename 
     constexpr int PER_LANE = ceil_div(VECTORS, LANES);
     constexpr int KEYS_AT_ONCE = WARP / LANES;
     constexpr int UNROLL = PER_LANE * VECTOR <= 8 ? 4 : 1;  // keys that a group has in flight
-    constexpr int ROW = C::KV_HEADS * C::HEAD_DIM;
     GQSA_DYNAMIC_SHARED(float, shared);
 
     wait_for_inputs();
     let_dependents_start();
     const int head = blockIdx.x, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const int lane = threadIdx.x % LANES, group = threadIdx.x % WARP / LANES;
-    const int length = state[1] + 1;
-    const int first = C::WINDOW > 0 ? max(0, length - C::WINDOW) : 0;
+    const int length = position_of(state, 0) + 1;
+    const KvSlot<C::KV_HEADS * C::HEAD_DIM> slot(state, 0);
     k_cache += head / (C::HEADS / C::KV_HEADS) * C::HEAD_DIM;
     v_cache += head / (C::HEADS / C::KV_HEADS) * C::HEAD_DIM;
+    const int first = C::WINDOW > 0 ? max(0, length - C::WINDOW) : 0;
 
     const auto load = [&](const typename C::Cache::Element* row, float (*to)[VECTOR]) {
 #pragma unroll
@@ -60,7 +61,7 @@ __device__ __forceinline__ void attention_decode(const float* q, const typename 
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
             const int position = min(start + u * KEYS_AT_ONCE + group, length - 1);
-            load(k_cache + (size_t)position * ROW, keys[u]);
+            load(k_cache + slot.row(position), keys[u]);
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
@@ -85,7 +86,7 @@ __device__ __forceinline__ void attention_decode(const float* q, const typename 
             const int position = start + u * KEYS_AT_ONCE + group;
             if (position >= length) continue;
             float row[PER_LANE][VECTOR];
-            load(v_cache + (size_t)position * ROW, row);
+            load(v_cache + slot.row(position), row);
             const float weight = expf(score[u] - largest);
             sum += weight;
 #pragma unroll
@@ -108,7 +109,7 @@ __device__ __forceinline__ void attention_decode(const float* q, const typename 
                 values[i][e] = values[i][e] * mine + __shfl_xor_sync(ALL_LANES, values[i][e], offset) * theirs;
         largest = new_largest;
     }
-    float* partial = shared + warp * (C::HEAD_DIM + 2);
+    float* partial = shared + warp * C::PARTIAL;
     if (group == 0) {
 #pragma unroll
         for (int i = 0; i < PER_LANE; ++i)
@@ -122,9 +123,9 @@ __device__ __forceinline__ void attention_decode(const float* q, const typename 
     __syncthreads();
     for (int d = threadIdx.x; d < C::HEAD_DIM; d += blockDim.x) {
         float top = LOWEST, total = 0.0f, value = 0.0f;
-        for (int w = 0; w < warps; ++w) top = fmaxf(top, shared[w * (C::HEAD_DIM + 2) + C::HEAD_DIM]);
+        for (int w = 0; w < warps; ++w) top = fmaxf(top, shared[w * C::PARTIAL + C::HEAD_DIM]);
         for (int w = 0; w < warps; ++w) {
-            const float* from = shared + w * (C::HEAD_DIM + 2);
+            const float* from = shared + w * C::PARTIAL;
             const float weight = expf(from[C::HEAD_DIM] - top);
             total = fmaf(from[C::HEAD_DIM + 1], weight, total);
             value = fmaf(from[d], weight, value);

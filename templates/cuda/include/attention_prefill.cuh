@@ -1,5 +1,6 @@
 // Causal attention of many tokens, flash style on CUDA cores in f32: a block takes QUERIES tokens of one
-// head and walks the cache in tiles of KEYS rows that all its queries share through shared memory.
+// head and walks the cache in tiles of KEYS rows that all its queries share through shared memory. Tokens
+// share rows where they follow one another in one slot, so the block takes its tokens run by run.
 //
 // 256 threads stand as 16 x 16: thread (ty, tx) owns queries ty * PER_THREAD .., keys tx + 16 j of each
 // tile and dims (tx + 16 j) * 4 .. + 3 of the output. The 16 threads of a ty are half a warp, so the
@@ -7,45 +8,48 @@
 #pragma once
 #include "kv_cache.cuh"
 
-// Sizes are the same as in cuda_launch.py.
-template <int HEAD_DIM>
+// C: QUERIES, KEYS; floats from row to row: STRIDE of the tiles, WEIGHT_STRIDE of the weights.
+template <class C>
 struct AttentionTile {
-    static constexpr int QUERIES = HEAD_DIM <= 128 ? 64 : 32;
-    static constexpr int KEYS = HEAD_DIM <= 128 ? 32 : 16;
-    static constexpr int PER_THREAD = QUERIES / 16;
-    static constexpr int DIMS = ceil_div(HEAD_DIM, 4) * 4;
-    static constexpr int STRIDE = DIMS + 4;  // floats from row to row, against bank conflicts
-    static constexpr int P_STRIDE = KEYS + 1;
+    static constexpr int PER_THREAD = C::QUERIES / 16;
+    static constexpr int DIMS = ceil_div(C::HEAD_DIM, 4) * 4;
     static constexpr int PIECES = ceil_div(DIMS / 4, 16);  // float4 pieces of the output per query and thread
 };
 
-// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache, Q_STRIDE, OUT_STRIDE.
-// Shared memory, floats: queries [QUERIES, STRIDE], keys and values [KEYS, STRIDE], weights [QUERIES, P_STRIDE].
+// End of the run that begins with token `first`: of the tokens up to `limit` that have its slot and
+// positions rising by one. All lanes of the warp call it.
+__device__ __forceinline__ int run_end(const int* state, int first, int limit) {
+    int end = limit;
+    for (int token = limit - 1 - threadIdx.x % WARP; token > first; token -= WARP)
+        if (slot_of(state, token) != slot_of(state, token - 1) ||
+            position_of(state, token) != position_of(state, token - 1) + 1)
+            end = token;
+#pragma unroll
+    for (int offset = WARP / 2; offset > 0; offset /= 2) end = min(end, __shfl_xor_sync(ALL_LANES, end, offset));
+    return end;
+}
+
+// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache, Q_STRIDE, OUT_STRIDE and what AttentionTile needs.
+// Shared memory, floats: queries [QUERIES, STRIDE], keys and values [KEYS, STRIDE], weights [QUERIES, WEIGHT_STRIDE].
+// k_cache and v_cache: of the head. Queries first_query .. last_query are a run.
 template <class C>
-__device__ __forceinline__ void attention_prefill(const float* q, const typename C::Cache::Element* k_cache,
-                                                  const typename C::Cache::Element* v_cache, float* out,
-                                                  const int* state) {
-    using T = AttentionTile<C::HEAD_DIM>;
-    constexpr int ROW = C::KV_HEADS * C::HEAD_DIM;
+__device__ __forceinline__ void attend_run(const float* q, const typename C::Cache::Element* k_cache,
+                                           const typename C::Cache::Element* v_cache, float* out, const int* state,
+                                           int first_query, int last_query) {
+    using T = AttentionTile<C>;
     GQSA_DYNAMIC_SHARED(float4, shared);
     float* const q_tile = reinterpret_cast<float*>(shared);
-    float* const k_tile = q_tile + T::QUERIES * T::STRIDE;
-    float* const v_tile = k_tile + T::KEYS * T::STRIDE;
-    float* const p_tile = v_tile + T::KEYS * T::STRIDE;
+    float* const k_tile = q_tile + C::QUERIES * C::STRIDE;
+    float* const v_tile = k_tile + C::KEYS * C::STRIDE;
+    float* const p_tile = v_tile + C::KEYS * C::STRIDE;
 
-    wait_for_inputs();
-    let_dependents_start();
-    const int n_tokens = state[0], position = state[1];
-    const int head = blockIdx.x, first_query = blockIdx.y * T::QUERIES;
-    if (first_query >= n_tokens) return;
-    const int last_query = min(first_query + T::QUERIES, n_tokens) - 1;
+    const int head = blockIdx.x, position = position_of(state, first_query);
+    const KvSlot<C::KV_HEADS * C::HEAD_DIM> slot(state, first_query);
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-    k_cache += head / (C::HEADS / C::KV_HEADS) * C::HEAD_DIM;
-    v_cache += head / (C::HEADS / C::KV_HEADS) * C::HEAD_DIM;
 
-    for (int i = threadIdx.x; i < T::QUERIES * T::DIMS; i += blockDim.x) {
+    for (int i = threadIdx.x; i < C::QUERIES * T::DIMS; i += blockDim.x) {
         const int row = i / T::DIMS, d = i % T::DIMS;
-        q_tile[row * T::STRIDE + d] = first_query + row <= last_query && d < C::HEAD_DIM
+        q_tile[row * C::STRIDE + d] = first_query + row <= last_query && d < C::HEAD_DIM
             ? q[(size_t)(first_query + row) * C::Q_STRIDE + head * C::HEAD_DIM + d] * C::SCALE
             : 0.0f;
     }
@@ -55,33 +59,32 @@ __device__ __forceinline__ void attention_prefill(const float* q, const typename
 #pragma unroll
     for (int i = 0; i < T::PER_THREAD; ++i) largest[i] = LOWEST;
 
-    // Rows that some query of this block sees; all others count as zero and are never read.
-    const int rows_end = position + last_query + 1;
-    const int rows_begin = C::WINDOW > 0 ? max(0, position + first_query + 1 - C::WINDOW) : 0;
-    for (int start = rows_begin; start < rows_end; start += T::KEYS) {
+    // Rows that some query of this run sees; all others count as zero and are never read.
+    const int rows_end = position + last_query - first_query + 1;
+    const int rows_begin = C::WINDOW > 0 ? max(0, position + 1 - C::WINDOW) : 0;
+    for (int start = rows_begin; start < rows_end; start += C::KEYS) {
         __syncthreads();
-        for (int i = threadIdx.x; i < T::KEYS * T::DIMS; i += blockDim.x) {
+        for (int i = threadIdx.x; i < C::KEYS * T::DIMS; i += blockDim.x) {
             const int row = i / T::DIMS, d = i % T::DIMS;
             const bool valid = start + row < rows_end && d < C::HEAD_DIM;
-            const size_t at = (size_t)(start + row) * ROW + d;
-            k_tile[row * T::STRIDE + d] = valid ? C::Cache::load(k_cache + at) : 0.0f;
-            v_tile[row * T::STRIDE + d] = valid ? C::Cache::load(v_cache + at) : 0.0f;
+            k_tile[row * C::STRIDE + d] = valid ? C::Cache::load(k_cache + slot.row(start + row) + d) : 0.0f;
+            v_tile[row * C::STRIDE + d] = valid ? C::Cache::load(v_cache + slot.row(start + row) + d) : 0.0f;
         }
         __syncthreads();
 
-        float score[T::PER_THREAD][T::KEYS / 16] = {};
+        float score[T::PER_THREAD][C::KEYS / 16] = {};
 #pragma unroll 4
         for (int d = 0; d < T::DIMS; d += 4) {
-            float4 key[T::KEYS / 16];
+            float4 key[C::KEYS / 16];
 #pragma unroll
-            for (int j = 0; j < T::KEYS / 16; ++j)
-                key[j] = *reinterpret_cast<const float4*>(k_tile + (tx + 16 * j) * T::STRIDE + d);
+            for (int j = 0; j < C::KEYS / 16; ++j)
+                key[j] = *reinterpret_cast<const float4*>(k_tile + (tx + 16 * j) * C::STRIDE + d);
 #pragma unroll
             for (int i = 0; i < T::PER_THREAD; ++i) {
                 const float4 query =
-                    *reinterpret_cast<const float4*>(q_tile + (ty * T::PER_THREAD + i) * T::STRIDE + d);
+                    *reinterpret_cast<const float4*>(q_tile + (ty * T::PER_THREAD + i) * C::STRIDE + d);
 #pragma unroll
-                for (int j = 0; j < T::KEYS / 16; ++j) {
+                for (int j = 0; j < C::KEYS / 16; ++j) {
                     score[i][j] = fmaf(query.x, key[j].x, score[i][j]);
                     score[i][j] = fmaf(query.y, key[j].y, score[i][j]);
                     score[i][j] = fmaf(query.z, key[j].z, score[i][j]);
@@ -91,11 +94,11 @@ __device__ __forceinline__ void attention_prefill(const float* q, const typename
         }
 #pragma unroll
         for (int i = 0; i < T::PER_THREAD; ++i) {
-            const int query = ty * T::PER_THREAD + i, row = position + first_query + query;
-            bool seen[T::KEYS / 16];
+            const int query = ty * T::PER_THREAD + i, row = position + query;
+            bool seen[C::KEYS / 16];
             float new_largest = largest[i];
 #pragma unroll
-            for (int j = 0; j < T::KEYS / 16; ++j) {
+            for (int j = 0; j < C::KEYS / 16; ++j) {
                 const int column = start + tx + 16 * j;
                 seen[j] = column <= row && column < rows_end && (C::WINDOW == 0 || column > row - C::WINDOW);
                 if (seen[j]) new_largest = fmaxf(new_largest, score[i][j]);
@@ -105,10 +108,10 @@ __device__ __forceinline__ void attention_prefill(const float* q, const typename
             largest[i] = new_largest;
             float tile_sum = 0.0f;
 #pragma unroll
-            for (int j = 0; j < T::KEYS / 16; ++j) {
+            for (int j = 0; j < C::KEYS / 16; ++j) {
                 const float weight = seen[j] ? expf(score[i][j] - new_largest) : 0.0f;
                 tile_sum += weight;
-                p_tile[query * T::P_STRIDE + tx + 16 * j] = weight;
+                p_tile[query * C::WEIGHT_STRIDE + tx + 16 * j] = weight;
             }
             sum[i] = sum[i] * shrink + segment_sum<16>(tile_sum);
 #pragma unroll
@@ -119,15 +122,16 @@ __device__ __forceinline__ void attention_prefill(const float* q, const typename
         }
         __syncwarp();  // a query's weights are written and read by the same half warp
 #pragma unroll 4
-        for (int key = 0; key < T::KEYS; ++key) {
+        for (int key = 0; key < C::KEYS; ++key) {
             float weight[T::PER_THREAD];
 #pragma unroll
-            for (int i = 0; i < T::PER_THREAD; ++i) weight[i] = p_tile[(ty * T::PER_THREAD + i) * T::P_STRIDE + key];
+            for (int i = 0; i < T::PER_THREAD; ++i)
+                weight[i] = p_tile[(ty * T::PER_THREAD + i) * C::WEIGHT_STRIDE + key];
 #pragma unroll
             for (int j = 0; j < T::PIECES; ++j) {
                 const int d = (tx + 16 * j) * 4;
                 if (d >= T::DIMS) continue;
-                const float4 value = *reinterpret_cast<const float4*>(v_tile + key * T::STRIDE + d);
+                const float4 value = *reinterpret_cast<const float4*>(v_tile + key * C::STRIDE + d);
 #pragma unroll
                 for (int i = 0; i < T::PER_THREAD; ++i) {
                     values[i][j].x = fmaf(weight[i], value.x, values[i][j].x);
@@ -153,5 +157,21 @@ __device__ __forceinline__ void attention_prefill(const float* q, const typename
                 if (d < C::HEAD_DIM) row[d] = v[e] / sum[i];
             }
         }
+    }
+}
+
+template <class C>
+__device__ __forceinline__ void attention_prefill(const float* q, const typename C::Cache::Element* k_cache,
+                                                  const typename C::Cache::Element* v_cache, float* out,
+                                                  const int* state) {
+    wait_for_inputs();
+    let_dependents_start();
+    const int kv_head = blockIdx.x / (C::HEADS / C::KV_HEADS);
+    const int begin = blockIdx.y * C::QUERIES, end = min(begin + C::QUERIES, count_tokens(state));
+    for (int first = begin; first < end;) {
+        const int next = run_end(state, first, end);
+        if (first > begin) __syncthreads();  // the last run's tiles may still be read
+        attend_run<C>(q, k_cache + kv_head * C::HEAD_DIM, v_cache + kv_head * C::HEAD_DIM, out, state, first, next - 1);
+        first = next;
     }
 }

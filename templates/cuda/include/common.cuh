@@ -10,20 +10,20 @@ constexpr float LOWEST = -3.402823466e38f;  // finite: LOWEST - LOWEST is 0, not
 
 enum Activation { NONE, RELU, SILU, GELU, GELU_TANH };
 
-// state: i32 [2] {n_tokens, position}. The decode variant holds one token and must not read state[0].
+// state: i32 [2 + 2 * max_tokens] {n_tokens, context, then slot and position of each token}. Kernels read it
+// through these functions alone.
+__device__ __forceinline__ int count_tokens(const int* state) { return state[0]; }
+__device__ __forceinline__ int context_of(const int* state) { return state[1]; }
+__device__ __forceinline__ int slot_of(const int* state, int token) { return state[2 + 2 * token]; }
+__device__ __forceinline__ int position_of(const int* state, int token) { return state[3 + 2 * token]; }
+
+// For a kernel of TOKENS: the decode variant holds one token and must not read the count.
 template <int TOKENS>
 __device__ __forceinline__ int count_tokens(const int* state) {
-    return TOKENS == 1 ? 1 : state[0];
+    return TOKENS == 1 ? 1 : count_tokens(state);
 }
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-// Largest power of two that is at most x, within [low, high] (powers of two).
-__host__ __device__ constexpr int power_of_two_below(int x, int low, int high) {
-    int power = low;
-    while (power * 2 <= x && power < high) power *= 2;
-    return power;
-}
 
 __host__ __device__ constexpr int power_of_two_above(int x) {
     int power = 1;

@@ -1,4 +1,4 @@
-// Units: what one lane loads and multiplies at a time, min(G, 16) weights of one kept group.
+// Units: what one lane loads and multiplies at a time, up to 16 weights of one kept group.
 //
 // values: [nnz, G * bits / 8] bytes, element i of a group at bit i * bits, little-endian.
 // groups: [nnz] words, fp16 scale | column << 16 | zero << 28. Groups of more than 16 weights are
@@ -33,10 +33,10 @@ struct Packed<16> {
     }
 };
 
-template <int GROUP_SIZE, int BITS>
+template <int GROUP_SIZE, int BITS, int UNIT>
 struct Units {
     static_assert(BITS == 2 || BITS == 4 || BITS == 8, "groups have 2, 4 or 8 bits");
-    static constexpr int WEIGHTS = GROUP_SIZE < 16 ? GROUP_SIZE : 16;  // per unit
+    static constexpr int WEIGHTS = UNIT;
     static constexpr int PER_GROUP = GROUP_SIZE / WEIGHTS;
     static constexpr int BYTES = WEIGHTS * BITS / 8;
     using Load = typename Packed<BYTES>::Load;

@@ -1,6 +1,19 @@
-// Elements of the KV cache, f16 or f32: [context, kv_heads, head_dim], both caches alike.
+// The KV cache, f16 or f32 [slots, context, kv_heads, head_dim], both caches alike: where its rows lie, and
+// its elements.
 #pragma once
 #include "common.cuh"
+
+// Where the rows of a token's slot lie, in elements from the start of a cache. Nothing else knows it. ROW: elements
+// of a row, kv_heads * head_dim. What all rows of the slot share is worked out once.
+template <int ROW>
+struct KvSlot {
+    size_t first;
+
+    __device__ __forceinline__ KvSlot(const int* state, int token)
+        : first((size_t)slot_of(state, token) * context_of(state) * ROW) {}
+
+    __device__ __forceinline__ size_t row(int position) const { return first + (size_t)position * ROW; }
+};
 
 struct CacheF16 {
     using Element = unsigned short;

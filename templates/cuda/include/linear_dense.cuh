@@ -4,17 +4,15 @@
 #include "epilogue.cuh"
 #include "group_units.cuh"
 
-// C: ROWS, K, X_STRIDE and what epilogue.cuh needs. SEGMENT and ROW_STEPS are the same as in cuda_launch.py.
+// C: ROWS, K, X_STRIDE and what epilogue.cuh needs; CHUNK: weights per load, 8 or 1; SEGMENT: lanes of a row;
+// ROW_STEPS: sets of rows that a warp takes one after another; STAGED: x stands in shared memory, its planes
+// STAGE_STRIDE apart.
 template <class C>
 struct DenseWalk {
-    static constexpr bool VECTOR = C::K % 8 == 0;  // otherwise rows do not start on 16 bytes
-    static constexpr int CHUNK = VECTOR ? 8 : 1;   // weights per load
-    static constexpr int CHUNKS = C::K / CHUNK;
-    static constexpr int SEGMENT = power_of_two_below(CHUNKS / 8, 4, WARP);
-    static constexpr int ROWS_AT_ONCE = WARP / SEGMENT;
+    static constexpr bool VECTOR = C::CHUNK == 8;
+    static constexpr int CHUNK = C::CHUNK, CHUNKS = C::K / CHUNK;
+    static constexpr int SEGMENT = C::SEGMENT, ROWS_AT_ONCE = WARP / SEGMENT;
     static constexpr int UNROLL = 4;
-    // Sets of rows that a warp takes one after another: with many rows, fewer blocks stage x.
-    static constexpr int ROW_STEPS = C::ROWS > 16384 ? 4 : 1;
 
     using Load = typename Packed<VECTOR ? 16 : 2>::Load;
 
@@ -26,13 +24,12 @@ struct DenseWalk {
     }
 };
 
-// TILE: 1 for decode, otherwise the tokens of a block row. Decode stages x in shared memory if it fits.
+// TILE: 1 for decode, otherwise the tokens of a block row.
 template <class C, int TILE>
 __device__ __forceinline__ void linear_dense(const float* x, const unsigned short* weight, const float* bias,
                                              const float* residual, float* out, const int* state) {
     using Walk = DenseWalk<C>;
-    using Staged = StagedActivations<Walk::VECTOR ? C::K : 8, 8>;
-    constexpr bool STAGED = TILE == 1 && Walk::VECTOR && Staged::FITS;
+    using Staged = StagedActivations<C::K, 8, C::STAGE_STRIDE>;
     constexpr int KEPT = ceil_div(TILE, Walk::SEGMENT);
     GQSA_DYNAMIC_SHARED(float4, shared);
 
@@ -44,14 +41,14 @@ __device__ __forceinline__ void linear_dense(const float* x, const unsigned shor
     const int n_tokens = min(TILE, count_tokens<TILE>(state) - first_token);
     if (n_tokens <= 0) return;
     x += (size_t)first_token * C::X_STRIDE;
-    if (STAGED) {
+    if (C::STAGED) {
         Staged::stage(shared, x);
         __syncthreads();
     }
     const bool aligned = (TILE == 1 || C::X_STRIDE % 4 == 0) && is_aligned(x, 16);
 
-    for (int step = 0; step < Walk::ROW_STEPS; ++step) {
-        const int first_row = (warp * Walk::ROW_STEPS + step) * Walk::ROWS_AT_ONCE, row = first_row + segment;
+    for (int step = 0; step < C::ROW_STEPS; ++step) {
+        const int first_row = (warp * C::ROW_STEPS + step) * Walk::ROWS_AT_ONCE, row = first_row + segment;
         if (first_row >= C::ROWS) return;
         const bool valid = row < C::ROWS;
         const auto* w_row = reinterpret_cast<const typename Walk::Load*>(weight + (size_t)(valid ? row : 0) * C::K);
@@ -77,8 +74,9 @@ __device__ __forceinline__ void linear_dense(const float* x, const unsigned shor
                     if (Walk::VECTOR) {
 #pragma unroll
                         for (int j = 0; j < Walk::CHUNK / 4; ++j)
-                            sums[t] = dot4(STAGED ? Staged::piece(shared, chunk, j) : load4(x_chunk + 4 * j, aligned),
-                                           w + 4 * j, sums[t]);
+                            sums[t] = dot4(
+                                C::STAGED ? Staged::piece(shared, chunk, j) : load4(x_chunk + 4 * j, aligned),
+                                w + 4 * j, sums[t]);
                     } else {
                         sums[t] = fmaf(*x_chunk, w[0], sums[t]);
                     }

@@ -143,10 +143,15 @@ struct LinearRecords {
             int second;
             const unsigned char* const bytes = stream.take(second);
             if (2 * pair >= stream.begin && 2 * pair + 1 < stream.end) {
-                // Both at once: the one's arithmetic fills the other's waiting.
-                const Products a = multiply(bytes), b = multiply(bytes + second);
-                add(2 * pair, a);
-                add(2 * pair + 1, b);
+                if constexpr (TOKENS == 1) {
+                    // Both at once: the one's arithmetic fills the other's waiting.
+                    const Products a = multiply(bytes), b = multiply(bytes + second);
+                    add(2 * pair, a);
+                    add(2 * pair + 1, b);
+                } else {
+                    add(2 * pair, multiply(bytes));
+                    add(2 * pair + 1, multiply(bytes + second));
+                }
             } else {
                 add(max(2 * pair, stream.begin), multiply(bytes));
             }

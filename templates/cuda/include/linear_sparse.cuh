@@ -5,7 +5,8 @@
 #include "epilogue.cuh"
 #include "group_units.cuh"
 
-// C: ROWS, K, GROUP_SIZE, BITS, TASKS, X_STRIDE and what epilogue.cuh needs.
+// C: ROWS, K, GROUP_SIZE, BITS, TASKS, X_STRIDE, UNIT and what epilogue.cuh needs; for decode STAGED (x stands in
+// shared memory) and STAGE_STRIDE, for prefill SEGMENT.
 
 // Decode: one token. A warp walks its task's units as one stream, 32 at a step, whatever the rows: the
 // loads depend on nothing but the task's bounds, DEPTH steps are always in flight, and rows of any
@@ -14,8 +15,8 @@ template <class C>
 __device__ __forceinline__ void linear_sparse_decode(const float* x, const signed char* values, const int* groups,
                                                      const int* crow_indices, const int* tasks, const float* bias,
                                                      const float* residual, float* out) {
-    using U = Units<C::GROUP_SIZE, C::BITS>;
-    using Staged = StagedActivations<C::K, U::WEIGHTS>;
+    using U = Units<C::GROUP_SIZE, C::BITS, C::UNIT>;
+    using Staged = StagedActivations<C::K, C::UNIT, C::STAGE_STRIDE>;
     constexpr int DEPTH = C::BITS == 8 ? 4 : 6;
     GQSA_DYNAMIC_SHARED(float4, shared);
 
@@ -44,7 +45,7 @@ __device__ __forceinline__ void linear_sparse_decode(const float* x, const signe
     }
     wait_for_inputs();
     let_dependents_start();
-    if (Staged::FITS) {
+    if (C::STAGED) {
         Staged::stage(shared, x);
         __syncthreads();
     }
@@ -69,7 +70,7 @@ __device__ __forceinline__ void linear_sparse_decode(const float* x, const signe
             // Past the end a lane repeats an old unit; no row is left that would count it.
             const int column = U::column(now_word, index);
             float product = U::scale(now_word) * U::dot(now, now_word, [&](int j) {
-                return Staged::FITS ? Staged::piece(shared, column, j)
+                return C::STAGED ? Staged::piece(shared, column, j)
                                     : load4(x + column * U::WEIGHTS + 4 * j, aligned);
             });
             while (row_stop <= base + WARP) {
@@ -98,16 +99,16 @@ template <class C, int TILE>
 __device__ __forceinline__ void linear_sparse_prefill(const float* x, const signed char* values, const int* groups,
                                                       const int* crow_indices, const int* tasks, const float* bias,
                                                       const float* residual, float* out, const int* state) {
-    using U = Units<C::GROUP_SIZE, C::BITS>;
+    using U = Units<C::GROUP_SIZE, C::BITS, C::UNIT>;
     constexpr int UNROLL = 2;  // units in flight
-    constexpr int SEGMENT = power_of_two_below(C::K / U::WEIGHTS / 8, 4, WARP);
+    constexpr int SEGMENT = C::SEGMENT;
     constexpr int ROWS_AT_ONCE = WARP / SEGMENT;
     constexpr int KEPT = ceil_div(TILE, SEGMENT);  // tokens whose result a lane writes
 
     wait_for_inputs();
     let_dependents_start();
     const int first_token = blockIdx.y * TILE;
-    const int n_tokens = min(TILE, state[0] - first_token);
+    const int n_tokens = min(TILE, count_tokens(state) - first_token);
     const int task = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     if (n_tokens <= 0 || task >= C::TASKS) return;
     x += (size_t)first_token * C::X_STRIDE;

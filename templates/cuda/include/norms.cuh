@@ -3,12 +3,10 @@
 #pragma once
 #include "common.cuh"
 
-constexpr int MAX_WARP_NORM_WIDTH = 512;  // as in cuda_launch.py
-
-// C: WIDTH, HEADS, EPS, X_STRIDE, OUT_STRIDE. blockIdx.y: token.
+// C: WIDTH, HEADS, EPS, X_STRIDE, OUT_STRIDE, BY_WARP. blockIdx.y: token.
 template <class C, int TOKENS>
 __device__ __forceinline__ void rms_norm(const float* x, const float* weight, float* out, const int* state) {
-    constexpr bool BY_WARP = C::WIDTH <= MAX_WARP_NORM_WIDTH;
+    constexpr bool BY_WARP = C::BY_WARP;
     __shared__ float partials[WARP];
     wait_for_inputs();
     let_dependents_start();

@@ -12,15 +12,13 @@ __device__ __forceinline__ bool locate(const int* state, int& token, int& column
     return token < count_tokens<TOKENS>(state) && column < WIDTH;
 }
 
-// C: WIDTH, SOURCE_POSITIONS, POSITION_OFFSET, SCALE, ACCUMULATE, OUT_STRIDE. table: [vocab, WIDTH] halves.
+// C: WIDTH, SOURCE_POSITIONS, POSITION_OFFSET, SCALE, OUT_STRIDE. table: [vocab, WIDTH] halves.
 template <class C, int TOKENS>
 __device__ __forceinline__ void embedding(const int* ids, const unsigned short* table, float* out, const int* state) {
     int token, column;
     if (!locate<C::WIDTH, TOKENS>(state, token, column)) return;
-    const size_t row = C::SOURCE_POSITIONS ? state[1] + token + C::POSITION_OFFSET : ids[token];
-    const float value = half_to_float(table[row * C::WIDTH + column]) * C::SCALE;
-    float* to = out + (size_t)token * C::OUT_STRIDE + column;
-    *to = C::ACCUMULATE ? *to + value : value;
+    const size_t row = C::SOURCE_POSITIONS ? position_of(state, token) + C::POSITION_OFFSET : ids[token];
+    out[(size_t)token * C::OUT_STRIDE + column] = half_to_float(table[row * C::WIDTH + column]) * C::SCALE;
 }
 
 // C: WIDTH, ACTIVATION, GATE_STRIDE, UP_STRIDE, OUT_STRIDE.
@@ -54,5 +52,5 @@ __device__ __forceinline__ void last_row(const float* x, float* out, const int* 
     wait_for_inputs();
     let_dependents_start();
     const int column = blockIdx.x * blockDim.x + threadIdx.x;
-    if (column < C::WIDTH) out[column] = x[(size_t)(state[0] - 1) * C::X_STRIDE + column];
+    if (column < C::WIDTH) out[column] = x[(size_t)(count_tokens(state) - 1) * C::X_STRIDE + column];
 }

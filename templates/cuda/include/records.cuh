@@ -192,3 +192,20 @@ __device__ __forceinline__ void with_record(Record record, int lane, Body body) 
     if ((C::WIDTHS & 1 << 1) && (ALONE || width == 1)) whole(Groups<1>());
     if ((C::WIDTHS & 1 << 8) && (ALONE || width == 8)) whole(Groups<8>());
 }
+
+// Element (row, column) of a matrix in whole records of one width, 4 or 8 bits, whose rows stand in order.
+template <int WIDTH>
+__device__ __forceinline__ float record_element(const signed char* records, const int* starts, const int* blocks,
+                                                int row, int column) {
+    const int tile = column / TILE, slot = tile % TILES, half = row % 16 / 8, pair = row % 8;
+    const long long start = starts[blocks[row / 16] + tile / TILES];
+    const auto* const record = reinterpret_cast<const unsigned char*>(records) + start * 16;
+    const int n = record[9], lane = pair * 4 + column % TILE / 16, i = column % 16;
+    const unsigned char* const fields = record + 16;
+    const unsigned char* const values = fields + fields_bytes(n) + slot * (128 * WIDTH);
+    const int level = WIDTH == 8 ? values[(half * WARP + lane) * 16 + i]
+                                 : values[(lane * 2 + half) * 8 + i % 8] >> i / 8 * 4 & 15;
+    const float scale = half_to_float(reinterpret_cast<const unsigned short*>(fields)[(slot * 8 + pair) * 2 + half]);
+    const int zero = fields[32 * n + slot * 8 + pair] >> half * 4 & 15;
+    return scale * static_cast<float>(level - (WIDTH == 8 ? zero * 16 : zero));
+}

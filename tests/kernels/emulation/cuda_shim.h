@@ -94,6 +94,12 @@ inline T load_streaming(const T* address) {
     emulation::check_alignment(address, sizeof(T));
     return *address;
 }
+inline void __threadfence() {}
+inline int atomicAdd(int* address, int value) {
+    const int before = *address;
+    *address += value;
+    return before;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int round_to_int(float value) { return static_cast<int>(std::nearbyint(value)); }
 

@@ -43,24 +43,21 @@ int threads, current, live;
 jmp_buf scheduler;
 std::string problem;
 
+template <std::size_t>
+using Pointer = void*;
+constexpr int MAX_ARGUMENTS = 20;
+
 template <std::size_t... I>
 void call_with(std::index_sequence<I...>) {
-    using Function = void (*)(decltype(I, static_cast<void*>(nullptr))...);
-    reinterpret_cast<Function>(kernel.function)(kernel.arguments[I]...);
+    reinterpret_cast<void (*)(Pointer<I>...)>(kernel.function)(kernel.arguments[I]...);
 }
 
-template <int COUNT>
-void call_counted() {
-    if (kernel.count == COUNT)
-        call_with(std::make_index_sequence<COUNT>());
-    else if constexpr (COUNT > 0)
-        call_counted<COUNT - 1>();
-}
-
+// Calls the kernel if it has N arguments, or else tries one fewer.
+template <int N>
 void call() {
-    constexpr int MOST = 24;
-    if (kernel.count > MOST) problem = "no kernel has " + std::to_string(kernel.count) + " arguments";
-    call_counted<MOST>();
+    if (kernel.count == N) return call_with(std::make_index_sequence<N>());
+    if constexpr (N > 1) return call<N - 1>();
+    problem = "no kernel has " + std::to_string(kernel.count) + " arguments";
 }
 
 void release_block() {
@@ -72,7 +69,7 @@ void release_block() {
 }
 
 void fiber_main() {
-    call();
+    call<MAX_ARGUMENTS>();
     fibers[current].state = DONE;
     --live;
     release_block();

@@ -9,6 +9,9 @@ struct linear_sparse_t1_w4_g16_r4096_k4096_constants {
     static constexpr int TASKS = 2048, X_STRIDE = 4096, OUT_STRIDE = 4096;
     static constexpr int RESIDUAL_STRIDE = 4096, ACTIVATION = NONE;
     static constexpr bool BIAS = 0, RESIDUAL = 1, ACCUMULATE = 0;
+    static constexpr int UNIT = 16;
+    static constexpr bool STAGED = 1;
+    static constexpr int STAGE_STRIDE = 258;
 };
 
 extern "C" __global__ void __launch_bounds__(512, 2)

@@ -1,0 +1,134 @@
+"""Choose layouts: how the file stores each linear and each embedding table.
+
+Records serve whatever they can hold: one scale for 64 columns, whole tiles, widths by row. Group words serve
+groups with scales of their own, and everything in a build that asks for f32 activations (`exact`). Heads and
+embeddings, which checkpoints hold in fp16, are rounded to 8 or 4 bits here unless asked otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS, Layout
+from gqsa_runtime.layouts.records import GROUP, MASKED_WIDTHS, TILE, Plan, make_plan
+
+from gqsac.checkpoint import Checkpoint
+from gqsac.compiler import ir
+from gqsac.errors import ModelError
+from gqsac.quantized_matrix import QuantizedMatrix
+from gqsac.rounding import round_matrix
+
+
+def module_of(weight: str) -> str:
+    """Path of the module that owns a weight: "a.b.weight" -> "a.b"."""
+    return weight.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class LayoutOptions:
+    """exact: f32 activations and weights as the checkpoint has them. head_bits: of heads and embeddings: 4, 8 or 16."""
+
+    exact: bool = False
+    head_bits: int = 8
+
+
+class Weights:
+    """The weights of a graph's linears and tables, and the layouts chosen for them."""
+
+    def __init__(self, graph: ir.Graph, checkpoint: Checkpoint, options: LayoutOptions):
+        self.graph, self.checkpoint, self.options = graph, checkpoint, options
+        self._layouts: dict[tuple[str, ...], Layout] = {}
+        tables = {op.table for op in graph.ops if isinstance(op, ir.Embedding) and op.source == "tokens"}
+        heads = {weight for op in graph.ops if op.output == graph.logits for weight in op.weights}
+        self._outer = frozenset(map(self.stored, tables | heads))
+
+    def stored(self, parameter: str) -> str:
+        """The name under which a parameter is stored."""
+        return self.graph.aliases.get(parameter, parameter)
+
+    def is_compressed(self, weight: str) -> bool:
+        """Whether the checkpoint holds a weight quantised."""
+        return self.checkpoint.is_compressed(module_of(self.stored(weight)))
+
+    def layout(self, weights: tuple[str, ...]) -> Layout:
+        """The layout of stacked weights, or of a table: a tuple of one name."""
+        key = tuple(map(self.stored, weights))
+        if key not in self._layouts:
+            self._layouts[key] = self._choose(key)
+        return self._layouts[key]
+
+    def _choose(self, stored: tuple[str, ...]) -> Layout:
+        modules = list(map(module_of, stored))
+        if not self.checkpoint.is_compressed(modules[0]):
+            rounded = self.options.head_bits != 16 and not self.options.exact and set(stored) <= self._outer
+            return RECORDS if rounded and self.checkpoint.shape(stored[0])[1] % TILE == 0 else DENSE_F16
+        if self.options.exact:
+            return GROUP_WORDS
+        return RECORDS if all(map(self._fits_records, modules)) else GROUP_WORDS
+
+    def _fits_records(self, module: str) -> bool:
+        if not self.checkpoint.is_one_matrix(module):
+            return False
+        header = self.checkpoint.matrix_header(module)
+        masked = header.nnz < header.rows * (header.columns // header.group_size)
+        if header.columns % TILE or (masked and (header.group_size % GROUP or set(header.widths) - set(MASKED_WIDTHS))):
+            return False
+        return header.quant_group_size % TILE == 0
+
+    def matrix(self, weights: tuple[str, ...]) -> QuantizedMatrix:
+        """Stacked weights in records, as one matrix. Raises ModelError."""
+        parts = []
+        for weight in map(self.stored, weights):
+            if self.checkpoint.is_compressed(module_of(weight)):
+                parts.append(self.checkpoint.matrix(module_of(weight)))
+            else:
+                array = self.checkpoint.read(weight).astype(np.float32)
+                if not np.isfinite(array).all():
+                    raise ModelError(f"{weight}: the checkpoint holds NaN or infinite weights; convert the model again")
+                parts.append(round_matrix(array, self.options.head_bits, TILE))
+        return parts[0] if len(parts) == 1 else QuantizedMatrix.stack(parts)
+
+    def plan(self, weights: tuple[str, ...], paired: bool) -> Plan:
+        """The records of stacked weights. paired: row r of the first half and of the second stand together."""
+        row_bits, keep = zip(*map(self._pattern, map(self.stored, weights)), strict=True)
+        columns = self._columns(self.stored(weights[0]))
+        if all(mask is None for mask in keep):
+            return _plan(np.concatenate(row_bits), columns, None, paired)
+        masks = [
+            np.ones((len(bits), columns // GROUP), bool) if mask is None else mask
+            for bits, mask in zip(row_bits, keep, strict=True)
+        ]
+        return _plan(np.concatenate(row_bits), columns, np.concatenate(masks), paired)
+
+    def _columns(self, weight: str) -> int:
+        module = module_of(weight)
+        if self.checkpoint.is_compressed(module):
+            return self.checkpoint.matrix_header(module).columns
+        return self.checkpoint.shape(weight)[1]
+
+    def _pattern(self, weight: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """(row_bits, mask of groups of 16 or None), without reading a level where the checkpoint allows it."""
+        module = module_of(weight)
+        if not self.checkpoint.is_compressed(module):
+            return np.full(self.checkpoint.shape(weight)[0], self.options.head_bits, np.uint8), None
+        header = self.checkpoint.matrix_header(module)
+        if len(header.widths) == 1 and header.nnz == header.rows * (header.columns // header.group_size):
+            return np.full(header.rows, header.widths[0], np.uint8), None
+        row_bits, keep = self.checkpoint.pattern(module)
+        return row_bits, _by_16(keep, header.group_size)
+
+
+def plan_of(matrix: QuantizedMatrix, paired: bool) -> Plan:
+    """The records of a matrix."""
+    return _plan(matrix.row_bits, matrix.columns, _by_16(matrix.keep, matrix.group_size), paired)
+
+
+def _plan(row_bits: np.ndarray, columns: int, keep: np.ndarray | None, paired: bool) -> Plan:
+    rows = len(row_bits)
+    pairs = np.arange(rows, dtype=np.int32).reshape(2, -1).T if paired else None
+    return make_plan(row_bits, columns, keep, pairs)
+
+
+def _by_16(keep: np.ndarray | None, group_size: int) -> np.ndarray | None:
+    return keep if keep is None or group_size == GROUP else np.repeat(keep, group_size // GROUP, axis=1)
