@@ -24,6 +24,7 @@ class CheckedTensors(Mapping):
         self._checks = ContentChecks(file.program, file.tensors)
         self._alive: weakref.WeakValueDictionary[str, np.ndarray] = weakref.WeakValueDictionary()
         self._progress = progress
+        self._told: set[str] = set()  # what progress has counted: a check may read a tensor ahead of its turn
         self._read_bytes, self._all_bytes = 0, weight_bytes(file.program, file.tensors, family)
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -35,7 +36,8 @@ class CheckedTensors(Mapping):
             self._checks.check(name, array, self.__getitem__)
             array.flags.writeable = False
             self._alive[name] = array
-            self._read_bytes += array.nbytes
+            self._read_bytes += 0 if name in self._told else array.nbytes
+            self._told.add(name)
             if self._progress:
                 self._progress(self._read_bytes, self._all_bytes)
         return array

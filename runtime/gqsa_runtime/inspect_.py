@@ -12,10 +12,10 @@ def describe(file: ArtifactFile, context: int | None = None) -> dict:
     """Facts of a validated file, ready for JSON. Sizes in bytes; context: to state memory for.
 
     "plans": for each family of targets, the number of kernels, the launches of each phase, and the memory that a
-    device needs. The other facts are of the first plan. "linears" counts each group-sparse weight matrix of the
-    decode phase once: weights (parameters of the dense matrix), bytes as stored (values, scales, indices, tasks),
-    bits_per_weight from the two, and sparsity, the share of weights in removed groups. "dense_bytes": embeddings,
-    heads, norms and biases.
+    device needs. The other facts are of the first plan. "linears" counts each compressed weight matrix of the decode
+    phase but the head once: weights (parameters of the dense matrix), bytes as stored, bits_per_weight from the two,
+    and sparsity, the share of weights in removed groups, None where the sizes of tensors do not tell it.
+    "dense_bytes": embeddings, heads, norms and biases.
     """
     program = file.program
     if context is None:
@@ -92,10 +92,11 @@ def _linears(file: ArtifactFile, family: str) -> dict:
     for step in plan.phases["decode"]:
         kernel = kernels[step.kernel]
         layout = OPERATORS[kernel.op].layout
-        if layout is None or not layout.compressed:
-            continue
         operands = OPERATORS[kernel.op].operands
         args = {operand.name: arg.name for operand, arg in zip(operands, step.args, strict=True)}
+        # Tables and heads may be rounded, and count as dense all the same.
+        if layout is None or not layout.compressed or "x" not in args or args["out"] == "logits":
+            continue
         names = tuple(args[part.name] for part in layout.parts)
         if names in counted:
             continue
@@ -123,7 +124,7 @@ def render(facts: dict) -> str:
         (
             "linears",
             f"{linears['weights'] / 1e6:,.1f} M weights in {size(linears['bytes'])}: "
-            f"{linears['bits_per_weight']:.2f} bits per weight, {linears['sparsity']:.1%} of groups removed",
+            f"{linears['bits_per_weight']:.2f} bits per weight{_removed(linears['sparsity'])}",
         ),
         ("dense", f"{size(facts['dense_bytes'])} of embeddings, output head, norms and biases"),
         ("vocabulary", f"{facts['vocab_size']:,} tokens"),
@@ -144,6 +145,10 @@ def render(facts: dict) -> str:
         )
     width = max(len(key) for key, _ in rows)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
+
+
+def _removed(sparsity: float | None) -> str:
+    return "" if sparsity is None else f", {sparsity:.1%} of groups removed"
 
 
 def table(rows: list[dict]) -> str:

@@ -37,7 +37,7 @@ def decode_weight_bytes(program: Program, tensors: Mapping[str, Sized], family: 
         arg.name
         for step in plan.phases["decode"]
         for arg in step.args
-        if arg.kind == "tensor" and operators[step.kernel] != "embedding"
+        if arg.kind == "tensor" and operators[step.kernel] not in ("embedding", "embedding_records")
     }
     return sum(tensors[name].size for name in read)
 

@@ -181,6 +181,8 @@ class _PlanChecker:
                 raise _error(f"kernel name {kernel.name[:80]!r} is not a C identifier")
             if kernel.op not in OPERATORS:
                 raise _error(f"kernel {kernel.name} is of the unknown operator {kernel.op!r}")
+            if self.family not in OPERATORS[kernel.op].families:
+                raise _error(f"kernel {kernel.name}: {self.family} targets have no operator {kernel.op!r}")
             if "" not in kernel.launches if self.family == "cuda" else kernel.launches:
                 raise _error(f"kernel {kernel.name} for {self.family} has launches for {sorted(kernel.launches)}")
             for launch in kernel.launches.values():

@@ -192,8 +192,8 @@ class Records(Layout):
         k, n_blocks, record_bytes = params["k"], params["n_blocks"], params["record_bytes"]
         if k % TILE or k // TILE >= 1 << 15:
             return f"k is {k}, expected whole tiles of {TILE} columns, below {1 << 15} of them"
-        if n_blocks * ROWS < params["rows"]:
-            return f"{n_blocks} blocks of {ROWS} rows do not hold {params['rows']}"
+        if not params["rows"] <= n_blocks * ROWS < 1 << 31:  # kernels count the places of rows with 32 bits
+            return f"n_blocks is {n_blocks}, expected blocks of {ROWS} rows that hold {params['rows']}"
         if record_bytes % UNIT or record_bytes > MAX_RECORD_BYTES:
             return f"record_bytes is {record_bytes}, expected a multiple of {UNIT} up to {MAX_RECORD_BYTES}"
         for name, possible in (("widths", WIDTHS), ("masked_widths", MASKED_WIDTHS)):
@@ -204,13 +204,15 @@ class Records(Layout):
     def rules(self, params: Mapping, n_groups) -> dict[str, ContentRule]:
         """See Layout."""
         n_records, n_units = n_groups
+        n_tiles = params["k"] // TILE
         widths = tuple(params[name] for name in ("widths", "masked_widths"))
+        # Without an epilogue it is a table, whose elements are found by their row and column alone.
+        use = params.get("epilogue", "table")
         return {
             "starts": Starts(n_units, params["record_bytes"] // UNIT),
-            "records": WellFormed(params["k"] // TILE, *widths, TILES if params["whole"] else 1),
-            "blocks": RisesTo(n_records),
-            # Without an epilogue it is a table, whose rows stand in order.
-            "order": OrderOf(params["rows"], params.get("epilogue", "table")),
+            "records": WellFormed(n_tiles, *widths, TILES if params["whole"] else 1, use == "table"),
+            "blocks": RisesBy(-(-n_tiles // TILES), n_records) if use == "table" else RisesTo(n_records),
+            "order": OrderOf(params["rows"], use),
         }
 
     def pack(self, part: str, source, params: Mapping) -> np.ndarray:
@@ -251,8 +253,23 @@ class Starts(ContentRule):
         """See ContentRule."""
         flat = array.reshape(-1).astype(np.int64)
         steps = np.diff(flat)
-        if flat[0] != 0 or flat[-1] != self.last or (steps < 1).any() or (steps > self.most).any():
+        if not flat.size or flat[0] != 0 or flat[-1] != self.last or (steps < 1).any() or (steps > self.most).any():
             return f"does not rise from 0 to {self.last} by at most {self.most} at a time"
+        return None
+
+
+@dataclass(frozen=True)
+class RisesBy(ContentRule):
+    """Numbers that rise from 0 to `last` by `step` at a time."""
+
+    step: int
+    last: int
+
+    def broken(self, array: np.ndarray) -> str | None:
+        """See ContentRule."""
+        flat = array.reshape(-1)
+        if flat[0] != 0 or flat[-1] != self.last or (np.diff(flat.astype(np.int64)) != self.step).any():
+            return f"does not rise from 0 to {self.last} by {self.step} at a time"
         return None
 
 
@@ -283,12 +300,16 @@ class OrderOf(ContentRule):
 
 @dataclass(frozen=True)
 class WellFormed(ContentRule):
-    """Records whose headers, masks and sizes agree with each other, with `starts` and with the constants."""
+    """Records whose headers, masks and sizes agree with each other, with `starts` and with the constants.
+
+    table: the records of each block hold all tiles in order, four by four.
+    """
 
     n_tiles: int
     widths: int
     masked_widths: int
     fewest: int  # tiles of a record
+    table: bool
     needs = ("starts",)
 
     def broken(self, array: np.ndarray, starts: np.ndarray) -> str | None:
@@ -302,6 +323,12 @@ class WellFormed(ContentRule):
             return f"holds a record with {int(n.min())} to {int(n.max())} tiles, expected {self.fewest} to {TILES}"
         if (tiles >= self.n_tiles).any():
             return f"holds tile {int(tiles.max())}, expected below {self.n_tiles}"
+        if self.table:
+            slot = np.arange(TILES)
+            tile = np.arange(len(first))[:, None] % -(-self.n_tiles // TILES) * TILES + slot
+            here = slot < n[:, None]
+            if (here != (tile < self.n_tiles)).any() or (tiles != tile)[here].any():
+                return "does not hold all tiles of a table's rows in order"
         allowed = np.where(masked == 1, self.masked_widths, self.widths)
         if ((width > 8) | ((allowed >> np.minimum(width, 8).astype(np.int64)) & 1 == 0)).any():
             return "holds a record of a width that its kernel does not read"
