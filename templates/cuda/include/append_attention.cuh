@@ -9,7 +9,7 @@
 #include "kv_cache.cuh"
 
 // C: HEADS, KV_HEADS, HEAD_DIM (a multiple of 8, at most 256), ROTARY_DIM, SCALE, WINDOW, Cache, QUERIES, SPLITS (most
-// runs), KEYS (rows worth a run), WARPS, PARTIAL (HEAD_DIM + 2: values, largest score, sum).
+// runs), KEYS (fewest rows worth a run), WARPS, PARTIAL (HEAD_DIM + 2: values, largest score, sum).
 // partials: [HEADS / QUERIES, SPLITS, QUERIES, PARTIAL]. counters: [HEADS / QUERIES], 0 before and after.
 template <class C>
 struct AppendAttention {
@@ -30,10 +30,8 @@ struct AppendAttention {
         // The host wrote the state before any kernel of this launch plan began: it needs no wait.
         const int position = position_of(state, 0), length = position + 1;
         const int first = C::WINDOW > 0 ? max(0, length - C::WINDOW) : 0;
-        // Merging two runs through memory costs about what a block needs for KEYS more rows.
-        const int n_rows = length - first;
-        const int n_runs = n_rows <= 2 * C::KEYS ? 1 : min(C::SPLITS, ceil_div(n_rows, C::KEYS));
-        const int run = blockIdx.y, per_run = ceil_div(n_rows, n_runs);
+        const int n_runs = min(C::SPLITS, ceil_div(length - first, C::KEYS));
+        const int run = blockIdx.y, per_run = ceil_div(length - first, n_runs);
         if (run >= n_runs) return;
         const int begin = first + run * per_run, end = min(begin + per_run, length);
         const int head = blockIdx.x * C::QUERIES, kv_head = head / (C::HEADS / C::KV_HEADS);
