@@ -160,7 +160,7 @@ def _end_to_end(stage: str, size: ModelSize, options: Options, device: torch.dev
     if stage == "distill" or options.distill > 0:
         teacher = (2 if gpu and size.large else 4) * size.parameters
     dense = 4 * (size.parameters - size.compressed)
-    scales = size.compressed // options.quant_group_size
+    scales = size.compressed // (options.quant_group_size or options.group_size)
     if stage == "distill":  # weights with two moments, gradients; scales and zeros alike, initial scales; masks
         each = _master_bytes(options)
         student, gradients = 3 * each * size.compressed + 28 * scales, each * size.compressed

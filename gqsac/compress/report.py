@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gqsa_runtime.layouts import GROUP_WORDS
 
+from gqsac.compiler.passes.choose_layouts import stored_bytes
 from gqsac.compress.options import Options
 from gqsac.compress.write import write_json
 from gqsac.quantized_matrix import QuantizedMatrix, scales_in_use
@@ -14,37 +15,44 @@ from gqsac.quantized_matrix import QuantizedMatrix, scales_in_use
 _SCALE_BITS = 16
 
 
-def stored_counts(matrix: QuantizedMatrix) -> tuple[int, int]:
-    """Of a linear: kept groups, and the quantisation groups of which something is kept."""
-    if matrix.keep is None:
-        return matrix.n_groups, matrix.scales.size
-    used = scales_in_use(matrix.keep, matrix.group_size, matrix.quant_group_size)
-    return matrix.n_groups, int(np.count_nonzero(used))
+@dataclass(frozen=True)
+class Counts:
+    """Of a linear: kept groups, quantisation groups of which something is kept, and bytes in a built file."""
+
+    kept: int
+    scales: int
+    n_bytes: int
 
 
-def sizes(shapes: dict[str, tuple[int, int]], counts: dict[str, tuple[int, int]], options: Options) -> dict:
+def stored_counts(matrix: QuantizedMatrix) -> Counts:
+    """What a linear takes."""
+    n_scales = matrix.scales.size
+    if matrix.keep is not None:
+        used = scales_in_use(matrix.keep, matrix.group_size, matrix.quant_group_size)
+        n_scales = int(np.count_nonzero(used))
+    return Counts(matrix.n_groups, n_scales, stored_bytes(matrix))
+
+
+def sizes(shapes: dict[str, tuple[int, int]], counts: dict[str, Counts], options: Options) -> dict:
     """Numbers of linears, parameters, groups and bits. counts: of each linear, see `stored_counts`.
 
-    bits_per_weight: as `gqsac build` packs one stream, each linear by itself.
+    bits_per_weight: as `gqsac build` packs, each linear by itself.
     coded_bits_per_weight: what the method itself needs, by the usual count: the kept weights, a float16 scale and
     a zero for each quantisation group of which something is kept, and one bit for each group if any is removed,
     or two bits for each kept weight of 2:4. sparsity: share of the weights removed, by linear.
     """
     parameters = sum(rows * columns for rows, columns in shapes.values())
     groups = parameters // options.group_size
-    stored = sum(kept for kept, _ in counts.values())
-    packed = sum(
-        GROUP_WORDS.stream_bytes(shapes[path][0], kept, options.bits, options.group_size)
-        for path, (kept, _) in counts.items()
-    )
+    stored = sum(count.kept for count in counts.values())
+    packed = sum(count.n_bytes for count in counts.values())
     of_four = options.pattern == "2:4"
     weights = stored * options.group_size * (0.5 if of_four else 1)
     index = 2 * weights if of_four else groups if stored < groups else 0
-    scales = sum(scales for _, scales in counts.values())
+    scales = sum(count.scales for count in counts.values())
     coded = weights * options.bits + scales * (_SCALE_BITS + options.bits) + index
     removed = {
-        path: 1 - kept * options.group_size / (shapes[path][0] * shapes[path][1]) * (0.5 if of_four else 1)
-        for path, (kept, _) in counts.items()
+        path: 1 - count.kept * options.group_size / (shapes[path][0] * shapes[path][1]) * (0.5 if of_four else 1)
+        for path, count in counts.items()
     }
     return {
         "linears": len(shapes),
@@ -67,8 +75,6 @@ def summary(report: dict) -> str:
     """The report in a few lines, for a terminal."""
     options = report["options"]
     bits = f"{report['bits_per_weight']:.2f} bits per weight as built"
-    if options["bits"] == 3:
-        bits = f"{report['coded_bits_per_weight']:.2f} bits per weight, coded (gqsac build takes no 3 bits)"
     removed = 1 - report["kept_groups"] / report["groups"] if options["pattern"] != "2:4" else 0.5
     lines = [
         f"{report['model']}: {report['linears']} linears of {report['parameters'] / 1e6:.1f} M weights",

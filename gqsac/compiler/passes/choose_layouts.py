@@ -14,6 +14,7 @@ from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS, Layout
 from gqsa_runtime.layouts.records import GROUP, MASKED_WIDTHS, TILE, Plan, make_plan
 
 from gqsac.checkpoint import Checkpoint
+from gqsac.codec import MatrixHeader
 from gqsac.compiler import ir
 from gqsac.errors import ModelError
 from gqsac.quantized_matrix import ZERO_STEPS, QuantizedMatrix
@@ -71,10 +72,7 @@ class Weights:
         if not self.checkpoint.is_one_matrix(module):
             return False
         header = self.checkpoint.matrix_header(module)
-        masked = header.nnz < header.rows * (header.columns // header.group_size)
-        if header.columns % TILE or (masked and header.group_size % GROUP):
-            return False
-        return header.quant_group_size % TILE == 0
+        return _fit_records(header, header.nnz < header.rows * (header.columns // header.group_size))
 
     def matrix(self, weights: tuple[str, ...]) -> QuantizedMatrix:
         """Stacked weights in records, as one matrix. Raises ModelError."""
@@ -117,6 +115,19 @@ class Weights:
             return np.full(header.rows, header.widths[0], np.uint8), None
         row_bits, keep = self.checkpoint.pattern(module)
         return row_bits if keep is None else _masked_widths(row_bits), _by_16(keep, header.group_size)
+
+
+def _fit_records(linear: MatrixHeader | QuantizedMatrix, masked: bool) -> bool:
+    """Whether records hold a linear of these columns and groups. masked: some groups are removed."""
+    whole_tiles = linear.columns % TILE == 0 and linear.quant_group_size % TILE == 0
+    return whole_tiles and not (masked and linear.group_size % GROUP)
+
+
+def stored_bytes(matrix: QuantizedMatrix) -> int:
+    """Bytes that a linear takes in a file, if it is stored by itself."""
+    if _fit_records(matrix, matrix.keep is not None):
+        return plan_of(_widened(matrix), False).n_bytes
+    return GROUP_WORDS.stream_bytes(matrix.rows, matrix.n_groups, int(matrix.row_bits[0]), matrix.group_size)
 
 
 def _masked_widths(row_bits: np.ndarray) -> np.ndarray:

@@ -60,6 +60,12 @@ class Plan:
     units: np.ndarray
 
     @property
+    def n_bytes(self) -> int:
+        """Of all parts of the layout together."""
+        n_records = len(self.block)
+        return int(self.units.sum()) * UNIT + 4 * ((n_records + 1) + (len(self.widths) + 1) + len(self.order))
+
+    @property
     def constants(self) -> dict:
         """What the layout adds to a kernel's constants."""
         used = self.widths[self.block]
