@@ -15,7 +15,8 @@ from gqsac.rounding import Rounding
 
 
 @pytest.mark.parametrize(
-    "machine, cpu", [("x86_64", ("x86_64_v3", "x86_64_v4")), ("aarch64", ("aarch64",)), ("riscv64", ())]
+    "machine, cpu",
+    [("x86_64", ("x86_64_v3", "x86_64_v4", "x86_64_v4_vnni")), ("aarch64", ("aarch64",)), ("riscv64", ())],
 )
 def test_default_targets_follow_the_machine(monkeypatch, machine, cpu):
     monkeypatch.setattr(compile_cpu.platform, "machine", lambda: machine)
@@ -55,7 +56,7 @@ def test_only_linears_of_one_layout_are_stacked():
         "turned": (StreamHeader(8, 64, 16, 8, 10), StreamHeader(8, 64, 16, 4, 10)),
     }
     checkpoint = SimpleNamespace(is_compressed=lambda name: name in headers, stream_headers=lambda name: headers[name])
-    graph = SimpleNamespace(aliases={"alias.weight": "a.weight"})
+    graph = SimpleNamespace(aliases={"alias.weight": "a.weight"}, ops=(), logits="logits")
 
     def stacks(*names):
         return can_stack(
