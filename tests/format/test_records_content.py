@@ -10,7 +10,7 @@ from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.validate import ContentChecks, validate
 
 from tests.format import records_program, tiny
-from tests.format.records_program import K, PARTS, ROWS, SOURCES, VOCAB
+from tests.format.records_program import PARTS, ROWS, SOURCES, VOCAB, K
 from tests.kernels.random_records import random_matrix
 
 
