@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import gqsac  # noqa: F401  lets transformers load compressed folders
 from gqsac.checkpoint import Checkpoint
-from gqsac.rounding import RoundedCheckpoint, Rounding
+from gqsac.rounding import RoundedCheckpoint, Rounding, round_matrix
 
 
 def load_reference(folder: Path) -> torch.nn.Module:
@@ -33,6 +33,15 @@ def load_rounded_reference(folder: Path, rounding: Rounding) -> torch.nn.Module:
     for name, parameter in reference.named_parameters():
         if parameter.dim() == 2 and name not in rounded:  # dense matrices are stored as fp16
             parameter.copy_(parameter.half().float())
+    return reference
+
+
+@torch.no_grad()
+def round_outer(reference: torch.nn.Module, bits: int = 8) -> torch.nn.Module:
+    """The model with its embedding and head as a build that is not exact stores them."""
+    for module in {reference.get_input_embeddings(), reference.get_output_embeddings()}:
+        weight = module.weight.detach().half().float().numpy()
+        module.weight.copy_(torch.from_numpy(round_matrix(weight, bits, 64).dequantize()))
     return reference
 
 

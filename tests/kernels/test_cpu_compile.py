@@ -15,7 +15,7 @@ from gqsac.compiler.passes.render import render
 
 SPEC = KernelSpec.make("last_row", width=5, x_stride=7)
 SOURCES = {"last_row_n5": render("cpu", SPEC, "last_row_n5")}
-ELF_MACHINE = {"x86_64_v3": 62, "x86_64_v4": 62, "aarch64": 183}
+ELF_MACHINE = {"x86_64_v3": 62, "x86_64_v4": 62, "x86_64_v4_vnni": 62, "aarch64": 183}
 
 # Applies a function of vmath.h to 64 floats.
 APPLY = """
@@ -85,13 +85,14 @@ def test_exp_and_erf_are_as_good_as_libm(target):
 
 
 def test_host_targets_are_of_the_machine(monkeypatch):
-    for machine, targets in (("x86_64", ("x86_64_v3", "x86_64_v4")), ("aarch64", ("aarch64",)), ("riscv64", ())):
+    of_x86 = ("x86_64_v3", "x86_64_v4", "x86_64_v4_vnni")
+    for machine, targets in (("x86_64", of_x86), ("aarch64", ("aarch64",)), ("riscv64", ())):
         monkeypatch.setattr(module.platform, "machine", lambda machine=machine: machine)
         assert host_targets() == targets
 
 
 def test_unknown_target_is_named():
-    with pytest.raises(DeviceError, match="'sparc'.*x86_64_v3, x86_64_v4, aarch64"):
+    with pytest.raises(DeviceError, match="'sparc'.*x86_64_v3, x86_64_v4, x86_64_v4_vnni, aarch64"):
         compile_cpu(SOURCES, "sparc")
 
 
