@@ -43,7 +43,8 @@ def _records(width=4, masked=False, whole=True, **changes) -> KernelSpec:
     params = {
         "tokens": 1, "rows": 4096, "k": 4096, "x_stride": 4096, "out_stride": 4096, "out_width": 4096, "bias": False,
         "activation": "none", "residual": True, "residual_stride": 4096, "norm": "none", "eps": 0.0,
-        "epilogue": "rows", "n_blocks": 256, "widths": 0 if masked else widths, "masked_widths": widths if masked else 0,
+        "epilogue": "rows", "n_blocks": 256, "widths": 0 if masked else widths,
+        "masked_widths": widths if masked else 0,
         "whole": whole and not masked,
         "record_bytes": 16 + 32 * masked + 4 * 32 + 4 * 8 + 4 * 128 * (width or 8),
     }  # fmt: skip

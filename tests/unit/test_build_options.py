@@ -130,8 +130,9 @@ def test_what_the_summary_counts(tmp_path):
     heads = {bits: dry(model, rounding=ROUNDING, head_bits=bits).counts for bits in (4, 8, 16)}
     assert heads[4].weight_bytes < heads[8].weight_bytes < heads[16].weight_bytes
     assert len({(counts.compressed_bytes, counts.parameters) for counts in heads.values()}) == 1
-    table = 256 * 64  # embedding and head, each: what 8 bits save is a byte a weight, but for scales and the like
-    assert heads[16].weight_bytes - heads[8].weight_bytes == pytest.approx(2 * table * (1 - 2.9 / 64), rel=0.02)
+    # Embedding and head, each: a byte a weight; of each 16 rows a header, scales and zeros; starts, blocks and order.
+    table = 256 * 64 + 256 // 16 * (16 + 32 + 16) + 2 * 4 * (256 // 16 + 1) + 4 * 256
+    assert heads[16].weight_bytes - heads[8].weight_bytes == 2 * (2 * 256 * 64 - table)
 
 
 def test_inspect_tells_sparsity_where_sizes_do(tmp_path):
