@@ -33,6 +33,7 @@ INTEGER = ("--target", TARGET, "--kv-dtype", "f32")  # what a build does unless 
 EXACT = (*INTEGER, "--exact")
 # Activations of 16 bits: each is off by up to 2^-16 of its tile's largest, logits of about 10 by some thousandths.
 ACTIVATIONS_16 = 2e-2
+SEEDS = {"llama": 2, "qwen2": 1, "opt": 7}  # of wider models whose continuations do not repeat one token
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def in_records(tmp_path_factory):
         compressed = folder / name
         if not compressed.is_dir():
             wider = {"ffn_dim" if name == "opt" else "intermediate_size": 128}
-            source = save_checkpoint(folder / f"{name}-source", name, **wider)
+            source = save_checkpoint(folder / f"{name}-source", name, seed=SEEDS[name], **wider)
             options = ("--quant-group-size", 64, "--sparsity", 0.25, "--samples", 4, "--seq-len", 32)
             succeed("compress", source, "-o", compressed, *options)
         return compressed
@@ -168,8 +169,7 @@ def test_rounding_without_data(tmp_path, sources, bits, exact):
     options = ("--bits", bits, "--group-size", group_size, "--sparsity", 0.3, *(EXACT if exact else INTEGER))
     result = succeed("build", source, "-o", file, *options)
     assert "note: rounding without calibration data" in result.stderr
-    reference = load_rounded_reference(source, Rounding(bits, group_size, 0.3))
-    reference = reference if exact else round_outer(reference)
+    reference = load_rounded_reference(source, Rounding(bits, group_size, 0.3), head_bits=16 if exact else 8)
     with Model.open(file, device="cpu", threads=1) as model:
         ids = model.tokenize(TEXT)[:60]
         assert np.abs(model.score(ids).log_probs - expected_log_probs(reference, ids)).max() < tolerance
