@@ -162,7 +162,7 @@ def _queries(heads: int, kv_heads: int) -> int:
 def _append_attention(p):
     warps, head_dim, queries = 8, p["head_dim"], _queries(p["heads"], p["kv_heads"])
     partial = head_dim + 2
-    constants = {"QUERIES": queries, "KEYS": 32, "WARPS": warps, "PARTIAL": partial}
+    constants = {"QUERIES": queries, "KEYS": 128, "WARPS": warps, "PARTIAL": partial}
     shared_bytes = (queries * head_dim + warps * queries * partial) * 4
     return Geometry(lambda n_tokens: (p["heads"] // queries, p["splits"]), warps * WARP, shared_bytes, constants)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 
 from gqsa_runtime.errors import InputError
 
@@ -14,6 +15,7 @@ STAGES = ("one-shot", "bqpo", "distill", "e2e-oqp")
 END_TO_END = ("distill", "e2e-oqp")
 REMOVALS = ("at-once", "gradual")
 DEFAULT_SPARSITY = 0.02
+SCALE_COLUMNS = 64  # that share a scale where nothing else is asked for
 MASTER_DTYPES = ("float32", "bfloat16")
 _DEFAULT_SAMPLES = {False: 8, True: 128}  # without and with training stages
 # Stage -> learning rates (weights, scales). Weights: relative to the root mean square of their linear.
@@ -98,6 +100,19 @@ class Options:
         return {key: value for key, value in asdict(self).items() if key not in ("weight_lr", "scale_lr")}
 
 
+def with_scale_groups(options: Options, columns: Iterable[int]) -> Options:
+    """The options with the quantisation group size for linears of these columns, where none was asked for.
+
+    64 columns share a scale if that is possible: the fastest kernels read such weights, and a scale for each 16 costs
+    1.25 bits a weight more and gains little (docs/results.md).
+    """
+    if options.quant_group_size is not None:
+        return options
+    shared = max(SCALE_COLUMNS, options.group_size)
+    fits = all(count % shared == 0 for count in columns)
+    return replace(options, quant_group_size=shared if fits else options.group_size)
+
+
 def checked(options: Options) -> Options:
     """The options with their defaults filled in. Raises InputError for the first that is out of range."""
     o = options
@@ -105,10 +120,9 @@ def checked(options: Options) -> Options:
         raise InputError(f"bits is {o.bits}, expected one of {', '.join(map(str, BITS))}")
     if o.group_size not in GROUP_SIZES:
         raise InputError(f"the group size is {o.group_size}, expected one of {', '.join(map(str, GROUP_SIZES))}")
-    quant_group_size = o.group_size if o.quant_group_size is None else o.quant_group_size
-    if quant_group_size < 1 or quant_group_size % o.group_size:
+    if o.quant_group_size is not None and (o.quant_group_size < 1 or o.quant_group_size % o.group_size):
         raise InputError(
-            f"the quantisation group size is {quant_group_size}, expected a multiple of the group size {o.group_size}"
+            f"the quantisation group size is {o.quant_group_size}, expected a multiple of the group size {o.group_size}"
         )
     if o.pattern not in PATTERNS:
         raise InputError(f"the pattern is {o.pattern!r}, expected one of {', '.join(PATTERNS)}")
@@ -151,7 +165,6 @@ def checked(options: Options) -> Options:
         "allocation": allocation,
         "e2e_steps": e2e_steps,
         "minutes": minutes,
-        "quant_group_size": quant_group_size,
         "samples": samples,
         "skip": tuple(o.skip),
         "sparsity": float(sparsity),

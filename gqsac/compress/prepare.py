@@ -56,7 +56,7 @@ def _check_columns(path: str, columns: int, options: Options) -> None:
             f"{path} has {columns} input columns, which groups of {options.group_size} do not divide; "
             f"use a group size of {' or '.join(map(str, fitting)) or 'none: skip it'}, or skip the layer"
         )
-    if columns % options.quant_group_size:
+    if options.quant_group_size is not None and columns % options.quant_group_size:
         raise InputError(
             f"{path} has {columns} input columns, which quantisation groups of {options.quant_group_size} do not "
             "divide; use smaller ones, or skip the layer"

@@ -29,7 +29,7 @@ from gqsac.compress.compiled import compiles
 from gqsac.compress.end_to_end import train
 from gqsac.compress.failures import LOADING, explained
 from gqsac.compress.memory import check_loading, check_memory
-from gqsac.compress.options import Options, checked
+from gqsac.compress.options import Options, checked, with_scale_groups
 from gqsac.compress.partial import PartialFolder
 from gqsac.compress.prepare import choose_device, compressed_shapes, source_tokens
 from gqsac.compress.progress import Meter, block_bar, step_bar
@@ -121,6 +121,7 @@ class _Run:
         self._block_path, blocks = find_blocks(source.model)
         self._count = len(blocks)
         self._shapes = compressed_shapes(source, self._block_path, blocks, options)
+        options = self._options = with_scale_groups(options, (columns for _, columns in self._shapes.values()))
         self._tokens = source_tokens(source, texts, options.samples, options.seq_len, options.seed)
         self._train_tokens = self._tokens
         if {"distill", "e2e-oqp"} & set(options.stages) and options.train_samples != options.samples:

@@ -85,8 +85,8 @@ def test_exp_and_erf_are_as_good_as_libm(target):
 
 
 def test_host_targets_are_of_the_machine(monkeypatch):
-    of_x86 = ("x86_64_v3", "x86_64_v4", "x86_64_v4_vnni")
-    for machine, targets in (("x86_64", of_x86), ("aarch64", ("aarch64",)), ("riscv64", ())):
+    x86 = ("x86_64_v3", "x86_64_v4", "x86_64_v4_vnni")
+    for machine, targets in (("x86_64", x86), ("aarch64", ("aarch64",)), ("riscv64", ())):
         monkeypatch.setattr(module.platform, "machine", lambda machine=machine: machine)
         assert host_targets() == targets
 

@@ -235,8 +235,13 @@ def test_missing_binary_names_both_and_the_command(monkeypatch):
 
 def test_x86_targets_follow_the_cpu_flags(monkeypatch):
     monkeypatch.setattr(device_cpu.platform, "machine", lambda: "x86_64")
-    v3, v4 = device_cpu._TARGETS["x86_64_v3"], device_cpu._TARGETS["x86_64_v4"]
-    for flags, targets in ((v4, ("x86_64_v4", "x86_64_v3")), (v4 - {"avx512vl"}, ("x86_64_v3",)), (v3 - {"f16c"}, ())):
+    v3, v4, vnni = (device_cpu._TARGETS[name] for name in ("x86_64_v3", "x86_64_v4", "x86_64_v4_vnni"))
+    for flags, targets in (
+        (vnni, ("x86_64_v4_vnni", "x86_64_v4", "x86_64_v3")),
+        (v4, ("x86_64_v4", "x86_64_v3")),
+        (vnni - {"avx512vl"}, ("x86_64_v3",)),
+        (v3 - {"f16c"}, ()),
+    ):
         monkeypatch.setattr(device_cpu, "_cpu_flags", lambda flags=flags: frozenset(flags))
         assert supported_targets() == targets
 

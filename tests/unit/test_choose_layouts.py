@@ -81,13 +81,12 @@ def layout_of(header, **options):
         ({"widths": (1,)}, RECORDS),
         ({"nnz": 100}, RECORDS),
         ({"nnz": 100, "widths": (2, 8)}, RECORDS),
+        ({"nnz": 100, "widths": (1, 3, 4)}, RECORDS),
         ({"nnz": 100, "group_size": 64}, RECORDS),
         ({"group_size": 8}, RECORDS),  # nothing is removed: groups do not matter
         ({"quant_group_size": 16}, GROUP_WORDS),
         ({"quant_group_size": 32}, GROUP_WORDS),
         ({"nnz": 100, "group_size": 8}, GROUP_WORDS),
-        ({"nnz": 100, "widths": (3,)}, GROUP_WORDS),
-        ({"nnz": 100, "widths": (1, 4)}, GROUP_WORDS),
         ({"columns": 96, "nnz": 32 * 6}, GROUP_WORDS),
     ],
 )

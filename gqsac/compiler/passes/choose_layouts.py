@@ -7,7 +7,7 @@ embeddings, which checkpoints hold in fp16, are rounded to 8 or 4 bits here unle
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS, Layout
@@ -16,7 +16,7 @@ from gqsa_runtime.layouts.records import GROUP, MASKED_WIDTHS, TILE, Plan, make_
 from gqsac.checkpoint import Checkpoint
 from gqsac.compiler import ir
 from gqsac.errors import ModelError
-from gqsac.quantized_matrix import QuantizedMatrix
+from gqsac.quantized_matrix import ZERO_STEPS, QuantizedMatrix
 from gqsac.rounding import round_matrix
 
 
@@ -72,7 +72,7 @@ class Weights:
             return False
         header = self.checkpoint.matrix_header(module)
         masked = header.nnz < header.rows * (header.columns // header.group_size)
-        if header.columns % TILE or (masked and (header.group_size % GROUP or set(header.widths) - set(MASKED_WIDTHS))):
+        if header.columns % TILE or (masked and header.group_size % GROUP):
             return False
         return header.quant_group_size % TILE == 0
 
@@ -81,7 +81,7 @@ class Weights:
         parts = []
         for weight in map(self.stored, weights):
             if self.checkpoint.is_compressed(module_of(weight)):
-                parts.append(self.checkpoint.matrix(module_of(weight)))
+                parts.append(_widened(self.checkpoint.matrix(module_of(weight))))
             else:
                 array = self.checkpoint.read(weight).astype(np.float32)
                 if not np.isfinite(array).all():
@@ -116,7 +116,23 @@ class Weights:
         if len(header.widths) == 1 and header.nnz == header.rows * (header.columns // header.group_size):
             return np.full(header.rows, header.widths[0], np.uint8), None
         row_bits, keep = self.checkpoint.pattern(module)
-        return row_bits, _by_16(keep, header.group_size)
+        return row_bits if keep is None else _masked_widths(row_bits), _by_16(keep, header.group_size)
+
+
+def _masked_widths(row_bits: np.ndarray) -> np.ndarray:
+    """The widths at which rows are stored where groups are removed: 1 bit as 2, 3 bits as 4."""
+    return np.where(np.isin(row_bits, (0, *MASKED_WIDTHS)), row_bits, row_bits + 1).astype(np.uint8)
+
+
+def _widened(matrix: QuantizedMatrix) -> QuantizedMatrix:
+    """The same weights in widths that masked records hold. Raises ModelError for zeros between levels."""
+    if matrix.keep is None:
+        return matrix
+    row_bits = _masked_widths(matrix.row_bits)
+    levels = matrix.zeros.astype(np.int64) << matrix.row_bits[:, None].astype(np.int64)  # sixteenths of a level
+    if (levels % ZERO_STEPS).any():
+        raise ModelError("where groups are removed, zeros must be levels, and some lie between two")
+    return replace(matrix, row_bits=row_bits, zeros=(levels >> row_bits[:, None].astype(np.int64)).astype(np.uint8))
 
 
 def plan_of(matrix: QuantizedMatrix, paired: bool) -> Plan:

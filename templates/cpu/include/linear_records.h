@@ -9,6 +9,7 @@
 #include "records.h"
 
 #define BLOCK_ROWS 16
+#define FEW (TOKENS == 1 ? 1 : 6)  // tokens that are better off without turned tiles
 #define BLOCK_UNITS 4  // of 16 bytes, what a block costs beside its bytes
 
 INLINE int64_t cost_before(const struct arguments *arg, int block) {
@@ -89,6 +90,38 @@ INLINE void finish(const struct arguments *arg, const struct rows *rows, int tok
                             + gather(arg->residual + (size_t)(token + t) * RESIDUAL_STRIDE, rows->of_out, rows->is_run));
         store_rows(rows, of_token, out + (size_t)t * OUT_STRIDE, height);
     }
+}
+
+// A token for `multiply_few`: a scale and the sum of the integers for each tile.
+struct token {
+    struct tile_x x[K_TILES];
+    float scales[K_TILES];
+    int sums[K_TILES];
+};
+
+// Each tile of the weights meets one token after the other as it is unpacked.
+INLINE void multiply_few(const struct arguments *arg, int begin, int end, const struct token *tokens, int n_tokens) {
+    const uint8_t *records = (const uint8_t *)arg->records;
+    const int32_t *starts = arg->starts, *blocks = arg->blocks;
+    for (int block = begin; block < end; block++) {
+        vf acc[FEW] = {0};
+        for (int i = blocks[block]; i < blocks[block + 1]; i++) {
+            FOR_EACH_TILE(records + (size_t)starts[i] * 16, {
+                const int tile = tile_of(head_, slot);
+                const struct steps steps = load_steps(width, fields, n_tiles, slot);
+                for (int t = 0; t < n_tokens; t++)
+                    acc[t] = add_products(acc[t], tile_sums(width, values, &tokens[t].x[tile]), steps,
+                                          tokens[t].scales[tile], tokens[t].sums[tile]);
+            });
+        }
+        const struct rows rows = find_rows(arg, block);
+        for (int t = 0; t < n_tokens; t += 2) finish(arg, &rows, t, min_i(2, n_tokens - t), acc + t);
+    }
+}
+
+// Weights are nobody's output: a share asks for its first before it looks at the activations.
+INLINE void prefetch_block(const struct arguments *arg, int block) {
+    prefetch((const uint8_t *)arg->records + (size_t)arg->starts[arg->blocks[block]] * 16, AHEAD);
 }
 
 #endif

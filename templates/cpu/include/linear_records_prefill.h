@@ -104,40 +104,72 @@ static __attribute__((noinline)) void add_tile(const struct turned_tile *weights
     }
 }
 
-INLINE void linear_records(const struct arguments *arg, int share, int n_shares) {
+// Tokens first .. first + n_tokens - 1, up to TOKEN_TILE.
+static __attribute__((noinline)) void multiply_many(const struct arguments *arg, int begin, int end, int first, int n_tokens) {
     const uint8_t *records = (const uint8_t *)arg->records;
     const int32_t *starts = arg->starts, *blocks = arg->blocks;
+    const int n_padded = (n_tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE * TOKENS_AT_ONCE;
+    struct token_tile tokens;
+    for (int i = 0; i < n_tokens; i++) pack_token(arg, &tokens, first + i, i);
+    for (int i = n_tokens; i < n_padded; i++) {
+        for (int tile = 0; tile < K_TILES; tile++) {
+            memset(tokens.x[tile][i], 0, sizeof tokens.x[tile][i]);
+            tokens.scales[tile][i] = 0.0f, tokens.sums[tile][i] = 0;
+        }
+    }
+    for (int block = begin; block < end; block++) {
+        vf acc[TOKEN_TILE];
+        memset(acc, 0, n_padded * sizeof *acc);
+        for (int i = blocks[block]; i < blocks[block + 1]; i++) {
+            FOR_EACH_TILE(records + (size_t)starts[i] * 16, {
+                struct turned_tile weights;
+                turn_tile(width, values, weights.words);
+                weights.steps = load_steps(width, fields, n_tiles, slot);
+                add_tile(&weights, &tokens, tile_of(head_, slot), n_tokens, acc);
+            });
+        }
+        const struct rows rows = find_rows(arg, block);
+        for (int i = 0; i < n_tokens; i += 2) finish(arg, &rows, first + i, min_i(2, n_tokens - i), acc + i);
+    }
+}
+
+// As quantize_token leaves a token, from the planes.
+INLINE void place_token(const struct arguments *arg, struct token *to, int token) {
+    typedef int8_t bytes __attribute__((ext_vector_type(VW)));
+    for (int tile = 0; tile < K_TILES; tile++) {
+        const size_t index = (size_t)token * K_TILES + tile;
+        UNROLL for (int quarter = 0; quarter < PARTS; quarter++) {
+            bytes high, low;
+            memcpy(&high, arg->planes + index * (2 * TILE) + quarter * VW, sizeof high);
+            memcpy(&low, arg->planes + index * (2 * TILE) + TILE + quarter * VW, sizeof low);
+            place_quarter(&to->x[tile], quarter, __builtin_convertvector(high, vi) * 256 + __builtin_convertvector(low, vi));
+        }
+        to->scales[tile] = arg->ranges[2 * index];
+        to->sums[tile] = (int)arg->ranges[2 * index + 1];
+    }
+}
+
+INLINE void linear_records(const struct arguments *arg, int share, int n_shares) {
+    const int n_tokens = count_tokens(TOKENS, arg->state);
+    if (n_tokens <= FEW) {
+        const int begin = first_block(arg, share, n_shares), end = first_block(arg, share + 1, n_shares);
+        if (begin == end) return;
+        prefetch_block(arg, begin);
+        struct token tokens[FEW];
+        for (int t = 0; t < n_tokens; t++) place_token(arg, &tokens[t], t);
+        multiply_few(arg, begin, end, tokens, n_tokens);
+        return;
+    }
     // Shares take whole tiles of tokens, and parts of their rows only where there are fewer tiles than shares: a tile
     // of tokens is packed once for each part.
-    const int n_tokens = count_tokens(TOKENS, arg->state), n_token_tiles = (n_tokens + TOKEN_TILE - 1) / TOKEN_TILE;
+    const int n_token_tiles = (n_tokens + TOKEN_TILE - 1) / TOKEN_TILE;
     const int parts = min_i(N_BLOCKS, (n_shares + n_token_tiles - 1) / n_token_tiles);
     for (int unit = share; unit < n_token_tiles * parts; unit += n_shares) {
         const int begin = first_block(arg, unit % parts, parts), end = first_block(arg, unit % parts + 1, parts);
         if (begin == end) continue;
-        const int first = unit / parts * TOKEN_TILE, n_now = min_i(TOKEN_TILE, n_tokens - first);
-        struct token_tile tokens;
-        for (int i = 0; i < n_now; i++) pack_token(arg, &tokens, first + i, i);
-        for (int tile = 0; tile < K_TILES; tile++) {
-            for (int i = n_now; i < (n_now + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE * TOKENS_AT_ONCE; i++) {
-                memset(tokens.x[tile][i], 0, sizeof tokens.x[tile][i]);
-                tokens.scales[tile][i] = 0.0f, tokens.sums[tile][i] = 0;
-            }
-        }
-        for (int block = begin; block < end; block++) {
-            vf acc[TOKEN_TILE];
-            memset(acc, 0, sizeof acc);
-            for (int i = blocks[block]; i < blocks[block + 1]; i++) {
-                const uint8_t *record = records + (size_t)starts[i] * 16;
-                FOR_EACH_TILE(record, {
-                    struct turned_tile weights;
-                    turn_tile(width, values, weights.words);
-                    weights.steps = load_steps(width, fields, n_tiles, slot);
-                    add_tile(&weights, &tokens, tile_of(head_, slot), n_now, acc);
-                });
-            }
-            const struct rows rows = find_rows(arg, block);
-            for (int i = 0; i < n_now; i += 2) finish(arg, &rows, first + i, min_i(2, n_now - i), acc + i);
-        }
+        prefetch_block(arg, begin);
+        const int first = unit / parts * TOKEN_TILE;
+        multiply_many(arg, begin, end, first, min_i(TOKEN_TILE, n_tokens - first));
     }
 }
 

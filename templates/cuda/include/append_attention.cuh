@@ -39,6 +39,14 @@ struct AppendAttention {
         const float* const angles = rope + static_cast<size_t>(position) * C::ROTARY_DIM;
         k_cache += kv_head * C::HEAD_DIM;
         v_cache += kv_head * C::HEAD_DIM;
+        // The rows before this token are of earlier steps: they are on their way to the L2 before the inputs are there.
+        constexpr int LINE = 128 / static_cast<int>(sizeof(Element));
+        constexpr int LINES = ceil_div(C::HEAD_DIM, LINE);
+        for (int i = threadIdx.x; i < (min(end, position) - begin) * LINES; i += THREADS) {
+            const size_t at = slot.row(begin + i / LINES) + i % LINES * LINE;
+            prefetch_l2(k_cache + at);
+            prefetch_l2(v_cache + at);
+        }
         wait_for_inputs();
 
         q += head * C::HEAD_DIM;

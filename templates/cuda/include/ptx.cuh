@@ -63,6 +63,10 @@ __device__ __forceinline__ unsigned short load_streaming(const unsigned short* a
     return v;
 }
 
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // Programmatic dependent launch. A kernel calls wait_for_inputs() in every thread before it touches
 // memory that another kernel writes or reads; without the launch attribute both are no-ops.
 __device__ __forceinline__ void wait_for_inputs() {

@@ -1,0 +1,69 @@
+"""linear_records on CPUs gives the same bits on every target, for one token and for any number of them."""
+
+import numpy as np
+import pytest
+from gqsa_runtime.device_cpu import _load_library, supported_targets
+from gqsa_runtime.engine import launch_state
+from gqsa_runtime.layouts import RECORDS
+from gqsa_runtime.layouts.records import make_plan
+from gqsa_runtime.operators import OPERATORS
+
+from gqsac.compiler.kernel_spec import KernelSpec
+from gqsac.compiler.passes.compile_cpu import compile_cpu
+from gqsac.compiler.passes.render import render
+from tests.kernels.random_records import random_keep, random_matrix
+from tests.kernels.test_cpu_kernels import run_kernel
+
+ROWS, K = 96, 640
+COUNTS = (1, 2, 6, 7, 70)  # one by one, turned, more than a tile of tokens
+
+pytestmark = pytest.mark.skipif(not supported_targets(), reason="this CPU runs no gqsac kernels")
+
+
+def _outputs(target, widths, pattern):
+    """Results of decode for each of COUNTS[-1] tokens, then of prefill for each count."""
+    matrix = random_matrix(ROWS, K, widths, random_keep(ROWS, K, pattern), scale=K**-0.5)
+    plan = make_plan(matrix.row_bits, K, matrix.keep)
+    norm = {"k": K, "x_stride": K, "norm": "rms", "eps": 1e-5}
+    linear = {
+        "rows": ROWS, "out_width": ROWS, "out_stride": ROWS, "residual_stride": ROWS, "bias": False, "residual": False,
+        "activation": "none", "epilogue": "rows", **norm, **plan.constants,
+    }  # fmt: skip
+    specs = {
+        "decode": KernelSpec.make("linear_records", tokens=1, **linear),
+        "prefill": KernelSpec.make("linear_records", tokens=8, **linear),
+        "quantize": KernelSpec.make("quantize", tokens=8, **norm),
+    }
+    library = _load_library(compile_cpu({name: render("cpu", spec, name) for name, spec in specs.items()}, target))
+    weights = {part.name: RECORDS.pack(part.name, (matrix, plan), linear) for part in RECORDS.parts}
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((COUNTS[-1], K), np.float32)
+    weights["norm_weight"] = rng.standard_normal(K, np.float32)
+
+    def run(name, n_tokens, **arguments):
+        arguments = {**weights, "state": launch_state(n_tokens, 0, np.arange(n_tokens)), **arguments}
+        operands = OPERATORS[specs[name].op].operands
+        run_kernel(library, name, [arguments.get(operand.name) for operand in operands], 3)
+
+    one = np.zeros((len(x), ROWS), np.float32)
+    for token in range(len(x)):
+        run("decode", 1, x=x[token], out=one[token])
+    results = [one]
+    for count in COUNTS:
+        planes, ranges = np.zeros((count, 2 * K), np.int8), np.zeros((count, K // 64, 2), np.float32)
+        out = np.zeros((count, ROWS), np.float32)
+        run("quantize", count, x=x, planes=planes, ranges=ranges)
+        run("prefill", count, planes=planes, ranges=ranges, out=out)
+        results.append(out)
+    return results
+
+
+@pytest.mark.parametrize("pattern, widths", [("all", (1, 2, 3, 4, 8)), ("groups", (2, 4, 8))])
+def test_bits_depend_on_neither_target_nor_number_of_tokens(pattern, widths):
+    widths = np.random.default_rng(1).choice(widths, ROWS)
+    first = None
+    for target in supported_targets():
+        results = _outputs(target, widths, pattern)
+        first = results[0] if first is None else first
+        for result in results:
+            assert result.tobytes() == first[: len(result)].tobytes()
