@@ -102,7 +102,9 @@ def test_a_gate_stays_apart(ops):
 
 def test_both_at_once_and_twice():
     before = graph(rms("n", "x"), linear("f", "n", 2 * W), *HALVES[1:], gated())
-    fused = fuse_records(before, everything)
+    fused = fuse_records(before, everything, everything)
     assert outputs(fused) == ["x", "m", "head"] and fused.ops[1].norm and fused.ops[1].gated
-    assert fuse_records(fused, everything) == fused
-    assert fuse_records(before, lambda op: False) == before
+    assert fuse_records(fused, everything, everything) == fused
+    assert fuse_records(before, lambda op: False, everything) == before
+    apart = fuse_records(before, everything, lambda op: False)  # rows that fit no block together
+    assert outputs(apart) == ["x", "f", "g", "u", "m", "head"] and apart.ops[1].norm and not apart.ops[1].gated

@@ -177,6 +177,27 @@ def test_plans_made_ahead_are_those_of_the_weights(paired):
             np.testing.assert_array_equal(getattr(ahead, field), getattr(made, field))
 
 
+def test_rows_of_other_widths_are_no_pairs():
+    mixed = np.where(np.arange(32) % 3, 4, 2)
+    matrices = {
+        "a": random_matrix(32, K, mixed),
+        "same": random_matrix(32, K, mixed, seed=1),
+        "four": random_matrix(32, K, 4),
+        "three": random_matrix(32, K, 3),
+        "masked": random_matrix(32, K, 3, random_keep(32, K, "groups")),
+    }
+    matrices["masked"].zeros[:] = 8  # a level at 3 bits and at 4
+    weights = Weights(graph(), FakeCheckpoint(matrices=matrices), LayoutOptions())
+
+    def pairs(*names):
+        return weights.can_pair(tuple(f"{name}.weight" for name in names))
+
+    assert pairs("a", "same") and pairs("four", "four") and pairs("three", "three") and pairs("masked", "four")
+    assert not pairs("a", "four") and not pairs("three", "four") and not pairs("masked", "three")
+    with pytest.raises(ModelError, match="different widths"):
+        weights.plan(("a.weight", "four.weight"), True)
+
+
 def test_linears_of_one_kind_share_the_size_of_their_largest_record():
     matrices = {
         "a": random_matrix(32, K, 4, random_keep(32, K, "groups", 1)),

@@ -253,7 +253,7 @@ class Starts(ContentRule):
         """See ContentRule."""
         flat = array.reshape(-1).astype(np.int64)
         steps = np.diff(flat)
-        if flat[0] != 0 or flat[-1] != self.last or (steps < 1).any() or (steps > self.most).any():
+        if not flat.size or flat[0] != 0 or flat[-1] != self.last or (steps < 1).any() or (steps > self.most).any():
             return f"does not rise from 0 to {self.last} by at most {self.most} at a time"
         return None
 
