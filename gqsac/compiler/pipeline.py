@@ -97,7 +97,9 @@ def build(
     weights = Weights(graph, checkpoint, layout_options(checkpoint, options))
     graph = fuse(graph, lambda names: can_stack(weights, names))
     # What is stored as records takes its norms and gates into its kernels.
-    graph = fuse_records(graph, lambda linear: weights.layout(linear.weights) is RECORDS)
+    graph = fuse_records(
+        graph, lambda linear: weights.layout(linear.weights) is RECORDS, lambda linear: weights.can_pair(linear.weights)
+    )
     ir.verify(graph)
     graph = limit_context(graph, options.max_context)
     dumper.graph("2-fused", graph)

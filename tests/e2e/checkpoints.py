@@ -56,12 +56,12 @@ CONFIGS = {
 }
 
 
-def save_checkpoint(folder: Path, name: str, **changes) -> Path:
+def save_checkpoint(folder: Path, name: str, seed: int = 1, **changes) -> Path:
     """Saves a model whose every parameter is random, norms and biases too, with a byte tokenizer."""
     fields = {**CONFIGS[name], **changes}
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     for path, parameter in sorted(model.named_parameters()):
         # Large enough that the best token stands out from the second best, whatever the rounding.
         spread = 0.3 if parameter.dim() == 1 else 1.5 / parameter.shape[-1] ** 0.5

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import gqsac  # noqa: F401  lets transformers load compressed folders
 from gqsac.checkpoint import Checkpoint
-from gqsac.rounding import RoundedCheckpoint, Rounding
+from gqsac.rounding import RoundedCheckpoint, Rounding, round_matrix
 
 
 def load_reference(folder: Path) -> torch.nn.Module:
@@ -20,11 +20,15 @@ def load_reference(folder: Path) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def load_rounded_reference(folder: Path, rounding: Rounding) -> torch.nn.Module:
+def load_rounded_reference(folder: Path, rounding: Rounding, head_bits: int = 16) -> torch.nn.Module:
     """An uncompressed folder's model in fp32 with the weights that `build --bits` stores for it."""
     checkpoint = RoundedCheckpoint(Checkpoint.open(folder), rounding)
     reference = load_reference(folder)
     rounded = set()
+    if head_bits != 16:
+        round_outer(reference, head_bits)
+        outer = (reference.get_input_embeddings().weight, reference.get_output_embeddings().weight)
+        rounded = {name for name, found in reference.named_parameters() if any(found is each for each in outer)}
     for path, module in reference.named_modules():
         if isinstance(module, torch.nn.Linear) and checkpoint.is_compressed(path):
             (stream,) = checkpoint.streams(path)
@@ -33,6 +37,18 @@ def load_rounded_reference(folder: Path, rounding: Rounding) -> torch.nn.Module:
     for name, parameter in reference.named_parameters():
         if parameter.dim() == 2 and name not in rounded:  # dense matrices are stored as fp16
             parameter.copy_(parameter.half().float())
+    return reference
+
+
+@torch.no_grad()
+def round_outer(reference: torch.nn.Module, bits: int = 8) -> torch.nn.Module:
+    """The model with its embedding and head as a build that is not exact stores them."""
+    for module in {reference.get_input_embeddings(), reference.get_output_embeddings()}:
+        # A tied weight is rounded once.
+        if not hasattr(module.weight, "is_rounded"):
+            matrix = round_matrix(module.weight.detach().numpy(), bits, 64)
+            module.weight.copy_(torch.from_numpy(matrix.dequantize()))
+            module.weight.is_rounded = True
     return reference
 
 

@@ -337,7 +337,7 @@ def test_files_that_are_no_artifacts(tmp_path, source, artifact):
         "cut-header": (sound[:40], "truncated"),
         "empty": (b"", "not a .gqsa file"),
         "text": (b"Hello, hello", "not a .gqsa file"),
-        "flipped": (_flip(sound, _place(artifact, "embed_tokens.weight")), "damaged"),
+        "flipped": (_flip(sound, _place(artifact, "embed_tokens.records")), "damaged"),
         "newer": (
             tiny.file_bytes(**{"gqsa.format_version": 3}),
             "format version 3.*pip install ./runtime",

@@ -7,11 +7,11 @@ import time
 import pytest
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.operators import OPERATORS, check_params
-from gqsa_runtime.program import Argument, Binary, KVLayer, Launch, Plan, Program, Rope
+from gqsa_runtime.program import Argument, Binary, Kernel, KVLayer, Launch, Plan, Program, Rope
 from gqsa_runtime.reader import TensorInfo
 from gqsa_runtime.validate import ContentChecks, validate
 
-from tests.format import tiny
+from tests.format import records_program, tiny
 
 
 def infos(**changes) -> dict[str, TensorInfo]:
@@ -213,6 +213,10 @@ def test_a_target_may_have_a_launch_of_its_own():
     assert kernel.launch("sm_90") == own and kernel.launch("sm_80") == kernel.launch("compute_80") == others
 
 
+APPEND_ATTENTION = {"tokens": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "kv_dtype": "f32", "rotary_dim": 4,
+                    "scale": 0.25, "window": 0, "splits": 8}  # fmt: skip
+
+
 @pytest.mark.parametrize("op", sorted(OPERATORS))
 def test_every_param_is_checked(op):
     examples = {kernel.op: kernel.params for kernel in tiny.plan().kernels}
@@ -221,6 +225,8 @@ def test_every_param_is_checked(op):
                                     "out_stride": 8}  # fmt: skip
     examples["elementwise"] = {"tokens": 1, "width": 8, "function": "add", "scalar": 1, "a_stride": 8, "b_stride": 8,
                                "out_stride": 8}  # fmt: skip
+    examples |= {kernel.op: kernel.params for kernel in records_program.kernels().values()}
+    examples["append_attention"] = APPEND_ATTENTION
     good = examples[op]
     assert check_params(op, good) is None
     assert "expected" in check_params(op, {**good, "more": 1})
@@ -237,7 +243,21 @@ def test_every_param_is_checked(op):
                 assert name in check_params(op, {**good, name: bad}), (name, bad)
 
 
+def test_a_family_has_its_own_operators_alone():
+    kernel = Kernel("append_attention_t1", "append_attention", APPEND_ATTENTION, {})
+    refuse("cpu targets have no operator 'append_attention'", kernels=(*tiny.plan().kernels, kernel))
+    cuda = tiny.cuda_plan()
+    cuda = dataclasses.replace(
+        cuda, kernels=(*cuda.kernels, dataclasses.replace(kernel, launches={"": Launch((1, 1, 1), 128, 0)}))
+    )
+    validate(tiny.program(**cuda_program(cuda)), infos())
+    families = {op: set(operator.families) for op, operator in OPERATORS.items()}
+    assert {op for op, of in families.items() if of != {"cuda", "cpu"}} == {"append_attention"}
+
+
 def test_params_that_do_not_fit_together():
+    for head_dim in (12, 264):
+        assert "multiple of 8 up to 256" in check_params("append_attention", {**APPEND_ATTENTION, "head_dim": head_dim})
     refuse("whole groups", kernels=with_param("linear_sparse_t1", k=40))
     refuse("whole groups", kernels=with_param("linear_sparse_t1", k=16 * 5000))
     refuse("KV heads", kernels=with_param("attention_t1", heads=2, kv_heads=3))

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 from gqsa_runtime.errors import GqsaError, UnsupportedError
+from gqsa_runtime.layouts.records import MASKED_WIDTHS, WIDTHS
 from gqsa_runtime.operators import OPERATORS
 
-from gqsac.compiler.cuda_launch import MAX_SHARED_BYTES, launch
+from gqsac.compiler.cuda_launch import MAX_SHARED_BYTES, geometry, launch, splits_of
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
 from gqsac.compiler.passes import compile_cuda as compile_pass
 from gqsac.compiler.passes.compile import CUDA_TARGETS
@@ -36,6 +37,38 @@ def _attention(**changes) -> KernelSpec:
     return KernelSpec.make("attention", **{**params, **changes})
 
 
+def _records(width=4, masked=False, whole=True, **changes) -> KernelSpec:
+    """width: 0 for all widths at once."""
+    widths = sum(1 << w for w in (MASKED_WIDTHS if masked else WIDTHS)) if width == 0 else 1 << width
+    params = {
+        "tokens": 1, "rows": 4096, "k": 4096, "x_stride": 4096, "out_stride": 4096, "out_width": 4096, "bias": False,
+        "activation": "none", "residual": True, "residual_stride": 4096, "norm": "none", "eps": 0.0,
+        "epilogue": "rows", "n_blocks": 256, "widths": 0 if masked else widths,
+        "masked_widths": widths if masked else 0,
+        "whole": whole and not masked,
+        "record_bytes": 16 + 32 * masked + 4 * 32 + 4 * 8 + 4 * 128 * (width or 8),
+    }  # fmt: skip
+    return KernelSpec.make("linear_records", **{**params, **changes})
+
+
+def _gated(**changes) -> KernelSpec:
+    """Llama-2-7B's gate and up."""
+    fields = {
+        "rows": 22016, "n_blocks": 1376, "out_width": 11008, "out_stride": 11008, "residual": False,
+        "residual_stride": 0, "epilogue": "gated", "activation": "silu",
+    }  # fmt: skip
+    return _records(**{**fields, "norm": "rms" if changes.get("tokens", 1) == 1 else "none", "eps": 1e-5, **changes})
+
+
+def _append_attention(**changes) -> KernelSpec:
+    params = {
+        "tokens": 1, "heads": 32, "kv_heads": 8, "head_dim": 128, "scale": 0.088, "window": 0, "kv_dtype": "f16",
+        "rotary_dim": 128,
+    }  # fmt: skip
+    params |= changes
+    return KernelSpec.make("append_attention", splits=splits_of(params["heads"], params["kv_heads"]), **params)
+
+
 def _first_of_each_variant() -> list[KernelSpec]:
     """One kernel per operator and variant."""
     return list({(c.spec.op, dict(c.spec.params).get("tokens")): c.spec for c in reversed(CASES)}.values())
@@ -55,13 +88,31 @@ def _real_shapes() -> list[KernelSpec]:
         _attention(),
         _attention(tokens=8),
         _attention(tokens=8, head_dim=256),
+        *_real_records(),
+        *(_append_attention(head_dim=head_dim, rotary_dim=head_dim) for head_dim in (64, 80, 128, 256)),
+        *(_append_attention(heads=heads, kv_heads=kv_heads) for heads, kv_heads in ((32, 32), (14, 2), (64, 8))),
+        _append_attention(kv_dtype="f32", window=4096),
     ]
+
+
+def _real_records() -> list[KernelSpec]:
+    return [
+        spec
+        for tokens in (1, 8)
+        for spec in (
+            *(_records(width, tokens=tokens) for width in (*WIDTHS, 0)),
+            *(_records(width, masked=True, tokens=tokens) for width in (*MASKED_WIDTHS, 0)),
+            _records(whole=False, tokens=tokens),
+            _gated(tokens=tokens),
+            _gated(tokens=tokens, width=0, whole=False, bias=True),
+        )
+    ] + [_records(norm="layer", bias=True, activation="gelu"), _records(norm="rms", k=11008, x_stride=11008)]
 
 
 SPECS = [*_first_of_each_variant(), *_real_shapes()]
 NAMES = name_kernels(SPECS)
 # Real shapes take longest to compile: one target per generation of instructions stands for its kin.
-_GENERATIONS = ("sm_80", "sm_90", "sm_120")
+_GENERATIONS = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +176,20 @@ def test_grids_cover_every_row_and_token(max_tokens):
         grid, block = made.grid, made.block
         tokens = 1 if params.get("tokens") == 1 or spec.op == "last_row" else max_tokens
         assert made.shared_bytes <= MAX_SHARED_BYTES
-        assert grid[1] <= tokens, "block rows without tokens"
+        assert grid[1] <= tokens or spec.op == "append_attention", "block rows without tokens"
         if spec.op == "linear_sparse":
             assert grid[0] * block // 32 >= params["n_tasks"] and grid[1] * params["tokens"] >= tokens
         elif spec.op == "attention":
             assert grid[0] == params["heads"] and grid[1] * (1 if tokens == 1 else 64) >= tokens
         elif spec.op == "linear_dense":
             assert grid[1] * params["tokens"] >= tokens
+        elif spec.op == "linear_records":
+            local = geometry(spec).constants["LOCAL_BLOCKS"]
+            assert grid[0] * local >= params["n_blocks"] and grid[1] * params["tokens"] >= tokens
+        elif spec.op == "append_attention":
+            queries = geometry(spec).constants["QUERIES"]
+            assert grid[0] * queries == params["heads"] and grid[1] == params["splits"]
+            assert params["heads"] // params["kv_heads"] % queries == 0
         else:
             assert grid[1] == tokens
 
@@ -177,15 +235,20 @@ def test_missing_nvrtc_is_one_clear_sentence(monkeypatch):
         nvrtc_version()
 
 
-def test_rendered_linear_sparse_is_as_reviewed():
+SNAPSHOT_SPECS = (_sparse(), _gated())
+
+
+@pytest.mark.parametrize("spec", SNAPSHOT_SPECS, ids=lambda spec: spec.op)
+def test_rendered_linears_are_as_reviewed(spec):
     """To accept a change: python -m tests.kernels.test_cuda_compile"""
-    assert _snapshot() == (SNAPSHOTS / "linear_sparse.cu").read_text()
+    assert _snapshot(spec) == (SNAPSHOTS / f"{spec.op}.cu").read_text()
 
 
-def _snapshot() -> str:
-    return render("cuda", _sparse(), name_kernels([_sparse()])[_sparse()])
+def _snapshot(spec: KernelSpec) -> str:
+    return render("cuda", spec, name_kernels([spec])[spec])
 
 
 if __name__ == "__main__":
     SNAPSHOTS.mkdir(exist_ok=True)
-    (SNAPSHOTS / "linear_sparse.cu").write_text(_snapshot())
+    for each in SNAPSHOT_SPECS:
+        (SNAPSHOTS / f"{each.op}.cu").write_text(_snapshot(each))

@@ -56,7 +56,7 @@ def test_only_linears_of_one_layout_are_stacked():
         "turned": (StreamHeader(8, 64, 16, 8, 10), StreamHeader(8, 64, 16, 4, 10)),
     }
     checkpoint = SimpleNamespace(is_compressed=lambda name: name in headers, stream_headers=lambda name: headers[name])
-    graph = SimpleNamespace(aliases={"alias.weight": "a.weight"})
+    graph = SimpleNamespace(aliases={"alias.weight": "a.weight"}, ops=(), logits="logits")
 
     def stacks(*names):
         return can_stack(

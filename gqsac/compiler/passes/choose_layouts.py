@@ -99,6 +99,12 @@ class Weights:
         ]
         return _plan(np.concatenate(row_bits), columns, np.concatenate(masks), paired)
 
+    def can_pair(self, weights: tuple[str, ...]) -> bool:
+        """Whether row r of the first half of stacked weights in records has the width of row r of the second."""
+        row_bits = np.concatenate([self._pattern(self.stored(weight))[0] for weight in weights])
+        first, second = row_bits.reshape(2, -1)
+        return bool((first == second).all())
+
     def _columns(self, weight: str) -> int:
         module = module_of(weight)
         if self.checkpoint.is_compressed(module):

@@ -10,14 +10,17 @@ from dataclasses import replace
 from gqsac.compiler import ir
 from gqsac.compiler.passes.fuse import readers_of, remove_dead
 
-
-def fuse_records(graph: ir.Graph, in_records: Callable[[ir.Linear], bool]) -> ir.Graph:
-    """Applies both fusions. in_records(linear): whether its weights are stored as records."""
-    return fuse_norms(fuse_gates(graph, in_records), in_records)
+Asks = Callable[[ir.Linear], bool]
 
 
-def fuse_gates(graph: ir.Graph, in_records: Callable[[ir.Linear], bool]) -> ir.Graph:
-    """A gated activation over the two halves of one linear moves into that linear."""
+def fuse_records(graph: ir.Graph, in_records: Asks, can_pair: Asks) -> ir.Graph:
+    """Applies both fusions. in_records(linear): whether its weights are stored as records. can_pair(linear), of one
+    that is: whether row r of both of its halves fit one block."""
+    return fuse_norms(fuse_gates(graph, lambda linear: in_records(linear) and can_pair(linear)), in_records)
+
+
+def fuse_gates(graph: ir.Graph, may_gate: Asks) -> ir.Graph:
+    """A gated activation over the two halves of one linear moves into that linear, if it may."""
     readers, makers = readers_of(graph), {op.output: op for op in graph.ops}
 
     def fused(op: ir.Op) -> ir.Op:
@@ -28,16 +31,16 @@ def fuse_gates(graph: ir.Graph, in_records: Callable[[ir.Linear], bool]) -> ir.G
             return op
         linear = makers[gate.x]
         halves = gate.start == 0 and up.start == gate.width == up.width and linear.width == 2 * gate.width
-        if not (isinstance(linear, ir.Linear) and halves and in_records(linear)):
+        if not (isinstance(linear, ir.Linear) and halves):
             return op
-        if any(reader not in (gate, up) for reader in readers[linear.output]):
+        if any(reader not in (gate, up) for reader in readers[linear.output]) or not may_gate(linear):
             return op
         return replace(linear, output=op.output, gated=True, activation=op.activation)
 
     return remove_dead(replace(graph, ops=tuple(fused(op) for op in graph.ops)))
 
 
-def fuse_norms(graph: ir.Graph, in_records: Callable[[ir.Linear], bool]) -> ir.Graph:
+def fuse_norms(graph: ir.Graph, in_records: Asks) -> ir.Graph:
     """A norm that only linears over records read moves into each of them."""
     readers, makers = readers_of(graph), {op.output: op for op in graph.ops}
 
@@ -54,5 +57,5 @@ def fuse_norms(graph: ir.Graph, in_records: Callable[[ir.Linear], bool]) -> ir.G
     return remove_dead(replace(graph, ops=tuple(fused(op) for op in graph.ops)))
 
 
-def _takes(op: ir.Op, value: str, in_records: Callable[[ir.Linear], bool]) -> bool:
+def _takes(op: ir.Op, value: str, in_records: Asks) -> bool:
     return isinstance(op, ir.Linear) and in_records(op) and op.x == value and op.residual != value
