@@ -32,7 +32,7 @@ def records_launch(p) -> RecordsLaunch:
     local = -(-p["n_blocks"] // blocks)
     places, at = _places(p, tokens, local, warps)
     stages = max(1, min(MAX_STAGES, (MAX_BYTES - at) // (warps * pair_bytes)))
-    constants = {"WARPS": warps, "STAGES": stages, "LOCAL_BLOCKS": local, **places, "RING_AT": at}
+    constants = {"WARPS": warps, "STAGES": stages, "BLOCKS": blocks, "LOCAL_BLOCKS": local, **places, "RING_AT": at}
     return RecordsLaunch(blocks, warps * 32, max(at + warps * stages * pair_bytes, MIN_BYTES), constants)
 
 

@@ -97,13 +97,13 @@ def test_options_are_checked_before_the_model_is_loaded(gqsa, path, monkeypatch)
 def test_chat_forgets_the_oldest_where_the_context_is_full(gqsa, path):
     result = gqsa("chat", path, "--max-new-tokens", "1", stdin="abc\n" * 4)
     assert result.exit_code == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 4
+    assert result.stdout.count("\n") == 4
     assert "the context of 32 tokens is full: the oldest" in result.stderr
 
 
 def test_a_message_that_is_too_long_does_not_end_the_chat(gqsa, path):
     result = gqsa("chat", path, "--max-new-tokens", "1", stdin="x" * 99 + "\nab\n")
-    assert result.exit_code == 0 and len(result.stdout.splitlines()) == 1
+    assert result.exit_code == 0 and result.stdout.count("\n") == 1  # its one token may be any character
     assert "error: the prompt has" in result.stderr
 
 

@@ -226,7 +226,9 @@ def test_runtime_nan_is_refused(monkeypatch):
 def test_runtime_and_torch_agree_request_for_request(tmp_path, checkpoint):
     save_multi_stream(tmp_path / "model", checkpoint)
     file = tmp_path / "model.gqsa"
-    succeed("build", tmp_path / "model", "-o", file, "--target", supported_targets()[0], "--kv-dtype", "f32")
+    # f32 throughout, so that what differs is a fault and no rounding.
+    exact = ("--exact", "--kv-dtype", "f32")
+    succeed("build", tmp_path / "model", "-o", file, "--target", supported_targets()[0], *exact)
     theirs = open_scorer(str(tmp_path / "model"), device="cpu", threads=1)
     ours = open_scorer(str(file), device="cpu", threads=1)
     assert isinstance(ours, RuntimeScorer) and isinstance(ours.model, Model) and isinstance(theirs, TorchScorer)

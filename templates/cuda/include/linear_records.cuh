@@ -10,6 +10,14 @@
 #include "kv_cache.cuh"
 #include "quantized_rows.cuh"
 
+// Kernels of one token leave half of a multiprocessor's registers to the next kernel, which then starts early. Other
+// architectures than Hopper would spill for it.
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
+constexpr int BESIDE_EACH_OTHER = 2;
+#else
+constexpr int BESIDE_EACH_OTHER = 1;
+#endif
+
 enum Epilogue { ROWS_ALONE, GATED, ROTATE_AND_APPEND };
 
 // The records of this warp, in order and in pairs: copied ahead into its ring, taken one pair by one.
@@ -22,13 +30,14 @@ struct RecordStream {
     int next;                 // pair to fetch
     int start, middle, stop;  // of its records, loaded a turn before they are needed
     int filled, taken, turn;  // stages, and how often all were taken
-    int middles[C::STAGES];   // bytes before the second record of each stage
+    unsigned middles;         // units before the second record of each stage, 16 bits each
+    static_assert(C::STAGES <= 2 && C::RECORD_BYTES / 16 < 1 << 16, "middles hold two stages");
 
     __device__ __forceinline__ void open(int begin_, int end_) {
         begin = begin_, end = begin_ < end_ ? end_ : 0;
         const int first = begin / 2;
         next = first + (static_cast<int>(threadIdx.x / WARP) - first % C::WARPS + C::WARPS) % C::WARPS;
-        filled = taken = turn = 0;
+        filled = taken = turn = 0, middles = 0;
         ring.init();
         look_up();
     }
@@ -37,9 +46,7 @@ struct RecordStream {
 
     __device__ __forceinline__ void fetch() {
         ring.fetch(filled, records + static_cast<long long>(start) * 16, is_over(next) ? 0 : (stop - start) * 16);
-#pragma unroll
-        for (int i = 0; i < C::STAGES; ++i)
-            if (i == filled) middles[i] = (middle - start) * 16;
+        middles = middles & ~(0xffffu << 16 * filled) | static_cast<unsigned>(middle - start) << 16 * filled;
         filled = filled + 1 == C::STAGES ? 0 : filled + 1;
         next += C::WARPS;
         look_up();
@@ -48,9 +55,7 @@ struct RecordStream {
     // second: bytes of the pair before its second record.
     __device__ __forceinline__ const unsigned char* take(int& second) {
         const unsigned char* const bytes = ring.wait(taken, turn);
-#pragma unroll
-        for (int i = 0; i < C::STAGES; ++i)
-            if (i == taken) second = middles[i];
+        second = (middles >> 16 * taken & 0xffff) * 16;
         if (++taken == C::STAGES) taken = 0, ++turn;
         return bytes;
     }
@@ -62,8 +67,8 @@ private:
     }
 };
 
-// C: K, N_BLOCKS, WIDTHS, MASKED_WIDTHS, RECORD_BYTES, WARPS, STAGES, LOCAL_BLOCKS (most row blocks of a block),
-// NORM, EPS, EPILOGUE, places in shared memory (PLANES_AT, RANGES_AT, SUMS_AT, BLOCKS_AT, RING_AT, PHASES_AT) and
+// C: K, N_BLOCKS, WIDTHS, MASKED_WIDTHS, RECORD_BYTES, WARPS, STAGES, BLOCKS (of the grid, along x), LOCAL_BLOCKS
+// (most row blocks of a block), NORM, EPS, EPILOGUE, places in shared memory (PLANES_AT, RANGES_AT, SUMS_AT, BLOCKS_AT, RING_AT, PHASES_AT) and
 // what epilogue.cuh needs. TOKENS: in one tile (blockIdx.y); from 2 on x comes as planes and ranges.
 template <class C, int TOKENS>
 struct LinearRecords {
@@ -86,8 +91,7 @@ struct LinearRecords {
         unsigned* const own_planes = reinterpret_cast<unsigned*>(shared + C::PLANES_AT);
         float2* const own_ranges = reinterpret_cast<float2*>(shared + C::RANGES_AT);
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-        const int first_block = static_cast<int>(static_cast<long long>(C::N_BLOCKS) * blockIdx.x / gridDim.x);
-        const int n_local = static_cast<int>(static_cast<long long>(C::N_BLOCKS) * (blockIdx.x + 1) / gridDim.x) - first_block;
+        const int first_block = boundary(blockIdx.x), n_local = boundary(blockIdx.x + 1) - first_block;
 
         let_dependents_start();
         // Weights are no kernel's output: the first are on their way before the inputs are waited for.
@@ -104,8 +108,9 @@ struct LinearRecords {
         for (int i = threadIdx.x; i < n_local * C::WARPS * 16 * TOKENS; i += C::WARPS * WARP) sums[i] = 0.0f;
         RowQuantizer<C> quantizer;
         if (TOKENS == 1) quantizer.prefetch(norm_weight, norm_bias);
-        Result first(threadIdx.x, n_tokens);
-        if (first.local < n_local) first.find(first_block, order);
+        // One token: a thread's first result is looked up ahead. Several need the registers.
+        Result ahead(threadIdx.x, n_tokens);
+        if (TOKENS == 1 && ahead.local < n_local) ahead.find(first_block, order);
         wait_for_inputs();
 
         float* const partials = reinterpret_cast<float*>(shared + C::PARTIALS_AT);
@@ -115,45 +120,41 @@ struct LinearRecords {
             planes += static_cast<long long>(first_token) * (2 * C::K);
             ranges += static_cast<long long>(first_token) * (C::K / TILE * 2);
         }
-        if (first.to >= 0) first.load(first_token, bias, residual, out);
+        if (TOKENS == 1 && ahead.to >= 0) ahead.load(first_token, bias, residual, out);
         __syncthreads();
         const float factor = TOKENS == 1 ? quantizer.factor(partials) : 1.0f;
 
         float y[TEAMS][SLOTS][2] = {};
         int local = 0, bound = bounds[1];
-        const auto add = [&](int record, const auto& products) {
+        const auto move_on = [&](int record) {
             while (record >= bound) {
                 flush(y, sums, local, warp, lane);
                 bound = bounds[++local + 1];
             }
-#pragma unroll
-            for (int team = 0; team < TEAMS; ++team)
-#pragma unroll
-                for (int s = 0; s < SLOTS; ++s)
-#pragma unroll
-                    for (int r = 0; r < 2; ++r) y[team][s][r] += products.of[team][s][r];
         };
-        const auto multiply = [&](const unsigned char* bytes) {
-            if constexpr (TOKENS == 1)
-                return multiply_one({bytes}, lane, own_planes, own_ranges, factor);
-            else
-                return multiply_several({bytes}, lane, planes, ranges, n_tokens);
+        const auto add_one = [&](int record, const float (&products)[2]) {
+            move_on(record);
+            y[0][0][0] += products[0], y[0][0][1] += products[1];
+        };
+        const auto add_several = [&](int record, const unsigned char* bytes) {
+            move_on(record);
+            multiply_several({bytes}, lane, planes, ranges, n_tokens, y);
         };
         for (; !stream.is_over(pair); pair += C::WARPS) {
             int second;
             const unsigned char* const bytes = stream.take(second);
-            if (2 * pair >= stream.begin && 2 * pair + 1 < stream.end) {
-                if constexpr (TOKENS == 1) {
-                    // Both at once: the one's arithmetic fills the other's waiting.
-                    const Products a = multiply(bytes), b = multiply(bytes + second);
-                    add(2 * pair, a);
-                    add(2 * pair + 1, b);
-                } else {
-                    add(2 * pair, multiply(bytes));
-                    add(2 * pair + 1, multiply(bytes + second));
-                }
+            const bool has_both = 2 * pair >= stream.begin && 2 * pair + 1 < stream.end;
+            const int first = max(2 * pair, stream.begin);
+            if constexpr (TOKENS == 1) {
+                float a[2] = {}, b[2] = {};
+                // Both before either is added: the one's arithmetic may fill the other's waiting.
+                multiply_one({bytes}, lane, own_planes, own_ranges, factor, a);
+                if (has_both) multiply_one({bytes + second}, lane, own_planes, own_ranges, factor, b);
+                add_one(first, a);
+                if (has_both) add_one(first + 1, b);
             } else {
-                add(max(2 * pair, stream.begin), multiply(bytes));
+#pragma unroll 1
+                for (int i = 0; i < 1 + has_both; ++i) add_several(first + i, bytes + i * second);
             }
             __syncwarp();
             stream.fetch();
@@ -162,8 +163,8 @@ struct LinearRecords {
         __syncthreads();
         constexpr int THREADS = C::WARPS * WARP;
         for (int i = threadIdx.x; i < n_local * Result::HEIGHT * n_tokens; i += THREADS) {
-            Result result = first;
-            if (i >= THREADS) {
+            Result result = ahead;
+            if (TOKENS > 1 || i >= THREADS) {
                 result = Result(i, n_tokens);
                 result.find(first_block, order);
                 if (result.to >= 0) result.load(first_token, bias, residual, out);
@@ -172,22 +173,23 @@ struct LinearRecords {
         }
     }
 
-    // What a record adds to the lane's sums of its row block.
-    struct Products {
-        float of[TEAMS][SLOTS][2];
-    };
+    // The first row block of a block. A division by a constant: kernels start with it.
+    static __device__ __forceinline__ int boundary(unsigned block) {
+        return static_cast<int>(static_cast<unsigned long long>(block) * C::N_BLOCKS / C::BLOCKS);
+    }
 
     // One token. Each tile slot has its own two of the eight columns of B, so the slots' sums end in different
     // lanes: lane (pair, quarter) gets slot `quarter`, high plane in elements 0 and 2, low plane in 1 and 3.
-    static __device__ __forceinline__ Products multiply_one(Record record, int lane, const unsigned* planes,
-                                                            const float2* ranges, float factor) {
+    // products: what the record adds to the lane's sums of its row block.
+    static __device__ __forceinline__ void multiply_one(Record record, int lane, const unsigned* planes,
+                                                        const float2* ranges, float factor, float (&products)[2]) {
         const int pair = lane / 4, quarter = lane % 4, slot = pair / 2;
-        Products products = {};
         with_record<C>(record, lane, [&](auto of_width, int n, const unsigned char* fields, auto load) {
             using G = decltype(of_width);
             uint4 four = {0, 0, 0, 0};
             if (slot < n) four = reinterpret_cast<const uint4*>(planes)[record.tile(slot) * 8 + pair % 2 * 4 + quarter];
-            int sums[G::CLASSES][4] = {};
+            int sums[G::CLASSES][4];
+            G::clear(sums);
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
                 if (t >= n) break;
@@ -201,18 +203,16 @@ struct LinearRecords {
             const Steps steps(fields, n, quarter, pair);
 #pragma unroll
             for (int r = 0; r < 2; ++r)
-                products.of[0][0][r] =
+                products[r] =
                     steps.template product<G::WIDTH_>(r, G::total(sums, 2 * r), G::total(sums, 2 * r + 1), range);
         });
-        return products;
     }
 
     // Several tokens: column 2 m (high plane) and 2 m + 1 (low) of B are token m of a team; lane (pair, quarter)
-    // gets the sums of token `quarter`. Tokens past the last repeat it.
-    static __device__ __forceinline__ Products multiply_several(Record record, int lane, const signed char* planes,
-                                                                const float* ranges, int n_tokens) {
+    // gets the sums of token `quarter`, added to y. Tokens past the last repeat it.
+    static __device__ __forceinline__ void multiply_several(Record record, int lane, const signed char* planes,
+                                                            const float* ranges, int n_tokens, float (*y)[SLOTS][2]) {
         const int pair = lane / 4, quarter = lane % 4;
-        Products products = {};
         with_record<C>(record, lane, [&](auto of_width, int n, const unsigned char* fields, auto load) {
             using G = decltype(of_width);
 #pragma unroll
@@ -223,22 +223,23 @@ struct LinearRecords {
                 const Steps steps(fields, n, t, pair);
 #pragma unroll
                 for (int team = 0; team < TEAMS; ++team) {
+                    one_after_another();
                     const int from = min(team * 4 + pair / 2, n_tokens - 1), to = min(team * 4 + quarter, n_tokens - 1);
                     const uint4 four = reinterpret_cast<const uint4*>(planes + static_cast<long long>(from) * (2 * C::K))
                         [tile * 8 + pair % 2 * 4 + quarter];
                     const unsigned words[4] = {four.x, four.y, four.z, four.w};
-                    int sums[G::CLASSES][4] = {};
+                    int sums[G::CLASSES][4];
+                    G::clear(sums);
                     groups.multiply(words, sums);
                     const float2 range =
                         reinterpret_cast<const float2*>(ranges)[static_cast<long long>(to) * (C::K / TILE) + tile];
 #pragma unroll
                     for (int r = 0; r < 2; ++r)
-                        products.of[team][t][r] =
+                        y[team][t][r] +=
                             steps.template product<G::WIDTH_>(r, G::total(sums, 2 * r), G::total(sums, 2 * r + 1), range);
                 }
             }
         });
-        return products;
     }
 
     // The warp's sums of a finished row block go to shared memory; slots are added in one order for any TOKENS.

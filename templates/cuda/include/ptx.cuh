@@ -28,6 +28,13 @@ __device__ __forceinline__ int round_to_int(float value) {
     return nearest;
 }
 
+// Nothing is loaded before it that stands behind it, where the assembler would rather spill than wait.
+__device__ __forceinline__ void one_after_another() {
+#if __CUDA_ARCH__ >= 1000
+    asm volatile("bar.warp.sync 0xffffffff;" ::: "memory");
+#endif
+}
+
 // (bits & MASK) | magic in one instruction; from C++ operators it becomes two.
 template <unsigned MASK>
 __device__ __forceinline__ unsigned and_or(unsigned bits, unsigned magic) {
@@ -93,6 +100,10 @@ __device__ __forceinline__ void mma_32(int* d, unsigned a0, unsigned a1, unsigne
 }
 
 __device__ __forceinline__ void mma_16(int* d, unsigned a0, unsigned a1, unsigned b0) {
+#if __CUDA_ARCH__ >= 1000
+    mma_32(d, a0, a1, 0, 0, b0, 0);  // the short one is a function call there
+    return;
+#endif
     asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                  : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                  : "r"(a0), "r"(a1), "r"(b0));

@@ -99,9 +99,16 @@ struct Groups {
         } else {
             constexpr unsigned LEVEL = WIDTH == 2 ? 0x03030303u : 0x01010101u;
             const unsigned second = WIDTH == 2 ? row[1][0] : row[0][0] >> 1;
-#pragma unroll
-            for (int s = 0; s < 4; ++s) mma_16(sums[s], row[0][0] & LEVEL << 2 * s, second & LEVEL << 2 * s, x[s]);
+            mma_16(sums[0], row[0][0] & LEVEL, second & LEVEL, x[0]);
+            mma_16(sums[1], row[0][0] & LEVEL << 2, second & LEVEL << 2, x[1]);
+            mma_16(sums[2], row[0][0] & LEVEL << 4, second & LEVEL << 4, x[2]);
+            mma_16(sums[3], row[0][0] & LEVEL << 6, second & LEVEL << 6, x[3]);
         }
+    }
+
+    static __device__ __forceinline__ void clear(int (*sums)[4]) {
+#pragma unroll
+        for (int c = 0; c < CLASSES; ++c) sums[c][0] = sums[c][1] = sums[c][2] = sums[c][3] = 0;
     }
 
     // The levels' sum from its classes: element i of a lane's four.

@@ -94,6 +94,7 @@ inline T load_streaming(const T* address) {
     emulation::check_alignment(address, sizeof(T));
     return *address;
 }
+inline void one_after_another() {}
 inline void prefetch_l2(const void*) {}
 inline void __threadfence() {}
 inline int atomicAdd(int* address, int value) {

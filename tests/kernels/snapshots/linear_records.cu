@@ -14,6 +14,7 @@ struct linear_records_t1_r22016_k4096_constants {
     // How it is launched, and where things are in shared memory.
     static constexpr int WARPS = 16;
     static constexpr int STAGES = 1;
+    static constexpr int BLOCKS = 132;
     static constexpr int LOCAL_BLOCKS = 11;
     static constexpr int PLANES_AT = 0;
     static constexpr int RANGES_AT = 8192;
@@ -24,7 +25,7 @@ struct linear_records_t1_r22016_k4096_constants {
     static constexpr int RING_AT = 20400;
 };
 
-extern "C" __global__ void __launch_bounds__(512, 2)
+extern "C" __global__ void __launch_bounds__(512, BESIDE_EACH_OTHER)
 linear_records_t1_r22016_k4096(
     const float* x, const signed char* planes, const float* ranges, const float* norm_weight,
     const float* norm_bias, const signed char* records, const int* starts, const int* blocks, const int* order,
