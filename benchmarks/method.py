@@ -104,7 +104,8 @@ class Results:
 
 def run_configuration(name: str, options: dict, source: Source, score, results: Results, args) -> None:
     """One-shot at full sparsity, then the configuration's stages, each scored as it ends."""
-    options = dict(options)
+    # A scale for each group, as in the paper, unless the configuration says otherwise.
+    options = {"quant_group_size": options.get("group_size", 16), **options}
     stages = options.pop("stages", FULL)
     minutes = options.pop("minutes", args.minutes)
     steps = options.pop("steps", args.steps)

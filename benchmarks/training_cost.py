@@ -97,9 +97,9 @@ def measure(args, device: torch.device) -> dict:
         text.write_text(" ".join(map(str, tokens.tolist())), encoding="utf-8")
         report = compress(
             source, Path(folder) / "out", calibration=text, device=str(device), progress=sys.stderr.isatty(),
-            after_stage=finished, bits=4, sparsity=0.5, group_size=GROUP_SIZE, stages=tuple(args.stages.split(",")),
-            epochs=args.epochs, samples=args.samples, seq_len=args.seq_len, e2e_steps=args.e2e_steps,
-            batch_tokens=args.batch_tokens,
+            after_stage=finished, bits=4, sparsity=0.5, group_size=GROUP_SIZE, quant_group_size=GROUP_SIZE,
+            stages=tuple(args.stages.split(",")), epochs=args.epochs, samples=args.samples, seq_len=args.seq_len,
+            e2e_steps=args.e2e_steps, batch_tokens=args.batch_tokens,
         )  # fmt: skip
     if "e2e-oqp" in stages:
         began = stages["e2e-oqp"]

@@ -59,7 +59,7 @@ def cli():
     help="Training keeps the one-shot mask (at-once) or removes groups itself (gradual). Default: gradual in a distill "
     "without bqpo.",
 )
-@click.option("--quant-group-size", type=int, help="Weights that share a scale: a multiple of the group size.")
+@click.option("--quant-group-size", type=int, help="Weights that share a scale. [default: 64 if possible]")
 @click.option(
     "--stages", metavar="LIST", help="Comma-separated: one-shot (default), bqpo, distill, e2e-oqp, in this order."
 )
