@@ -150,7 +150,7 @@ def test_no_kernel_spills(binaries, target):
     for spec, binary in _of_target(binaries, target):
         several = spec.op == "linear_records" and spec["tokens"] > 1
         # 512 threads leave 128 registers, and ptxas wants a few more there for eight tokens.
-        allowed = 128 if several and target in ("sm_100", "sm_120") else 0
+        allowed = 256 if several and target in ("sm_100", "sm_120") else 0
         assert binary.spill_bytes <= allowed and binary.stack_bytes <= allowed, f"{NAMES[spec]}: {binary.log}"
 
 

@@ -74,6 +74,8 @@ def layout_of(header, **options):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        ({"columns": 32768, "nnz": 32 * 32768 // 16}, RECORDS),
+        ({"columns": 32768 + 64, "nnz": 32 * (32768 + 64) // 16}, GROUP_WORDS),  # activations fit no kernel
         ({}, RECORDS),
         ({"quant_group_size": 128}, RECORDS),
         ({"group_size": 64}, RECORDS),

@@ -20,6 +20,9 @@ from gqsac.errors import ModelError
 from gqsac.quantized_matrix import ZERO_STEPS, QuantizedMatrix
 from gqsac.rounding import round_matrix
 
+# Kernels keep a token's activations as integers in fast memory: about two bytes a column.
+MAX_COLUMNS = 32768
+
 
 def module_of(weight: str) -> str:
     """Path of the module that owns a weight: "a.b.weight" -> "a.b"."""
@@ -63,7 +66,8 @@ class Weights:
         modules = list(map(module_of, stored))
         if not self.checkpoint.is_compressed(modules[0]):
             rounded = self.options.head_bits != 16 and not self.options.exact and set(stored) <= self._outer
-            return RECORDS if rounded and self.checkpoint.shape(stored[0])[1] % TILE == 0 else DENSE_F16
+            columns = self.checkpoint.shape(stored[0])[1]
+            return RECORDS if rounded and columns % TILE == 0 and columns <= MAX_COLUMNS else DENSE_F16
         if self.options.exact:
             return GROUP_WORDS
         return RECORDS if all(map(self._fits_records, modules)) else GROUP_WORDS
@@ -126,7 +130,7 @@ class Weights:
 def _fit_records(linear: MatrixHeader | QuantizedMatrix, masked: bool) -> bool:
     """Whether records hold a linear of these columns and groups. masked: some groups are removed."""
     whole_tiles = linear.columns % TILE == 0 and linear.quant_group_size % TILE == 0
-    return whole_tiles and not (masked and linear.group_size % GROUP)
+    return linear.columns <= MAX_COLUMNS and whole_tiles and not (masked and linear.group_size % GROUP)
 
 
 def stored_bytes(matrix: QuantizedMatrix) -> int:

@@ -91,6 +91,7 @@ struct LinearRecords {
         unsigned* const own_planes = reinterpret_cast<unsigned*>(shared + C::PLANES_AT);
         float2* const own_ranges = reinterpret_cast<float2*>(shared + C::RANGES_AT);
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        if (blockIdx.x >= C::BLOCKS) return;
         const int first_block = boundary(blockIdx.x), n_local = boundary(blockIdx.x + 1) - first_block;
 
         let_dependents_start();
