@@ -59,8 +59,9 @@ def measure(started: float) -> None:
     reference = ask("eval", "ppl", GGUF, *windows)
     facts = ask("inspect", ARTIFACT)
     speed = ask("bench", ARTIFACT, "--device", "cpu")
-    decode, linears = speed["rows"][0], facts["linears"]
-    bits, sparsity = linears["bits_per_weight"], linears["sparsity"]
+    decode, bits = speed["rows"][0], facts["linears"]["bits_per_weight"]
+    report = json.loads((MODEL / "report.json").read_text())
+    sparsity = 1 - report["kept_groups"] / report["groups"]
     print(f"file                 {ARTIFACT.stat().st_size / 1e6:.1f} MB, for {len(facts['targets'])} targets")
     print(f"bits per weight      {bits:.2f} (linears), {sparsity:.0%} of groups removed")
     print(f"perplexity           {ours['perplexity']:.2f}; dequantised source model {reference['perplexity']:.2f}")
