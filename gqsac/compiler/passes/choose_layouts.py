@@ -65,9 +65,10 @@ class Weights:
     def _choose(self, stored: tuple[str, ...]) -> Layout:
         modules = list(map(module_of, stored))
         if not self.checkpoint.is_compressed(modules[0]):
-            rounded = self.options.head_bits != 16 and not self.options.exact and set(stored) <= self._outer
+            if self.options.head_bits == 16 or self.options.exact or not set(stored) <= self._outer:
+                return DENSE_F16
             columns = self.checkpoint.shape(stored[0])[1]
-            return RECORDS if rounded and columns % TILE == 0 and columns <= MAX_COLUMNS else DENSE_F16
+            return RECORDS if columns % TILE == 0 and columns <= MAX_COLUMNS else DENSE_F16
         if self.options.exact:
             return GROUP_WORDS
         return RECORDS if all(map(self._fits_records, modules)) else GROUP_WORDS
