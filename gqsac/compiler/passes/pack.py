@@ -4,6 +4,7 @@ How weights are coded is their layout's business (gqsa_runtime.layouts); the che
 The same layout serves CUDA and CPU kernels, so a file with many targets holds the weights once.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Packing:
 
 def pack(graph: ir.Graph, weights: Weights, patterns: Patterns) -> Packing:
     """Names, shapes and makers of all tensors, in the order in which the operators read them."""
-    packer = _Packer(graph, weights)
+    packer = _Packer(weights)
     for op in graph.ops:
         match op:
             case ir.Embedding():
@@ -102,8 +103,8 @@ def stack_streams(streams: list[BsrStream]) -> BsrStream:
 
 
 class _Packer:
-    def __init__(self, graph: ir.Graph, weights: Weights):
-        self.graph, self.weights, self.checkpoint = graph, weights, weights.checkpoint
+    def __init__(self, weights: Weights):
+        self.weights, self.checkpoint = weights, weights.checkpoint
         self.tensors: dict[str, PackedTensor] = {}
         self.linears: dict[str, LinearNames] = {}
         self.vectors: dict[str, str] = {}
@@ -118,7 +119,7 @@ class _Packer:
         return name
 
     def stored(self, parameter: str) -> str:
-        return self.graph.aliases.get(parameter, parameter)
+        return self.weights.stored(parameter)
 
     def check(self, parameter: str, shape: tuple[int, ...]) -> None:
         """From the header alone: what is missing or misshapen is refused before anything is compiled."""
@@ -218,20 +219,6 @@ class _Packer:
 
     def _part(self, op: ir.Linear, stem: str, index: int, part: StoredPart) -> tuple[str, ...]:
         """Adds the tensors of one addend of a linear; returns their names."""
-        params = {"rows": op.width, "k": op.k, **part.constants}
-        shapes = part.layout.shapes(params, part.n_groups)
-        # They are written one after another: the weights are read and stacked once for all of them.
-        memory: dict[str, object] = {}
-        last = part.layout.parts[-1].name
-
-        def make(tensor: str) -> np.ndarray:
-            if "source" not in memory:
-                memory["source"] = self._stack(op, index) if part.layout.compressed else self._stack_weights(op)
-            source = memory.pop("source") if tensor == last else memory["source"]
-            try:
-                return part.layout.pack(tensor, source, params)
-            except ModelError as error:
-                raise ModelError(f"{op.name}: {error}") from error
 
         def name(tensor: str) -> str:
             if part.layout.compressed:
@@ -239,38 +226,64 @@ class _Packer:
             # A tied head shares the embedding's tensor by its stored name.
             return _short(self.stored(op.weights[0])) if len(op.weights) == 1 else f"{stem}.{tensor}"
 
-        return tuple(
-            self.add(name(tensor.name), tensor.dtype, shapes[tensor.name], lambda t=tensor.name: make(t), stem)
-            for tensor in part.layout.parts
-        )
+        def read() -> object:
+            return self._stack(op, index) if part.layout.compressed else self._stack_weights(op)
+
+        return self._parts(op.name, stem, part, {"rows": op.width, "k": op.k}, name, read)
 
     def _records(
         self, where: str, weights: tuple[str, ...], part: StoredPart, rows: int, k: int, paired: bool
     ) -> tuple[str, ...]:
         """Adds the tensors of weights in records, once for all who read them; returns their names."""
-        params = {"rows": rows, "k": k, **part.constants}
-        shapes = RECORDS.shapes(params, part.n_groups)
-        memory: dict[str, tuple] = {}
-        last = RECORDS.parts[-1].name
+        stem = _stacked_name([self.stored(weight) for weight in weights])
+
+        def read() -> object:
+            with _naming(where):
+                matrix = self.weights.matrix(weights)
+                return matrix, plan_of(matrix, paired)
+
+        return self._parts(where, stem, part, {"rows": rows, "k": k}, lambda tensor: f"{stem}.{tensor}", read)
+
+    def _parts(
+        self,
+        where: str,
+        stem: str,
+        part: StoredPart,
+        sizes: dict[str, int],
+        name: Callable[[str], str],
+        read: Callable[[], object],
+    ) -> tuple[str, ...]:
+        """Adds the tensors of a layout's parts; returns their names. where: begins messages. name: of a part's tensor.
+        read: makes what the layout packs."""
+        params = {**sizes, **part.constants}
+        shapes = part.layout.shapes(params, part.n_groups)
+        # They are written one after another: the weights are read and stacked once for all of them.
+        memory: dict[str, object] = {}
+        last = part.layout.parts[-1].name
 
         def make(tensor: str) -> np.ndarray:
-            try:
-                if "source" not in memory:
-                    matrix = self.weights.matrix(weights)
-                    memory["source"] = matrix, plan_of(matrix, paired)
-                source = memory.pop("source") if tensor == last else memory["source"]
-                return RECORDS.pack(tensor, source, params)
-            except ModelError as error:
-                raise ModelError(f"{where}: {error}") from error
+            if "source" not in memory:
+                memory["source"] = read()
+            source = memory.pop("source") if tensor == last else memory["source"]
+            with _naming(where):
+                return part.layout.pack(tensor, source, params)
 
-        stem = _stacked_name([self.stored(weight) for weight in weights])
         return tuple(
-            self.add(f"{stem}.{tensor.name}", tensor.dtype, shapes[tensor.name], lambda t=tensor.name: make(t), stem)
-            for tensor in RECORDS.parts
+            self.add(name(tensor.name), tensor.dtype, shapes[tensor.name], lambda t=tensor.name: make(t), stem)
+            for tensor in part.layout.parts
         )
 
     def _stack(self, op: ir.Linear, index: int) -> BsrStream:
         return stack_streams([self.checkpoint.streams(module_of(self.stored(weight)))[index] for weight in op.weights])
+
+
+@contextlib.contextmanager
+def _naming(where: str):
+    """ModelErrors within say where."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
 
 
 def _short(parameter: str) -> str:
