@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
+from gqsa_runtime.layouts.records import ROWS, TILE
+
 MULTIPROCESSORS = 132  # blocks in a wave: one for each of the largest GPU's. Another number only rounds otherwise
 MAX_STAGES = 2  # of a warp's ring: with more in flight, activations wait behind weights
 MAX_BYTES = 98 * 1024  # fits every target, and two kernels side by side on those where one starts early
 # Two blocks share a multiprocessor of the largest GPU, never three: each gets one block of a kernel.
 MIN_BYTES = 76 * 1024
 MAX_LOCAL = 24  # row blocks whose sums a block holds
-_ROWS, _TILE = 16, 64
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ def _places(p, tokens: int, local: int, warps: int) -> tuple[dict[str, int], int
     places, at = {}, 0
     for name, size in (
         ("PLANES_AT", 2 * p["k"] if tokens == 1 else 0),
-        ("RANGES_AT", p["k"] // _TILE * 8 if tokens == 1 else 0),
+        ("RANGES_AT", p["k"] // TILE * 8 if tokens == 1 else 0),
         ("PARTIALS_AT", 128),
-        ("SUMS_AT", local * warps * _ROWS * tokens * 4),
+        ("SUMS_AT", local * warps * ROWS * tokens * 4),
         ("BLOCKS_AT", (local + 1) * 4),
         ("PHASES_AT", warps * MAX_STAGES * 8),
     ):
