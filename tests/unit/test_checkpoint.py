@@ -17,6 +17,7 @@ from gqsac.quantization_config import QuantizationConfig
 from gqsac.quantized_matrix import ROW_BITS, QuantizedMatrix
 from tests.unit import version_1
 from tests.unit.compress_models import random_stream
+from tests.unit.damage import change, put
 from tests.unit.random_matrices import random_matrix
 
 MODULE = "model.layers.0.mlp.up_proj"
@@ -113,7 +114,7 @@ def test_version_1_comes_as_matrices(tmp_path, bits):
 
 def test_damaged_matrices_are_refused_by_name(tmp_path):
     matrices = {MODULE: random_matrix(6, 256, 16, 64)}
-    for number, (part, change, message) in enumerate(
+    for number, (part, how, message) in enumerate(
         [
             ("levels.4", lambda a: a[:, :4], "levels.4 has 4 bytes a group"),  # of headers: refused when opened
             ("scales", lambda a: a.astype(np.float32), "scales is of type F32, expected F16"),
@@ -121,7 +122,7 @@ def test_damaged_matrices_are_refused_by_name(tmp_path):
         ]
     ):
         tensors = stored(matrices)
-        tensors[f"{MODULE}.{part}"] = change(tensors[f"{MODULE}.{part}"])
+        tensors[f"{MODULE}.{part}"] = how(tensors[f"{MODULE}.{part}"])
         folder = write_matrices(tmp_path / str(number), matrices, tensors)
         with pytest.raises(FormatError, match=f"{folder}: tensor {MODULE}.{message}"):
             Checkpoint.open(folder)
@@ -230,20 +231,8 @@ def test_tokenizer_and_chat_template(tmp_path):
     assert checkpoint.chat_template() == "{{ z }}"
 
 
-def damage(name, change):
-    def apply(tensors):
-        key = f"{MODULE}.streams.0.{name}"
-        tensors[key] = change(tensors[key].copy())
-
-    return apply
-
-
-def put(index, value):
-    def change(array):
-        array[index] = value
-        return array
-
-    return change
+def damage(name, how):
+    return change(f"{MODULE}.streams.0.{name}", how)
 
 
 DAMAGES = {

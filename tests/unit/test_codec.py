@@ -8,6 +8,7 @@ import pytest
 from gqsac import codec
 from gqsac.errors import FormatError
 from gqsac.quantized_matrix import ROW_BITS
+from tests.unit.damage import change, put
 from tests.unit.random_matrices import random_matrix
 
 SIZES = [(g, q) for g, q in itertools.product((8, 16, 32, 64, 128), (16, 32, 64, 128)) if g % q == 0 or q % g == 0]
@@ -88,21 +89,6 @@ def test_matrices_out_of_range_are_not_stored(part, value, message):
     getattr(matrix, part).reshape(-1)[3] = value
     with pytest.raises(ValueError, match=message):
         codec.pack(matrix)
-
-
-def change(name, how):
-    def apply(tensors):
-        tensors[name] = how(tensors[name].copy())
-
-    return apply
-
-
-def put(index, value):
-    def apply(array):
-        array[index] = value
-        return array
-
-    return apply
 
 
 def drop(name):
