@@ -132,16 +132,20 @@ class QuantizedMatrix:
                     words, shared = most[..., 0], size
                     break
         kept = np.maximum(words, 0)
-        zeros = (kept & 0xFF) * ZERO_STEPS >> stream.bits
         return cls(
             group_size=group_size,
             quant_group_size=shared,
             row_bits=np.full(stream.rows, stream.bits, np.uint8),
             levels=levels.reshape(stream.rows, stream.columns),
             scales=(kept >> 8).astype(np.uint16).view(np.float16),
-            zeros=zeros.astype(np.uint8),
+            zeros=in_steps(kept & 0xFF, stream.bits),
             keep=None if keep.all() else keep,
         )
+
+
+def in_steps(zeros: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 zeros of a matrix, from zeros that are levels of a width of at most 4 bits, or 16 levels apart at 8."""
+    return (zeros.astype(np.int64) * ZERO_STEPS >> bits).astype(np.uint8)
 
 
 def scales_in_use(keep: np.ndarray, group_size: int, quant_group_size: int) -> np.ndarray:

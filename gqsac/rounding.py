@@ -9,7 +9,7 @@ from gqsac.bsr import BITS, GROUP_SIZES, BsrStream
 from gqsac.checkpoint import Checkpoint
 from gqsac.codec import MatrixHeader
 from gqsac.errors import InputError, ModelError
-from gqsac.quantized_matrix import ZERO_STEPS, QuantizedMatrix
+from gqsac.quantized_matrix import QuantizedMatrix, in_steps
 from gqsac.stored_streams import StreamHeader
 
 
@@ -84,7 +84,7 @@ class RoundedCheckpoint(Checkpoint):
             row_bits=np.full(rows, bits, np.uint8),
             levels=levels.reshape(rows, columns),
             scales=scales.reshape(rows, n_groups),
-            zeros=(zeros.astype(np.int64) * ZERO_STEPS >> bits).astype(np.uint8).reshape(rows, n_groups),
+            zeros=in_steps(zeros, bits).reshape(rows, n_groups),
             keep=None if kept == n_groups else keep,
         )
 
@@ -121,7 +121,7 @@ def round_matrix(weight: np.ndarray, bits: int, quant_group_size: int) -> Quanti
         row_bits=np.full(rows, bits, np.uint8),
         levels=levels.reshape(rows, columns),
         scales=scales.reshape(rows, -1),
-        zeros=(zeros.astype(np.int64) * ZERO_STEPS >> bits).astype(np.uint8).reshape(rows, -1),
+        zeros=in_steps(zeros, bits).reshape(rows, -1),
     )
 
 

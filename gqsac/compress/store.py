@@ -9,7 +9,7 @@ from gqsac import codec
 from gqsac.compress.options import Options
 from gqsac.compress.quantize import SMALLEST_SCALE, QuantizedLinear
 from gqsac.compress.write import dense_tensor
-from gqsac.quantized_matrix import ZERO_STEPS, QuantizedMatrix
+from gqsac.quantized_matrix import ZERO_STEPS, QuantizedMatrix, in_steps
 
 
 def to_matrix(linear: QuantizedLinear, bits: int, group_size: int) -> QuantizedMatrix:
@@ -32,7 +32,7 @@ def to_matrix(linear: QuantizedLinear, bits: int, group_size: int) -> QuantizedM
         row_bits=np.full(rows, bits, np.uint8),
         levels=levels.reshape(rows, columns),
         scales=scales,
-        zeros=(zeros.astype(np.int64) * ZERO_STEPS >> bits).astype(np.uint8),
+        zeros=in_steps(zeros, bits),
         keep=None if keep.all() else keep,
     )
 

@@ -7,7 +7,6 @@
 #pragma once
 #include "copy_ring.cuh"
 #include "epilogue.cuh"
-#include "kv_cache.cuh"
 #include "quantized_rows.cuh"
 
 // Kernels of one token leave half of a multiprocessor's registers to the next kernel, which then starts early. Other
@@ -18,7 +17,7 @@ constexpr int BESIDE_EACH_OTHER = 2;
 constexpr int BESIDE_EACH_OTHER = 1;
 #endif
 
-enum Epilogue { ROWS_ALONE, GATED, ROTATE_AND_APPEND };
+enum Epilogue { ROWS_ALONE, GATED };
 
 // The records of this warp, in order and in pairs: copied ahead into its ring, taken one pair by one.
 template <class C>
