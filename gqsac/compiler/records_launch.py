@@ -9,6 +9,9 @@ MAX_STAGES = 2  # of a warp's ring: with more in flight, activations wait behind
 MAX_BYTES = 98 * 1024  # fits every target, and two kernels side by side on those where one starts early
 # Two blocks share a multiprocessor of the largest GPU, never three: each gets one block of a kernel.
 MIN_BYTES = 76 * 1024
+SM_90_BYTES = 226 * 1024  # of a multiprocessor there, for the blocks on it
+MATMUL_STAGES = 6  # most tiles of activations under way or at work there
+_STAGE_BYTES, _BARRIER_BYTES = 128 * TILE * 2, 512
 MAX_LOCAL = 24  # row blocks whose sums a block holds
 
 
@@ -35,6 +38,34 @@ def records_launch(p) -> RecordsLaunch:
     stages = max(1, min(MAX_STAGES, (MAX_BYTES - at) // (warps * pair_bytes)))
     constants = {"WARPS": warps, "STAGES": stages, "BLOCKS": blocks, "LOCAL_BLOCKS": local, **places, "RING_AT": at}
     return RecordsLaunch(blocks, warps * 32, max(at + warps * stages * pair_bytes, MIN_BYTES), constants)
+
+
+def matmul_launch(p, target: str) -> RecordsLaunch:
+    """The launch of matmul_records with the constants p on a target; blocks: along the rows.
+
+    A warp has a row block of its own, or shares two with another. Two blocks share a multiprocessor where its memory
+    allows it, or one has more stages.
+    """
+    budget, most = (SM_90_BYTES // 2, MATMUL_STAGES) if target == "sm_90" else (MAX_BYTES, 3)
+    warps = 8
+    if _stages(p, warps, budget) < 3:
+        warps, budget = (8, SM_90_BYTES) if target == "sm_90" else (4, MAX_BYTES)
+    stages = min(most, _stages(p, warps, budget))
+    records_at = stages * _STAGE_BYTES
+    barriers_at = records_at + warps * 2 * p["record_bytes"]
+    constants = {
+        "WARPS": warps,
+        "STAGES": stages,
+        "RECORDS_AT": records_at,
+        "BARRIERS_AT": barriers_at,
+        "BLOCKS_BESIDE": 2 if 2 * (barriers_at + _BARRIER_BYTES) <= SM_90_BYTES else 1,
+    }
+    return RecordsLaunch(-(-p["n_blocks"] // warps), warps * 32, barriers_at + _BARRIER_BYTES, constants)
+
+
+def _stages(p, warps: int, budget: int) -> int:
+    """How many stages of activations fit beside two records for each of so many row blocks."""
+    return (budget - _BARRIER_BYTES - warps * 2 * p["record_bytes"]) // _STAGE_BYTES
 
 
 def _places(p, tokens: int, local: int, warps: int) -> tuple[dict[str, int], int]:

@@ -140,7 +140,7 @@ class CudaDevice:
         ordinal: int = 0,
         slots: int = 1,
     ):
-        self._program, self._plan = program, program.plans["cuda"]
+        self._program, self.plan = program, program.plans["cuda"]
         self._gpu = Gpu(ordinal)
         self.name = self._gpu.name
         self._binary = choose_binary(program.binaries, self._gpu)
@@ -159,7 +159,7 @@ class CudaDevice:
             self._stream = call("cuStreamCreate", _driver().CUstream_flags.CU_STREAM_NON_BLOCKING)
             self._allocate(tensors, context, slots)
             self._functions = self._load(binaries(self._binary))
-            for phase, steps in self._plan.phases.items():
+            for phase, steps in self.plan.phases.items():
                 self._graphs[phase] = self._capture(steps)
         except BaseException:
             self.close()
@@ -241,7 +241,7 @@ class CudaDevice:
         call("cuCtxSetCurrent", self._context)
 
     def _allocate(self, tensors: CheckedTensors, context: int, slots: int) -> None:
-        program, plan = self._program, self._plan
+        program, plan = self._program, self.plan
         used = {arg.name for step in plan.steps() for arg in step.args if arg.kind == "tensor"}
         names = [name for name in tensors if name in used]
         weight_bytes = sum(_align(tensors.nbytes(name)) for name in names)
@@ -296,7 +296,7 @@ class CudaDevice:
         limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
         functions = {}
-        for kernel in self._plan.kernels:
+        for kernel in self.plan.kernels:
             offset, size = self._binary.kernels[kernel.name]
             module = call("cuModuleLoadData", data[offset : offset + size] + b"\0")
             self._modules.append(module)
@@ -311,7 +311,7 @@ class CudaDevice:
 
     def _capture(self, steps: tuple[Step, ...]) -> object:
         """A graph of the steps, one after another."""
-        kernels = {kernel.name: kernel for kernel in self._plan.kernels}
+        kernels = {kernel.name: kernel for kernel in self.plan.kernels}
         call("cuStreamBeginCapture", self._stream, _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
         for step in steps:
             kernel = kernels[step.kernel]

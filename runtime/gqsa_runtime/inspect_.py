@@ -30,7 +30,6 @@ def describe(file: ArtifactFile, context: int | None = None) -> dict:
         "file_bytes": file.size,
         "vocab_size": program.vocab_size,
         "max_context": program.max_context,
-        "prefill_chunk": program.prefill_chunk,
         "kv_dtype": program.kv_dtype,
         "layers": len(program.kv_layers),
         "chat_template": gqsa.KEY_CHAT_TEMPLATE in file.metadata,

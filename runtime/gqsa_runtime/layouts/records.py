@@ -308,6 +308,8 @@ class OrderOf(ContentRule):
 class WellFormed(ContentRule):
     """Records whose headers, masks and sizes agree with each other, with `starts` and with the constants.
 
+    The tiles of a block's records rise, and all of its records but the last have as many as fit: kernels that walk
+    several blocks side by side rely on it.
     table: the records of each block hold all tiles in order, four by four.
     """
 
@@ -316,9 +318,9 @@ class WellFormed(ContentRule):
     masked_widths: int
     fewest: int  # tiles of a record
     table: bool
-    needs = ("starts",)
+    needs = ("starts", "blocks")
 
-    def broken(self, array: np.ndarray, starts: np.ndarray) -> str | None:
+    def broken(self, array: np.ndarray, starts: np.ndarray, blocks: np.ndarray) -> str | None:
         """See ContentRule. starts has passed its own rule."""
         units = array.reshape(-1, UNIT).view(np.uint8)
         starts = starts.reshape(-1).astype(np.int64)
@@ -329,10 +331,10 @@ class WellFormed(ContentRule):
             return f"holds a record with {int(n.min())} to {int(n.max())} tiles, expected {self.fewest} to {TILES}"
         if (tiles >= self.n_tiles).any():
             return f"holds tile {int(tiles.max())}, expected below {self.n_tiles}"
+        slot = np.arange(TILES)
+        here = slot < n[:, None]
         if self.table:
-            slot = np.arange(TILES)
             tile = np.arange(len(first))[:, None] % -(-self.n_tiles // TILES) * TILES + slot
-            here = slot < n[:, None]
             if (here != (tile < self.n_tiles)).any() or (tiles != tile)[here].any():
                 return "does not hold all tiles of a table's rows in order"
         allowed = np.where(masked == 1, self.masked_widths, self.widths)
@@ -353,6 +355,13 @@ class WellFormed(ContentRule):
         if (size != expected).any():
             record = int((size != expected).argmax())
             return f"holds record {record} of {size[record]} units where its header makes it {expected[record]}"
+        goes_on = ~np.isin(np.arange(1, len(first) + 1), blocks)  # another record of the block follows
+        if (n[goes_on] != TILES).any():
+            return f"holds a record with fewer than {TILES} tiles that is not its block's last"
+        last_tile = tiles[np.arange(len(first)), n - 1]
+        falls = tiles[:, 1:] <= tiles[:, :-1]
+        if (here[:, 1:] & falls).any() or (tiles[1:, 0] <= last_tile[:-1])[goes_on[:-1]].any():
+            return "holds a block whose tiles do not rise"
         return None
 
 
