@@ -212,6 +212,9 @@ def make_cases(Case, helpers):
     yield matmul("empty", pattern="empty", bias=True)
     yield matmul("k64", k=64)
     yield matmul("k1024_whole", k=1024, rows=16 * 9)
+    for width, pattern in ((4, "groups"), (2, "tiles"), (8, "tiles")):  # records that both halves of the tiles need
+        yield matmul(f"k2496_w{width}_{pattern}", width, pattern, k=39 * 64, n_tokens=5)
+    yield matmul("k9024", k=141 * 64, n_tokens=2)  # more records than lanes look for the middle at once
     yield matmul("residual_aliased", residual=True)
     yield matmul("epilogue", activation="gelu_tanh", bias=True, residual=True, residual_stride=41, out_stride=45)
     for n_tokens in (1, 63, 64, 65, 127, 128, 129):

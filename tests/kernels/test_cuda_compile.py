@@ -205,7 +205,7 @@ def test_grids_cover_every_row_and_token(max_tokens):
         elif spec.op == "matmul_records":
             for target in ("", "sm_90"):
                 x, y, _ = launch(spec, max_tokens, target).grid
-                assert x * 128 >= tokens and y * geometry(spec, target).constants["WARPS"] >= params["n_blocks"]
+                assert x * 128 >= tokens and y * geometry(spec, target).constants["ROW_BLOCKS"] >= params["n_blocks"]
         elif spec.op == "attention_halves":
             assert grid[0] == params["heads"] and grid[1] * 64 >= tokens
         elif spec.op == "append_attention":

@@ -1,19 +1,19 @@
 // y = W x over records (see records.cuh) for many tokens, on the tensor cores' halves: dequantised weights times
 // activations as halved_rows.cuh makes them, summed in f32.
 //
-// A block takes one row block for each of its warps by 128 tokens and walks the tiles of 64 columns in order. All warps
-// share a ring of STAGES stages of activations; a row block's records come through two places of their own, for they
-// may begin and end at any tile. On sm_90a four warps multiply together, each its own row block by all tokens, and the
-// tensor cores read the activations themselves (matmul_groups.cuh). Elsewhere a warp takes two row blocks by 64
-// tokens: a fragment of weights meets 64 tokens, one of activations 32 rows (matmul_warps.cuh). Each sum has the
-// order of the tiles, whatever the grid is and however many tokens there are.
+// A block takes ROW_BLOCKS row blocks by 128 tokens and walks the tiles of 64 columns in order. Warps share a ring of
+// STAGES stages of activations; a row block's records come through two places of their own, for they may begin and
+// end at any tile. On sm_90a four warps multiply together, each its own row block by all tokens, and the tensor cores
+// read the activations themselves (matmul_groups.cuh). Elsewhere a warp takes two row blocks by 64 tokens: a fragment
+// of weights meets 64 tokens, one of activations 32 rows (matmul_warps.cuh). The order of each sum is a matter of
+// constants, whatever the grid is and however many tokens there are.
 #pragma once
 #include "epilogue.cuh"
 #include "halved_rows.cuh"
 #include "row_block.cuh"
 
-// What one block of a matmul is given. blockIdx.x: 128 tokens, blockIdx.y: WARPS row blocks.
-// C: K, N_BLOCKS, ROWS, WIDTHS, MASKED_WIDTHS, RECORD_BYTES, WHOLE, EPILOGUE, WARPS, STAGES, RECORDS_AT (where records begin
+// What one block of a matmul is given. blockIdx.x: 128 tokens, blockIdx.y: ROW_BLOCKS row blocks.
+// C: K, N_BLOCKS, ROWS, WIDTHS, MASKED_WIDTHS, RECORD_BYTES, WHOLE, EPILOGUE, WARPS, ROW_BLOCKS, STAGES, RECORDS_AT (where records begin
 // in shared memory, behind the activations) and what epilogue.cuh needs.
 template <class C>
 struct MatmulBlock {

@@ -5,7 +5,7 @@
 template <class C>
 __host__ __device__ constexpr int blocks_beside() {
 #if __CUDA_ARCH__ == 800
-    return C::BLOCKS_BESIDE;
+    return C::WARPS == 8 ? 2 : 1;
 #else
     return 1;
 #endif
@@ -43,11 +43,12 @@ template <class C>
 __device__ __forceinline__ void multiply_block(const MatmulBlock<C>& block) {
     using T = WarpTile<C>;
     constexpr int THREADS = C::WARPS * WARP, SHARERS = T::ACROSS * WARP, N_TILES = MatmulBlock<C>::N_TILES;
-    static_assert(C::WARPS % T::ACROSS == 0 && C::STAGES >= 2 && C::STAGES <= 4, "see below: a record's copy");
+    static_assert(C::WARPS % T::ACROSS == 0 && C::ROW_BLOCKS == C::WARPS && C::STAGES >= 2 && C::STAGES <= 4,
+                  "see below: a record's copy");
     GQSA_DYNAMIC_SHARED(unsigned char, shared);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int column = warp % T::ACROSS * T::TOKENS, sharer = threadIdx.x % SHARERS;
-    const int held = warp / T::ACROSS * T::HELD, first_block = blockIdx.y * C::WARPS + held;
+    const int held = warp / T::ACROSS * T::HELD, first_block = blockIdx.y * C::ROW_BLOCKS + held;
 
     RowBlock<C> rows[T::HELD];
 #pragma unroll

@@ -10,13 +10,38 @@ struct RowBlock {
     const int* starts;             // of the block's records
     int count, current, fetched;   // how many, the one under way, the next to copy
     int slot, offset;              // of the tile under way: which of its record, its first value behind the first tile's
+    int first_slot;                // that is taken of the record under way, 0 but behind skip_to
 
     // block: of the linear's n_blocks; there is nothing in one behind them.
     __device__ __forceinline__ void open(const signed char* records_, const int* starts_, const int* blocks, int block,
                                          int n_blocks) {
         const int begin = block < n_blocks ? blocks[block] : 0, end = block < n_blocks ? blocks[block + 1] : 0;
         records = reinterpret_cast<const unsigned char*>(records_), starts = starts_ + begin;
-        count = end - begin, current = fetched = slot = offset = 0;
+        count = end - begin, current = fetched = slot = offset = first_slot = 0;
+    }
+
+    // Forgets the records that begin with this tile or one behind it. All lanes of the warp call it.
+    __device__ __forceinline__ void end_before(int tile, int lane) { count = count_before(tile, lane); }
+
+    // Begins with this tile or the first behind it. All lanes of the warp call it.
+    __device__ __forceinline__ void skip_to(int tile, int lane) {
+        int n_skipped = count_before(tile, lane);
+        if (n_skipped > 0) {
+            // The last record that begins before the tile may go on behind it.
+            const Record record{records + static_cast<long long>(starts[n_skipped - 1]) * 16};
+            const int n = record.kind() >> 8 & 0xff;
+            for (int s = 0; s < n && record.tile(s) < tile; ++s) ++slot;
+            if (slot == n) {
+                slot = 0;
+            } else {
+                --n_skipped;
+                const uint2* const mask = reinterpret_cast<const uint2*>(record.bytes + 16);
+                if (record.kind() >> 16 & 0xff)
+                    for (int s = 0; s < slot; ++s) offset += __popc(mask[s].x) + __popc(mask[s].y);
+                offset *= 2 * (record.kind() & 0xff);  // bytes of a group
+            }
+        }
+        starts += n_skipped, count -= n_skipped, first_slot = slot;
     }
 
     // Whether there is another record and its place is free.
@@ -62,6 +87,19 @@ struct RowBlock {
     }
 
 private:
+    // How many records begin before a tile.
+    __device__ __forceinline__ int count_before(int tile, int lane) const {
+        if (C::WHOLE && count * TILES == C::K / TILE) return ceil_div(tile, TILES);  // all tiles are there
+        int n = 0;
+        for (int i = 0; i < count; i += WARP) {
+            bool before = false;
+            if (i + lane < count)
+                before = Record{records + static_cast<long long>(starts[i + lane]) * 16}.tile(0) < tile;
+            n += __popc(__ballot_sync(ALL_LANES, before));
+        }
+        return n;
+    }
+
     template <class G>
     __device__ __forceinline__ void convert(const G& groups, const unsigned char* fields, int n, int lane,
                                             unsigned (&a)[4][4]) const {

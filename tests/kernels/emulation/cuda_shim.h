@@ -65,6 +65,13 @@ inline T __shfl_sync(unsigned, T value, int lane) {
     return shuffle(value, lane, false);
 }
 
+inline unsigned __ballot_sync(unsigned, bool value) {
+    unsigned mine = value, all[32][8], bits = 0;
+    emulation::gather(&mine, 1, all);
+    for (int lane = 0; lane < 32; ++lane) bits |= all[lane][0] << lane;
+    return bits;
+}
+
 inline float __uint_as_float(unsigned bits) {
     float value;
     std::memcpy(&value, &bits, 4);

@@ -18,7 +18,7 @@ Dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace {
 
 constexpr int WARP = 32;
-constexpr std::size_t STACK_BYTES = 128 * 1024, SHARED_BYTES = 164 * 1024, GUARD_BYTES = 4096;
+constexpr std::size_t STACK_BYTES = 128 * 1024, SHARED_BYTES = 227 * 1024, GUARD_BYTES = 4096;
 enum State { READY, AT_WARP_BARRIER, AT_BLOCK_BARRIER, POLLING, DONE };
 
 struct Fiber {
