@@ -15,6 +15,7 @@ import numpy as np
 from gqsa_runtime.errors import DeviceError
 from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Plan, Program, Step
 from gqsa_runtime.rope import rope_table
+from gqsa_runtime.stopwatch import Stopwatch
 
 ALIGNMENT = 64  # of everything in the arena: a cache line
 # Chooses a binary by its target's name, e.g. x86_64_v3 on a machine with AVX-512. For tests and comparisons.
@@ -98,7 +99,7 @@ def choose_binary(binaries: tuple[Binary, ...]) -> Binary:
 
 def default_threads() -> int:
     """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class CpuDevice:
@@ -108,7 +109,7 @@ class CpuDevice:
     binaries: gives a binary's bytes, whose digest the reader has checked: they are native code.
     context: positions of a slot of the KV cache; slots: sequences that it holds. threads: of the pool with
     the caller, by default all CPUs that this process may use; results do not depend on it. One
-    thread at a time may call the methods.
+    thread at a time may call the methods. clock: gets the stage "modules".
     Raises DeviceError for a CPU that the file has no kernels for, and where memory does not suffice.
     """
 
@@ -120,7 +121,9 @@ class CpuDevice:
         context: int,
         threads: int | None = None,
         slots: int = 1,
+        clock: Stopwatch | None = None,
     ):
+        clock = clock or Stopwatch()
         self.threads = default_threads() if threads is None else threads
         if self.threads < 1:
             raise DeviceError(f"{threads} threads cannot run anything; choose 1 or more")
@@ -128,7 +131,8 @@ class CpuDevice:
         binary = choose_binary(program.binaries)
         self.target = binary.target
         self.name = f"CPU ({self.target}, {self.threads} thread{'s' if self.threads > 1 else ''})"
-        self._library = _load_library(binaries(binary))
+        with clock.stage("modules"):
+            self._library = _load_library(binaries(binary))
         self._context, self._slots = context, slots
         self._keep: list[np.ndarray] = []  # arrays that native code points into
         self._addresses: dict[tuple, int] = {}
@@ -206,7 +210,8 @@ class CpuDevice:
 
     def _use_tensors(self, plan: Plan, tensors: Mapping[str, np.ndarray]) -> None:
         """Takes the addresses of the tensors that the steps name."""
-        for name in sorted({arg.name for step in plan.steps() for arg in step.args if arg.kind == "tensor"}):
+        used = {arg.name for step in plan.steps() for arg in step.args if arg.kind == "tensor"}
+        for name in (name for name in tensors if name in used):  # in the order in which they are read ahead
             array = tensors[name]
             if not array.flags.c_contiguous:
                 raise ValueError(f"tensor {name!r} is not contiguous")

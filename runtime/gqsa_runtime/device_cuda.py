@@ -14,6 +14,7 @@ from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.errors import DeviceError
 from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Launch, Program, Step
 from gqsa_runtime.rope import rope_table
+from gqsa_runtime.stopwatch import Stopwatch
 
 STATIC_SHARED_LIMIT = 48 << 10  # above this a kernel must opt in to dynamic shared memory
 ALIGNMENT = 256  # of everything in the arena, as cuMemAlloc aligns
@@ -126,8 +127,8 @@ def choose_binary(binaries: tuple[Binary, ...], gpu: Gpu) -> Binary:
 class CudaDevice:
     """Runs a program on one GPU. All memory is allocated when it is made; nothing after.
 
-    tensors: name -> array, read one at a time. context: positions of a slot of the KV cache; slots: sequences
-    that it holds.
+    tensors: asked for in the order of the file, and let go one by one. context: positions of a slot of the KV cache;
+    slots: sequences that it holds. clock: gets the stages "modules", "graphs" and "upload".
     Raises DeviceError for a missing driver, GPU or binary, and where the driver runs out of memory.
     """
 
@@ -139,7 +140,9 @@ class CudaDevice:
         context: int,
         ordinal: int = 0,
         slots: int = 1,
+        clock: Stopwatch | None = None,
     ):
+        self._clock = clock or Stopwatch()
         self._program, self._plan = program, program.plans["cuda"]
         self._gpu = Gpu(ordinal)
         self.name = self._gpu.name
@@ -158,9 +161,13 @@ class CudaDevice:
             call("cuCtxSetCurrent", self._context)
             self._stream = call("cuStreamCreate", _driver().CUstream_flags.CU_STREAM_NON_BLOCKING)
             self._allocate(tensors, context, slots)
-            self._functions = self._load(binaries(self._binary))
-            for phase, steps in self._plan.phases.items():
-                self._graphs[phase] = self._capture(steps)
+            # While tensors are read and checked ahead. Nothing of this runs before all of them are here.
+            with self._clock.stage("modules"):
+                self._functions = self._load(binaries(self._binary))
+            with self._clock.stage("graphs"):
+                for phase, steps in self._plan.phases.items():
+                    self._graphs[phase] = self._capture(steps)
+            self._fill(tensors, context)
         except BaseException:
             self.close()
             raise
@@ -245,8 +252,9 @@ class CudaDevice:
         used = {arg.name for step in plan.steps() for arg in step.args if arg.kind == "tensor"}
         names = [name for name in tensors if name in used]
         weight_bytes = sum(_align(tensors.nbytes(name)) for name in names)
-        rope_bytes = sum(context * rope.rotary_dim * 4 for rope in program.ropes.values())
-        total = weight_bytes + plan.arena_bytes + slots * context * program.kv_bytes_per_token() + rope_bytes
+        rope_bytes = {name: context * rope.rotary_dim * DTYPE_BYTES["f32"] for name, rope in program.ropes.items()}
+        total = weight_bytes + plan.arena_bytes + slots * context * program.kv_bytes_per_token()
+        total += sum(rope_bytes.values())
         total += ALIGNMENT * (2 * len(program.kv_layers) + len(program.ropes) + 1)
         self._memory = call("cuMemAlloc", total)
         # Nothing may depend on what the memory held before; zeros make that so.
@@ -267,14 +275,19 @@ class CudaDevice:
             size = slots * context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
             self._addresses["k_cache", layer] = take(size)
             self._addresses["v_cache", layer] = take(size)
-        for name, rope in program.ropes.items():
-            table = rope_table(tensors[rope.inv_freq], rope.scaling, context)
-            self._addresses["rope", name] = take(table.nbytes)
-            self._copy(self._addresses["rope", name], table)
+        for name, size in rope_bytes.items():
+            self._addresses["rope", name] = take(size)
         for name in names:
-            array = np.ascontiguousarray(tensors[name])
-            self._addresses["tensor", name] = take(array.nbytes)
-            self._copy(self._addresses["tensor", name], array)
+            self._addresses["tensor", name] = take(tensors.nbytes(name))
+
+    def _fill(self, tensors: CheckedTensors, context: int) -> None:
+        """Copies weights and rotary tables to their places."""
+        for (kind, name), address in self._addresses.items():
+            if kind == "rope":
+                rope = self._program.ropes[name]
+                self._copy(address, rope_table(tensors[rope.inv_freq], rope.scaling, context))
+            elif kind == "tensor":
+                self._copy(address, tensors[name])
 
     def _pin(self, elements: dict[str, int]) -> None:
         """Pinned host memory for the first elements of some buffers."""
@@ -287,8 +300,9 @@ class CudaDevice:
             address += _align(size)
 
     def _copy(self, address: int, array: np.ndarray) -> None:
-        call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, self._stream)
-        call("cuStreamSynchronize", self._stream)
+        with self._clock.stage("upload"):
+            call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, self._stream)
+            call("cuStreamSynchronize", self._stream)
 
     def _load(self, data: bytes) -> dict[str, object]:
         """Loads the modules; the reader has checked their digest: a damaged cubin can kill the process."""

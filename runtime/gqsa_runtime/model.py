@@ -20,6 +20,7 @@ from gqsa_runtime.program import Program
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.sampling import SamplingOptions, sample
 from gqsa_runtime.sequence import Sequence as TokenSequence
+from gqsa_runtime.stopwatch import Stopwatch
 from gqsa_runtime.tokenizer import StopFilter, TextStream, Tokenizer
 from gqsa_runtime.turns import Turns
 from gqsa_runtime.validate import validate
@@ -60,7 +61,8 @@ class Model:
 
     device_reason: which device runs it and why. context_reason: why the context is smaller than the
     default, or None. decode_weight_bytes: what one decode step reads of the weights. stats:
-    GenerationStats of the generation that began last. engine: for token-level work.
+    GenerationStats of the generation that began last. engine: for token-level work. open_seconds: what `open`
+    spent, by stage: "header", "tokenizer" and those of `load.open_device`, and "total".
     """
 
     def __init__(
@@ -73,11 +75,13 @@ class Model:
         device_reason: str = "",
         context_reason: str | None = None,
         decode_weight_bytes: int = 0,
+        open_seconds: Mapping[str, float] | None = None,
     ):
         self.program, self.tokenizer, self.device, self.context = program, tokenizer, device, context
         self.engine = Engine(program, device, context)
         self.device_reason, self.context_reason = device_reason, context_reason
         self.decode_weight_bytes = decode_weight_bytes
+        self.open_seconds = dict(open_seconds or {})
         self.stats = GenerationStats()
         self._chat_source, self._chat_template = chat_template, None
         self._turns = Turns()
@@ -99,12 +103,17 @@ class Model:
         Raises FormatError (not a sound .gqsa file), DeviceError (nothing to run it on, no memory) or
         InputError (no such file, a context that the model is not made for).
         """
-        with ArtifactFile.open(path) as file:
+        clock = Stopwatch()
+        with clock.stage("total"), contextlib.ExitStack() as stack:
+            with clock.stage("header"):
+                file = stack.enter_context(ArtifactFile.open(path))
             try:
-                validate(file.program, file.tensors)
-                tokenizer = Tokenizer(file.text(gqsa.KEY_TOKENIZER))
+                with clock.stage("header"):
+                    validate(file.program, file.tensors)
+                with clock.stage("tokenizer"):
+                    tokenizer = Tokenizer(file.text(gqsa.KEY_TOKENIZER))
                 template = file.metadata.get(gqsa.KEY_CHAT_TEMPLATE)
-                opened = open_device(file, device, context, threads, progress)
+                opened = open_device(file, device, context, threads, progress, clock)
             except FormatError as error:
                 if os.fspath(path) in str(error):
                     raise
@@ -118,6 +127,7 @@ class Model:
             opened.device_reason,
             opened.context_reason,
             memory.decode_weight_bytes(file.program, file.tensors, opened.family),
+            clock.seconds,
         )
 
     def __enter__(self):

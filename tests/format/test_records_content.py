@@ -41,9 +41,10 @@ def read_all(arrays: dict, tmp_path, plan=None) -> None:
     path.write_bytes(tiny.file_bytes(records_program.program(plan), dict(arrays)))
     with ArtifactFile.open(path) as file:
         validate(file.program, file.tensors)
-        tensors = CheckedTensors(file, "cpu")
-        for name in file.program.plans["cpu"].tensors(file.program.ropes):
-            assert tensors[name].size == arrays[name].size
+        names = file.program.plans["cpu"].tensors(file.program.ropes)
+        with CheckedTensors(file, names) as tensors:
+            for name in names:
+                assert tensors[name].size == arrays[name].size
 
 
 def refuse(arrays: dict, message: str, tmp_path, tensor: str) -> None:

@@ -30,7 +30,7 @@ def gqsa(monkeypatch):
     """Runs `gqsa` in this process over the fake device; answer: what the model says after each prompt."""
 
     def run(*args, stdin=None, answer=None, prompt=""):
-        def open_fake(kind, ordinal, program, tensors, binaries, context, threads):
+        def open_fake(kind, ordinal, program, tensors, binaries, context, threads, clock):
             return fake_device.FakeDevice(program, context, script)
 
         script = None

@@ -170,7 +170,7 @@ def opened(monkeypatch):
     """Replaces devices by the fake one; lists what was asked for."""
     calls = []
 
-    def open_fake(kind, ordinal, program, tensors, binaries, context, threads):
+    def open_fake(kind, ordinal, program, tensors, binaries, context, threads, clock):
         calls.append((kind, ordinal, context, threads))
         arrays = {name: tensors[name] for name in tensors}
         assert binaries(program.binaries[0]) == tiny.tensors()["binary.cpu"].tobytes()
@@ -191,6 +191,9 @@ def test_open(path, opened):
         assert model.context_reason is None and model.has_chat_template
     assert opened == [("cpu", 0, tiny.CONTEXT, None)]
     assert progress and progress[-1][0] >= progress[-1][1] > 0
+    stages = model.open_seconds
+    assert {"header", "tokenizer", "device", "read", "check", "wait"} < set(stages)
+    assert 0 < stages["header"] + stages["tokenizer"] + stages["device"] + stages["wait"] < stages["total"]
 
 
 def test_open_with_choices(path, opened):

@@ -320,10 +320,11 @@ class WellFormed(ContentRule):
 
     def broken(self, array: np.ndarray, starts: np.ndarray) -> str | None:
         """See ContentRule. starts has passed its own rule."""
-        units = array.reshape(-1, UNIT).view(np.uint8)
+        # As items of 16 bytes: NumPy gathers those six times as fast as rows of 16.
+        units = array.reshape(-1).view(f"V{UNIT}")
         starts = starts.reshape(-1).astype(np.int64)
         first, size = starts[:-1], np.diff(starts)
-        headers = units[first]
+        headers = units[first].view(np.uint8).reshape(-1, UNIT)
         tiles, width, n, masked = headers[:, :8].copy().view(np.uint16), headers[:, 8], headers[:, 9], headers[:, 10]
         if ((n < self.fewest) | (n > TILES) | (masked > 1)).any():
             return f"holds a record with {int(n.min())} to {int(n.max())} tiles, expected {self.fewest} to {TILES}"
@@ -344,8 +345,8 @@ class WellFormed(ContentRule):
             where = np.flatnonzero(masked)
             if (size[where] < 3).any():
                 return "holds a record that is too short for its mask"
-            masks = units[first[where, None] + [1, 2]].reshape(len(where), TILES, 8)
-            groups = np.unpackbits(masks, axis=2).sum(2)
+            masks = units[first[where, None] + [1, 2]].view(np.uint64)  # [masked records, 4 tiles]
+            groups = _count_bits(masks)
             if (groups * (np.arange(TILES) >= n[where, None])).any():
                 return "holds a mask with groups of a tile that its record lacks"
             value_bytes[where] = groups.sum(1) * 2 * width[where]
@@ -354,6 +355,14 @@ class WellFormed(ContentRule):
             record = int((size != expected).argmax())
             return f"holds record {record} of {size[record]} units where its header makes it {expected[record]}"
         return None
+
+
+def _count_bits(words: np.ndarray) -> np.ndarray:
+    """How many bits are set in each uint64, as int64. numpy.bitwise_count is not in NumPy 1."""
+    sums = words - (words >> 1 & 0x5555555555555555)  # of 2 bits each, then of 4, then of 8
+    sums = (sums & 0x3333333333333333) + (sums >> 2 & 0x3333333333333333)
+    sums = sums + (sums >> 4) & 0x0F0F0F0F0F0F0F0F
+    return (sums * 0x0101010101010101 >> 56).astype(np.int64)
 
 
 def _entries(levels: np.ndarray, width: int) -> np.ndarray:
