@@ -8,7 +8,9 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -18,6 +20,8 @@ from gqsa_runtime.rope import rope_table
 from gqsa_runtime.stopwatch import Stopwatch
 
 ALIGNMENT = 64  # of everything in the arena: a cache line
+_LAUNCH_BYTES = 16  # of a native launch: {function, args}
+_BANDWIDTH_BYTES = 1 << 28  # read to measure the bandwidth: more than a cache holds
 # Chooses a binary by its target's name, e.g. x86_64_v3 on a machine with AVX-512. For tests and comparisons.
 TARGET_VARIABLE = "GQSA_CPU_TARGET"
 
@@ -163,6 +167,29 @@ class CpuDevice:
         if count > array.size:
             raise ValueError(f"buffer {buffer!r} holds {array.size} elements, not {count}")
         return array[:count].copy()
+
+    def bandwidth(self) -> float:
+        """Bytes per second that as many threads as the pool has read from memory together, the median of 5."""
+        memory = np.ones(_BANDWIDTH_BYTES // 8, np.int64)
+        parts = np.array_split(memory, self.threads)
+        seconds = []
+        with ThreadPoolExecutor(self.threads) as pool:
+            for _ in range(5):
+                began_s = time.perf_counter()
+                list(pool.map(np.max, parts))  # NumPy has vectors for it and lets go of the interpreter
+                seconds.append(time.perf_counter() - began_s)
+        return memory.nbytes / float(np.median(seconds))
+
+    def step_seconds(self, phase: str, repeats: int) -> list[float]:
+        """Seconds of each step of a phase, launched by a call of its own; the median of `repeats` passes."""
+        launches, count = self._phases[phase]
+        seconds = np.empty((repeats, count))
+        for times in seconds:
+            for index in range(count):
+                began_s = time.perf_counter()
+                self._library.gqsa_run(self._pool, launches + index * _LAUNCH_BYTES, 1)
+                times[index] = time.perf_counter() - began_s
+        return np.median(seconds, axis=0).tolist()
 
     def close(self) -> None:
         """Ends the threads and frees the memory. Safe to call twice."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 from collections.abc import Callable, Iterator
 
@@ -20,6 +21,8 @@ STATIC_SHARED_LIMIT = 48 << 10  # above this a kernel must opt in to dynamic sha
 ALIGNMENT = 256  # of everything in the arena, as cuMemAlloc aligns
 # Chooses a binary by its target's name, e.g. compute_80 to run the PTX. For tests and comparisons.
 TARGET_VARIABLE = "GQSA_CUDA_TARGET"
+
+_STEPS_TIMED = 32  # launches in a graph that times a kernel, at least
 
 # Buffers that the host fills or reads between launches, beside the logits.
 _HOST_BUFFERS = ("tokens", "targets", "state", "log_probs", "argmax")
@@ -205,23 +208,48 @@ class CudaDevice:
         self._on_their_way.clear()
         return values.copy() if values is pinned else values
 
-    def copy_bandwidth(self, n_bytes: int = 1 << 29, repeats: int = 20) -> float:
-        """Bytes per second that a copy within the GPU's memory moves, read and written, the median."""
+    def bandwidth(self) -> float:
+        """Bytes per second that a copy within the GPU's memory moves, read and written, the median of 20."""
+        n_bytes = 1 << 29
         self._set_current()
         source, target = call("cuMemAlloc", n_bytes), call("cuMemAlloc", n_bytes)
+        try:
+            seconds = self._median_seconds(20, "cuMemcpyDtoDAsync", target, source, n_bytes)
+        finally:
+            call("cuMemFree", source)
+            call("cuMemFree", target)
+        return 2 * n_bytes / seconds
+
+    def step_seconds(self, phase: str, repeats: int) -> list[float]:
+        """Seconds of each step of a phase, by events. The steps of one kernel share their time: they run as one
+        graph, with their own weights one after another, and are launched there as they are in the phase.
+        """
+        self._set_current()
+        steps, seconds = self._plan.phases[phase], {}
+        for name in dict.fromkeys(step.kernel for step in steps):
+            same = [step for step in steps if step.kernel == name]
+            same *= -(-_STEPS_TIMED // len(same))  # so many that the launch of the graph does not count
+            graph = self._capture(tuple(same))
+            try:
+                seconds[name] = self._median_seconds(repeats, "cuGraphLaunch", graph) / len(same)
+            finally:
+                call("cuGraphExecDestroy", graph)
+        return [seconds[step.kernel] for step in steps]
+
+    def _median_seconds(self, repeats: int, function: str, *args) -> float:
+        """Of a driver function that works on the stream, after one untimed call."""
+        call(function, *args, self._stream)
         events = [call("cuEventCreate", 0) for _ in range(repeats + 1)]
         try:
-            for event in events:
+            call("cuEventRecord", events[0], self._stream)
+            for event in events[1:]:
+                call(function, *args, self._stream)
                 call("cuEventRecord", event, self._stream)
-                call("cuMemcpyDtoDAsync", target, source, n_bytes, self._stream)
             call("cuStreamSynchronize", self._stream)
-            times_ms = [call("cuEventElapsedTime", a, b) for a, b in zip(events, events[1:], strict=False)]
+            return 1e-3 * float(np.median([call("cuEventElapsedTime", *pair) for pair in itertools.pairwise(events)]))
         finally:
             for event in events:
                 call("cuEventDestroy", event)
-            call("cuMemFree", source)
-            call("cuMemFree", target)
-        return 2 * n_bytes / (1e-3 * float(np.median(times_ms)))
 
     def close(self) -> None:
         """Frees everything. Safe to call twice."""

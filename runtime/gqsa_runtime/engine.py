@@ -49,6 +49,12 @@ class Device(Protocol):
     def download(self, buffer: str, count: int) -> np.ndarray:
         """The first `count` elements of a buffer, flat, after all work before."""
 
+    def bandwidth(self) -> float:
+        """Bytes per second that the device's memory is seen to move now, by plain code."""
+
+    def step_seconds(self, phase: str, repeats: int) -> list[float]:
+        """Seconds of each step of a phase, each kind of kernel by itself; leaves no sound activations behind."""
+
     def close(self) -> None:
         """Frees all that the device holds."""
 
@@ -128,6 +134,17 @@ class Engine:
             sequence.n_reused, self._resident = n_reused, sequence
             return logits
 
+    def step_seconds(self, tokens: abc.Sequence[int], repeats: int) -> tuple[str, list[float]]:
+        """(phase, seconds of each of its steps) that appending one token, or a chunk of them, would run.
+
+        The cache stays as it is. Raises InputError as prefill does.
+        """
+        with self._alone():
+            ids = self._checked(tokens, min(self.context - self.position, self.program.prefill_chunk))
+            phase = "decode" if len(ids) == 1 else "prefill_body"
+            self._upload(ids)
+            return phase, self.device.step_seconds(phase, repeats)
+
     def score(self, tokens: abc.Sequence[int], first: int = 1) -> ScoreResult:
         """Log-probabilities of tokens `first` and later of a text; the last is scored, never run.
 
@@ -191,10 +208,14 @@ class Engine:
 
     def _launch(self, ids: np.ndarray, phase: str) -> None:
         self._check_open()
-        self.device.upload("tokens", ids)
-        self.device.upload("state", launch_state(self.context, 0, self.position + np.arange(len(ids))))
+        self._upload(ids)
         self.device.launch(phase)
         self._tokens.extend(ids.tolist())
+
+    def _upload(self, ids: np.ndarray) -> None:
+        """Tokens and the state of a launch that appends them."""
+        self.device.upload("tokens", ids)
+        self.device.upload("state", launch_state(self.context, 0, self.position + np.arange(len(ids))))
 
     def _logits(self) -> np.ndarray:
         return self.device.download("logits", self.program.vocab_size)

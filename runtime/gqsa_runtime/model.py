@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from gqsa_runtime import format as gqsa
-from gqsa_runtime import memory
 from gqsa_runtime.chat import ChatTemplate
 from gqsa_runtime.engine import Device, Engine, ScoreResult
 from gqsa_runtime.errors import ClosedError, FormatError, InputError
 from gqsa_runtime.load import open_device
 from gqsa_runtime.program import Program
-from gqsa_runtime.reader import ArtifactFile
+from gqsa_runtime.reader import ArtifactFile, TensorInfo
 from gqsa_runtime.sampling import SamplingOptions, sample
 from gqsa_runtime.sequence import Sequence as TokenSequence
 from gqsa_runtime.stopwatch import Stopwatch
@@ -60,7 +59,7 @@ class Model:
     lets the next call go first and goes on after it: its text stays whole, the cache is made again.
 
     device_reason: which device runs it and why. context_reason: why the context is smaller than the
-    default, or None. decode_weight_bytes: what one decode step reads of the weights. stats:
+    default, or None. family: of the plan that runs, tensors: name -> TensorInfo of the file. stats:
     GenerationStats of the generation that began last. engine: for token-level work. open_seconds: what `open`
     spent, by stage: "header", "tokenizer" and those of `load.open_device`, and "total".
     """
@@ -74,13 +73,14 @@ class Model:
         chat_template: str | None = None,
         device_reason: str = "",
         context_reason: str | None = None,
-        decode_weight_bytes: int = 0,
+        family: str = "cpu",
+        tensors: Mapping[str, TensorInfo] | None = None,
         open_seconds: Mapping[str, float] | None = None,
     ):
         self.program, self.tokenizer, self.device, self.context = program, tokenizer, device, context
         self.engine = Engine(program, device, context)
         self.device_reason, self.context_reason = device_reason, context_reason
-        self.decode_weight_bytes = decode_weight_bytes
+        self.family, self.tensors = family, dict(tensors or {})
         self.open_seconds = dict(open_seconds or {})
         self.stats = GenerationStats()
         self._chat_source, self._chat_template = chat_template, None
@@ -126,7 +126,8 @@ class Model:
             template if isinstance(template, str) else None,
             opened.device_reason,
             opened.context_reason,
-            memory.decode_weight_bytes(file.program, file.tensors, opened.family),
+            opened.family,
+            file.tensors,
             clock.seconds,
         )
 

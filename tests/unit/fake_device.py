@@ -61,6 +61,12 @@ class FakeDevice:
         row[self.script[position + 1] if position + 1 < len(self.script) else tiny.EOS] = 20
         return row
 
+    def bandwidth(self):
+        return 1e9
+
+    def step_seconds(self, phase, repeats):
+        return [1e-6 * repeats] * len(self.program.plans["cpu"].phases[phase])
+
     def close(self):
         self.closed = True
 

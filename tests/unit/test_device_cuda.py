@@ -55,6 +55,9 @@ class HostDriver:
     def cuMemcpyHtoDAsync(self, target, source, n_bytes, stream):
         ctypes.memmove(target, source, n_bytes)
 
+    def cuEventElapsedTime(self, start, end):
+        return 3.2  # milliseconds
+
     def cuLaunchKernelEx(self, config, function, arguments, extra):
         self.launched.append(arguments[0])
 
@@ -122,3 +125,20 @@ def test_nothing_runs_before_all_weights_are_checked(tmp_path, host):
         make_device(file)
     assert "cuGraphLaunch" not in host.calls and "cuLaunchKernel" not in host.calls
     assert "cuMemcpyHtoDAsync" in host.calls and "cuMemFree" in host.calls
+
+
+def test_steps_are_timed_kernel_by_kernel(tmp_path, host):
+    with open_file(tmp_path) as file:
+        device = make_device(file)
+        phase = file.program.plans["cuda"].phases["decode"]
+        captured = len(host.launched)
+        seconds = device.step_seconds("decode", repeats=3)
+        # Each kernel once, 32 times over in its own graph.
+        assert seconds == pytest.approx([3.2e-3 / 32] * len(phase))
+        timed = host.launched[captured:]
+        assert len(timed) == 32 * len(phase)
+        assert len(set(timed)) == len(phase) and set(timed) <= set(host.launched[:captured])
+        assert host.calls.count("cuGraphExecDestroy") == len(phase)
+        assert device.bandwidth() == pytest.approx(2 * 2**29 / 3.2e-3)
+        assert host.calls.count("cuEventCreate") == host.calls.count("cuEventDestroy")
+        device.close()
