@@ -13,6 +13,7 @@ from gqsa_runtime.errors import InputError
 from gqsa_runtime.model import Model
 from gqsa_runtime.operators import OPERATORS
 from gqsa_runtime.program import DTYPE_BYTES, Kernel, Step
+from gqsa_runtime.sequence import Sequence as TokenSequence
 
 DEFAULT_CONTEXTS = (128, 1024, 2048)
 DEFAULT_PROMPTS = (128, 512, 2048)
@@ -39,7 +40,7 @@ def bench(
     "open_seconds": by stage, see `Model.open_seconds`; "first_token_seconds": from opening to the first token of a
     prompt of 8; "memory_bytes": of weights, activations and KV cache; "bandwidth_gb_per_s": measured now, see the
     devices' `bandwidth`;
-    "decode": a row per context: tokens_per_s, ms and ms_p90 from a token to the next one's logits on the host; mb,
+    "decode": a row per context: tokens_per_s, ms and ms_p90 from a token to the next one on the host; mb,
     weights and KV cache that a step reads; gb_per_s, and share of the measured bandwidth; gflop, additions and
     multiplications of a step as if nothing were removed;
     "prefill": a row per prompt: tokens_per_s and ms;
@@ -109,21 +110,19 @@ def _random_tokens(model: Model, count: int, seed: int = 0) -> np.ndarray:
 def _first_token(model: Model) -> float:
     model.engine.reset()
     began_s = time.perf_counter()
-    model.engine.prefill(_random_tokens(model, min(_FIRST_PROMPT_TOKENS, model.context))).argmax()
+    model.engine.extend_greedy(TokenSequence(), _random_tokens(model, min(_FIRST_PROMPT_TOKENS, model.context)))
     return time.perf_counter() - began_s
 
 
 def _decode(model: Model, length: int, n_decode: int, repeats: int) -> dict:
-    engine = model.engine
-    steps = _random_tokens(model, n_decode, 1)
-    engine.reset()
-    engine.prefill(_random_tokens(model, length))
+    prompt, steps = _random_tokens(model, length), _random_tokens(model, n_decode, 1)
     seconds = []
     for turn in range(repeats + 1):
-        engine.rewind(length)
+        sequence = TokenSequence()  # of the prompt only the last token runs again
+        model.engine.extend_greedy(sequence, prompt)
         for token in steps:
             began_s = time.perf_counter()
-            engine.decode(int(token))
+            model.engine.extend_greedy(sequence, [int(token)])
             if turn:  # the first round warms up
                 seconds.append(time.perf_counter() - began_s)
     median_s = statistics.median(seconds)

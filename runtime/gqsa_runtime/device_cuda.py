@@ -146,7 +146,7 @@ class CudaDevice:
         clock: Stopwatch | None = None,
     ):
         self._clock = clock or Stopwatch()
-        self._program, self._plan = program, program.plans["cuda"]
+        self._program, self.plan = program, program.plans["cuda"]
         self._gpu = Gpu(ordinal)
         self.name = self._gpu.name
         self._binary = choose_binary(program.binaries, self._gpu)
@@ -168,7 +168,7 @@ class CudaDevice:
             with self._clock.stage("modules"):
                 self._functions = self._load(binaries(self._binary))
             with self._clock.stage("graphs"):
-                for phase, steps in self._plan.phases.items():
+                for phase, steps in self.plan.phases.items():
                     self._graphs[phase] = self._capture(steps)
             self._fill(tensors, context)
         except BaseException:
@@ -225,7 +225,7 @@ class CudaDevice:
         graph, with their own weights one after another, and are launched there as they are in the phase.
         """
         self._set_current()
-        steps, seconds = self._plan.phases[phase], {}
+        steps, seconds = self.plan.phases[phase], {}
         for name in dict.fromkeys(step.kernel for step in steps):
             same = [step for step in steps if step.kernel == name]
             same *= -(-_STEPS_TIMED // len(same))  # so many that the launch of the graph does not count
@@ -276,7 +276,7 @@ class CudaDevice:
         call("cuCtxSetCurrent", self._context)
 
     def _allocate(self, tensors: CheckedTensors, context: int, slots: int) -> None:
-        program, plan = self._program, self._plan
+        program, plan = self._program, self.plan
         used = {arg.name for step in plan.steps() for arg in step.args if arg.kind == "tensor"}
         names = [name for name in tensors if name in used]
         weight_bytes = sum(_align(tensors.nbytes(name)) for name in names)
@@ -338,7 +338,7 @@ class CudaDevice:
         limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
         functions = {}
-        for kernel in self._plan.kernels:
+        for kernel in self.plan.kernels:
             offset, size = self._binary.kernels[kernel.name]
             module = call("cuModuleLoadData", data[offset : offset + size] + b"\0")
             self._modules.append(module)
@@ -353,7 +353,7 @@ class CudaDevice:
 
     def _capture(self, steps: tuple[Step, ...]) -> object:
         """A graph of the steps, one after another."""
-        kernels = {kernel.name: kernel for kernel in self._plan.kernels}
+        kernels = {kernel.name: kernel for kernel in self.plan.kernels}
         call("cuStreamBeginCapture", self._stream, _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
         for step in steps:
             kernel = kernels[step.kernel]

@@ -260,19 +260,24 @@ class Model:
     ) -> Iterator[str]:
         stats = self.stats = GenerationStats(prompt_tokens=len(ids))
         began_s = time.perf_counter()
-        sequence = TokenSequence()
-        logits = self.engine.extend(sequence, ids)
+        sequence, seen = TokenSequence(), list(ids)
+
+        def next_token(tokens: list[int]) -> int:
+            if options.greedy:
+                return self.engine.extend_greedy(sequence, tokens)
+            return sample(self.engine.extend(sequence, tokens), options, random, seen)
+
+        token = next_token(ids)
         stats.cached_tokens = sequence.n_reused
         stats.prefill_seconds = time.perf_counter() - began_s
 
-        stream, seen = TextStream(self.tokenizer, ids), list(ids)
+        stream = TextStream(self.tokenizer, ids)
         # The last token is read out only, so it needs no place in the cache.
         room = self.context - len(ids) + 1
         limit = min(max_new_tokens, room)
         finish = "context" if room < max_new_tokens else "length"
         for count in range(1, limit + 1):
             began_s = time.perf_counter()
-            token = sample(logits, options, random, seen)
             stats.new_tokens = count
             if token in self.program.eos_token_ids:
                 finish = "stop"
@@ -287,7 +292,7 @@ class Model:
                 break
             if count < limit:
                 began_s = time.perf_counter()
-                logits = self.engine.extend(sequence, [token])
+                token = next_token([token])
                 stats.decode_seconds += time.perf_counter() - began_s
         tail = stop.push(stream.flush()) + stop.flush()
         stats.finish_reason = finish

@@ -39,19 +39,33 @@ class SamplingOptions:
             if not good:
                 raise InputError(f"{name} is {value}, expected {expected}")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether logits alone decide, and the largest is taken."""
+        return (self.temperature == 0 or self.top_k == 1) and self.repetition_penalty == 1
+
+
+def likeliest(logits: np.ndarray) -> int:
+    """Index of the largest logit, f32 [vocab]; of equal ones the first.
+
+    Raises ModelError where the logits hold NaN, as damaged weights or a broken kernel make them.
+    """
+    best = int(logits.argmax())  # NaN counts as the greatest
+    if not np.isfinite(logits[best]):
+        raise ModelError("the model computed logits that are not finite; check the file with `gqsa verify`")
+    return best
+
 
 def sample(
     logits: np.ndarray, options: SamplingOptions, generator: np.random.Generator, seen: Sequence[int] = ()
 ) -> int:
     """Index of the chosen token. logits: f32 [vocab], left as they are. seen: tokens to penalise.
 
-    Raises ModelError where the logits hold NaN, as damaged weights or a broken kernel make them.
+    Raises ModelError as likeliest does.
     """
     if options.repetition_penalty != 1.0 and len(seen):
         logits = penalize(logits, seen, options.repetition_penalty)
-    best = int(logits.argmax())  # NaN counts as the greatest
-    if not np.isfinite(logits[best]):
-        raise ModelError("the model computed logits that are not finite; check the file with `gqsa verify`")
+    best = likeliest(logits)
     if options.temperature == 0 or options.top_k == 1:
         return best
     candidates, weights = _nucleus(logits, float(logits[best]), options)

@@ -22,6 +22,7 @@ class FakeDevice:
 
     def __init__(self, program, context: int, script=None):
         self.program, self.context, self.script = program, context, script
+        self.plan = program.plans["cpu"]
         self.buffers = {b.name: np.zeros(b.elements, DTYPES[b.dtype]) for b in program.plans["cpu"].buffers}
         self.cache = np.full(context, -1, np.int32)
         self.launches: list[tuple[str, int, int]] = []  # (phase, n_tokens, position)
@@ -45,7 +46,11 @@ class FakeDevice:
             assert position + n_tokens <= self.context
             self.cache[position : position + n_tokens] = self.buffers["tokens"][:n_tokens]
         if phase in ("decode", "last_logits"):
-            self.buffers["logits"][: self.program.vocab_size] = self.row(position + n_tokens - 1)
+            logits = self.row(position + n_tokens - 1)
+            self.buffers["logits"][: self.program.vocab_size] = logits
+            if self.plan.chooses:
+                best = int(logits.argmax())
+                self.buffers["argmax"][0] = best if np.isfinite(logits[best]) else -1
         if phase == "all_log_probs":
             for index in range(n_tokens):
                 row = self.row(position + index).astype(np.float64)

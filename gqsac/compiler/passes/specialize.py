@@ -104,10 +104,14 @@ def specialize(graph: ir.Graph, packing: Packing, patterns: Patterns, kv_dtype: 
         KernelSpec.make("log_probs", tokens=TOKEN_TILE, vocab=graph.vocab_size, x_stride=graph.vocab_size),
         tuple(ValueRef(name) for name in ("logits", "targets", "log_probs", "argmax", "state")),
     )
+    argmax = Call(
+        KernelSpec.make("argmax", vocab=graph.vocab_size),
+        tuple(ValueRef(name) for name in ("logits", "argmax", "state")),
+    )
     phases = {
-        "decode": lower(graph.ops, 1, decode),
+        "decode": (*lower(graph.ops, 1, decode), argmax),
         "prefill_body": lower(body, TOKEN_TILE, prefill),
-        "last_logits": (last_row, *lower([head], 1, prefill, **{head.x: ValueRef("last")})),
+        "last_logits": (last_row, *lower([head], 1, prefill, **{head.x: ValueRef("last")}), argmax),
         "all_log_probs": (*lower([head], TOKEN_TILE, prefill), log_probs),
     }
     return Calls(phases, storages)
