@@ -142,7 +142,7 @@ def test_inspect_tells_sparsity_where_sizes_do(tmp_path):
     with ArtifactFile.open(path) as file:
         facts = describe(file)
     _, plan = records_program.SOURCES["gate"]
-    n_bytes = 16 * int(plan.units.sum()) + 4 * (len(plan.block) + 1 + len(plan.widths) + 1 + len(plan.order))
+    n_bytes = 16 * int(plan.sizes.sum()) + 4 * (len(plan.block) + 1 + len(plan.widths) + 1 + len(plan.order))
     assert facts["linears"] == {  # neither the table nor the head, which are rounded to 8 bits
         "weights": 72 * 320, "bytes": n_bytes, "bits_per_weight": 8 * n_bytes / (72 * 320), "sparsity": None,
     }  # fmt: skip

@@ -82,7 +82,7 @@ def _in_records(weights: Weights, names: tuple[str, ...], paired: bool) -> Store
     plan = weights.plan(names, paired)
     rows = int((plan.order >= 0).sum())
     kept = plan.kept.sum() if plan.kept is not None else rows * plan.columns // GROUP
-    return StoredPart(RECORDS, plan.constants, int(kept), (len(plan.block), int(plan.units.sum())))
+    return StoredPart(RECORDS, plan.constants, int(kept), (len(plan.block), int(plan.sizes.sum())))
 
 
 def _in_words(
