@@ -175,7 +175,7 @@ def test_plans_made_ahead_are_those_of_the_weights(paired):
     for names in (("a.weight",), ("b.weight",), ("a.weight", "b.weight"), ("b.weight", "a.weight")):
         ahead, made = weights.plan(names, paired), plan_of(weights.matrix(names), paired)
         assert ahead.constants == made.constants
-        for field in ("order", "widths", "block", "tiles", "masked", "units"):
+        for field in ("order", "widths", "block", "tiles", "masked", "sizes"):
             np.testing.assert_array_equal(getattr(ahead, field), getattr(made, field))
 
 
