@@ -16,8 +16,8 @@ from gqsa_runtime.validate import ContentChecks
 
 # One thread reads and hashes 1.5 to 2 GB/s, so eight feed any bus that a GPU has.
 MAX_READERS = 8
-# Of tensors that nobody has asked for yet: enough for the readers of the largest models to have one each.
-AHEAD_BYTES = 512 << 20
+# Of tensors that nobody has asked for yet: what is read while a GPU's context is made, and no more memory than that.
+AHEAD_BYTES = 1 << 30
 
 
 class CheckedTensors(Mapping):
