@@ -203,8 +203,9 @@ def _step_bytes(model: Model, kernel: Kernel, step: Step, context: int) -> int:
 def render(found: Mapping, table: Callable[[list[dict]], str]) -> str:
     """What `bench` found as text. table: draws rows of equal keys."""
     seconds = found["open_seconds"]
-    stages = ", ".join(f"{stage} {seconds[stage]:.2f}" for stage in seconds if stage not in ("total", "read", "check"))
-    aside = ", ".join(f"{stage} {seconds[stage]:.2f}" for stage in ("read", "check") if stage in seconds)
+    beside = ("tokenizer", "read", "check")
+    stages = ", ".join(f"{stage} {seconds[stage]:.2f}" for stage in seconds if stage not in (*beside, "total"))
+    aside = ", ".join(f"{stage} {seconds[stage]:.2f}" for stage in beside if stage in seconds)
     parts = [
         f"first token {found['first_token_seconds']:.2f} s after opening, which took {seconds.get('total', 0):.2f} s: "
         f"{stages}; in threads beside it: {aside}",

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,10 +111,21 @@ class Model:
             try:
                 with clock.stage("header"):
                     validate(file.program, file.tensors)
-                with clock.stage("tokenizer"):
-                    tokenizer = Tokenizer(file.text(gqsa.KEY_TOKENIZER))
-                template = file.metadata.get(gqsa.KEY_CHAT_TEMPLATE)
-                opened = open_device(file, device, context, threads, progress, clock)
+                text, template = file.text(gqsa.KEY_TOKENIZER), file.metadata.get(gqsa.KEY_CHAT_TEMPLATE)
+
+                def make_tokenizer() -> Tokenizer:
+                    with clock.stage("tokenizer"):
+                        return Tokenizer(text)
+
+                # A large vocabulary takes as long as the driver does to make a GPU's context: side by side.
+                with ThreadPoolExecutor(1, "gqsa-tokenizer") as aside:
+                    pending = aside.submit(make_tokenizer)
+                    opened = open_device(file, device, context, threads, progress, clock)
+                    try:
+                        tokenizer = pending.result()
+                    except BaseException:
+                        opened.device.close()
+                        raise
             except FormatError as error:
                 if os.fspath(path) in str(error):
                     raise

@@ -197,7 +197,13 @@ def test_bench(gqsa, path):
 
 def test_bench_in_words(gqsa, path):
     result = gqsa("bench", path, "--at", "4", "--decode", "2", "--prompts", "4,8", "--profile")
-    for words in ("tokens_per_s", "first token", "in threads beside it: read", "decode\ncontext", "prefill\nprompt"):
+    for words in (
+        "tokens_per_s",
+        "first token",
+        "in threads beside it: tokenizer",
+        "decode\ncontext",
+        "prefill\nprompt",
+    ):
         assert words in result.stdout
     found = gqsa("bench", path, "--at", "4", "--decode", "2", "--profile", "--json")
     rows = json.loads(found.stdout)["profile"]
