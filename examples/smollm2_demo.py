@@ -58,8 +58,8 @@ def measure(started: float) -> None:
     ours = ask("eval", "ppl", ARTIFACT, "--device", "cpu", *windows)
     reference = ask("eval", "ppl", GGUF, *windows)
     facts = ask("inspect", ARTIFACT)
-    speed = ask("bench", ARTIFACT, "--device", "cpu")
-    decode, bits = speed["rows"][0], facts["linears"]["bits_per_weight"]
+    speed = ask("bench", ARTIFACT, "--device", "cpu", "--at", "128", "--prompts", "128")
+    decode, bits = speed["decode"][0], facts["linears"]["bits_per_weight"]
     report = json.loads((MODEL / "report.json").read_text())
     sparsity = 1 - report["kept_groups"] / report["groups"]
     print(f"file                 {ARTIFACT.stat().st_size / 1e6:.1f} MB, for {len(facts['targets'])} targets")

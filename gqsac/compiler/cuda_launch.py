@@ -247,5 +247,6 @@ _GEOMETRIES: dict[str, Callable[..., Geometry]] = {
     "gated_activation": _pointwise,
     "elementwise": _pointwise,
     "last_row": _last_row,
+    "argmax": lambda p: Geometry(lambda n_tokens: (1, 1), _NORM_BLOCK),
     "log_probs": _block_per_token,
 }

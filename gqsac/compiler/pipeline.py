@@ -22,9 +22,9 @@ from gqsac.compiler.passes.choose_layouts import LayoutOptions, Weights, module_
 from gqsac.compiler.passes.compile import Compiled, check_targets, compile_all, default_cache_dir, default_targets
 from gqsac.compiler.passes.fuse import fuse
 from gqsac.compiler.passes.fuse_records import fuse_records
-from gqsac.compiler.passes.group_patterns import group_patterns
 from gqsac.compiler.passes.legalize import legalize
 from gqsac.compiler.passes.link import kv_layers, link, ropes
+from gqsac.compiler.passes.measure_linears import measure_linears
 from gqsac.compiler.passes.pack import pack
 from gqsac.compiler.passes.plan_memory import plan_memory
 from gqsac.compiler.passes.render import render
@@ -95,7 +95,7 @@ def build(
     graph = legalize(traced)
     dumper.graph("1-legalized", graph)
 
-    # Before patterns are looked at: siblings that share an input become one linear.
+    # Before weights are measured: siblings that share an input become one linear.
     weights = Weights(graph, checkpoint, layout_options(checkpoint, options))
     graph = fuse(graph, lambda names: can_stack(weights, names))
     # What is stored as records takes its norms and gates into its kernels.
@@ -107,16 +107,16 @@ def build(
     dumper.graph("2-fused", graph)
     progress("trace", 1, 1)
 
-    # What the weights look like decides layout, kernels and the cut of the work.
-    patterns = group_patterns(graph, weights)
-    packing = pack(graph, weights, patterns)
-    counts = count_bytes(graph, packing, patterns, weights)
+    # How many weights there are, and where, decides kernels and the cut of the work.
+    stored_parts = measure_linears(graph, weights)
+    packing = pack(graph, weights, stored_parts)
+    counts = count_bytes(graph, packing, stored_parts, weights)
 
     # Operators become kernel calls; only then is it known what must be alive when. Each family of targets has a plan
     # of its own.
     specs, plans = {}, {}
     for family in families(targets):
-        calls = specialize(graph, packing, patterns, family, options.kv_dtype, options.exact)
+        calls = specialize(graph, packing, stored_parts, family, options.kv_dtype, options.exact)
         memory = plan_memory(calls, PREFILL_CHUNK[family], SCORE_CHUNK)
         specs[family], plans[family] = schedule(calls, memory, family)
     program = Program(

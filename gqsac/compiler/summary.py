@@ -11,7 +11,7 @@ from gqsa_runtime.program import DTYPE_BYTES, Program
 from gqsac.compiler import ir
 from gqsac.compiler.passes.choose_layouts import Weights
 from gqsac.compiler.passes.compile import Compiled
-from gqsac.compiler.passes.group_patterns import Patterns
+from gqsac.compiler.passes.measure_linears import StoredParts
 from gqsac.compiler.passes.pack import Packing
 
 
@@ -28,7 +28,8 @@ class KernelReport:
 class ByteCounts:
     """Where the bytes are. compressed_*: of the group-sparse linears, parameters as in the dense model.
 
-    weight_bytes: of all tensors. sparsity: share of groups removed. n_clusters: of like patterns.
+    weight_bytes: of all tensors. sparsity: share of groups removed. n_clusters: linears that share
+    their constants count as one.
     """
 
     parameters: int
@@ -165,7 +166,7 @@ def default_context(program: Program) -> int:
     return min(program.max_context, DEFAULT_CONTEXT)
 
 
-def count_bytes(graph: ir.Graph, packing: Packing, patterns: Patterns, weights: Weights) -> ByteCounts:
+def count_bytes(graph: ir.Graph, packing: Packing, stored_parts: StoredParts, weights: Weights) -> ByteCounts:
     """Counts parameters of the dense model, and the bytes that they take in the file."""
     sizes = {tensor.name: tensor.size for tensor in packing.tensors}
     compressed_parameters = kept = compressed_bytes = 0
@@ -178,7 +179,7 @@ def count_bytes(graph: ir.Graph, packing: Packing, patterns: Patterns, weights: 
         matrices[tuple(map(weights.stored, op.weights))] = op.n_rows * op.k
         if not weights.is_compressed(op.weights[0]):
             continue
-        parts, params = patterns.linears[op.output], {"rows": op.n_rows, "k": op.k}
+        parts, params = stored_parts.linears[op.output], {"rows": op.n_rows, "k": op.k}
         compressed_parameters += op.n_rows * op.k
         kept += sum(part.layout.n_weights({**params, **part.constants}, part.nnz) for part in parts)
         compressed_bytes += sum(sizes[name] for names in packing.linears[op.output].parts for name in names)
@@ -189,5 +190,5 @@ def count_bytes(graph: ir.Graph, packing: Packing, patterns: Patterns, weights: 
         compressed_parameters=compressed_parameters,
         compressed_bytes=compressed_bytes,
         sparsity=1 - kept / compressed_parameters if compressed_parameters else 0.0,
-        n_clusters=patterns.n_clusters,
+        n_clusters=stored_parts.n_clusters,
     )

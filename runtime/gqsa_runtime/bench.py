@@ -1,86 +1,218 @@
-"""Speed of a model on its device: prompt and decode, at chosen context lengths, as medians."""
+"""Speed of a model on its device: opening, prompts and decode, as medians, and the time of each kernel."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from gqsa_runtime import memory
 from gqsa_runtime.errors import InputError
 from gqsa_runtime.model import Model
+from gqsa_runtime.operators import OPERATORS
+from gqsa_runtime.program import DTYPE_BYTES, Kernel, Step
+from gqsa_runtime.sequence import Sequence as TokenSequence
 
-DEFAULT_CONTEXTS = (128, 1024)
+DEFAULT_CONTEXTS = (128, 1024, 2048)
+DEFAULT_PROMPTS = (128, 512, 2048)
+_FIRST_PROMPT_TOKENS = 8
+_PROFILE_REPEATS = 20
+_ATTENTION = ("attention", "append_attention")
 
 
 def bench(
     model: Model,
     contexts: Sequence[int] | None = None,
+    prompts: Sequence[int] | None = None,
     n_decode: int = 64,
     repeats: int = 3,
+    profile: bool = False,
     progress: Callable | None = None,
-) -> list[dict]:
-    """Measures each context length: a prompt of that many tokens, then n_decode single steps after it.
+) -> dict:
+    """Measures a model that has just been opened. Tokens are random: speed does not depend on which.
 
-    Prompts are random tokens (speed does not depend on which). One untimed round warms up each length;
-    then come `repeats` timed ones. A decode step is timed from token to logits on the host.
-    contexts: default 128 and 1024 tokens, or what the model's context has room for.
-    Returns a row per length: context, prefill_tokens_per_s (median of the rounds), decode_tokens_per_s
-    and decode_ms (median of all steps), decode_ms_p90, mb_per_token (weights and KV cache that a decode
-    step reads), gb_per_s (of those, at the median), and on a GPU share, of its copy bandwidth measured in
-    the same run. progress: wraps the list of lengths.
-    Raises InputError where a length and its decode steps do not fit the model's context.
+    contexts: tokens in the cache before n_decode single steps, default 128, 1024 and 2048, or as many as fit.
+    prompts: numbers of tokens, default 128, 512 and 2048 where they fit. Of each one untimed round warms up; then
+    come `repeats` timed ones. progress: wraps the list of what is measured.
+    Returns
+    "open_seconds": by stage, see `Model.open_seconds`; "first_token_seconds": from opening to the first token of a
+    prompt of 8; "memory_bytes": of weights, activations and KV cache; "bandwidth_gb_per_s": measured now, see the
+    devices' `bandwidth`;
+    "decode": a row per context: tokens_per_s, ms and ms_p90 from a token to the next one on the host; mb,
+    weights and KV cache that a step reads; gb_per_s, and share of the measured bandwidth; gflop, additions and
+    multiplications of a step as if nothing were removed;
+    "prefill": a row per prompt: tokens_per_s and ms;
+    with `profile` "profile": a row per kernel of a decode step at the first context, and of a chunk of the longest
+    prompt; us for all its launches, their part of_phase, gb_per_s of its weights and cache.
+    Raises InputError for lengths that do not fit the model's context.
     """
     if n_decode < 1 or repeats < 1:
         raise InputError(f"{n_decode} decode steps in {repeats} rounds measure nothing; expected at least 1 of each")
+    room = model.context - n_decode
     if contexts is None:
-        room = model.context - n_decode
-        contexts = [length for length in DEFAULT_CONTEXTS if length <= room] or [max(1, room)]
+        contexts = sorted({max(1, min(length, room)) for length in DEFAULT_CONTEXTS})
+    if prompts is None:
+        prompts = [length for length in DEFAULT_PROMPTS if length <= model.context] or [model.context]
     for length in contexts:
-        if not 1 <= length <= model.context - n_decode:
+        if not 1 <= length <= room:
             raise InputError(
                 f"context length {length} with {n_decode} decode steps does not fit the model's context of "
                 f"{model.context}; open it with a larger --context or measure shorter lengths"
             )
-    lengths = list(contexts)
-    rows = [_measure(model, length, n_decode, repeats) for length in (progress(lengths) if progress else lengths)]
-    measure_bandwidth = getattr(model.device, "copy_bandwidth", None)
-    if measure_bandwidth:
-        bandwidth_gb_per_s = measure_bandwidth() / 1e9
-        rows = [{**row, "share": row["gb_per_s"] / bandwidth_gb_per_s} for row in rows]
+    for length in prompts:
+        if not 1 <= length <= model.context:
+            raise InputError(
+                f"a prompt of {length} tokens does not fit the model's context of {model.context}; "
+                "open it with a larger --context or measure shorter prompts"
+            )
+    first_s = _first_token(model)
+    bandwidth = model.device.bandwidth()
+    tasks = [(_decode, length, n_decode) for length in contexts] + [(_prefill, length) for length in prompts]
+    rows: dict[Callable, list[dict]] = {_decode: [], _prefill: []}
+    for measure, *sizes in progress(tasks) if progress else tasks:
+        rows[measure].append(measure(model, *sizes, repeats))
+    decode = [{**row, "share": 1e9 * row["gb_per_s"] / bandwidth} for row in rows[_decode]]
+    found = {
+        "open_seconds": model.open_seconds,
+        "first_token_seconds": model.open_seconds.get("total", 0.0) + first_s,
+        "memory_bytes": memory.needed_bytes(model.program, model.tensors, model.family, model.context),
+        "bandwidth_gb_per_s": bandwidth / 1e9,
+        "decode": decode,
+        "prefill": rows[_prefill],
+    }
+    if profile:
+        found["profile"] = _profile(model, min(contexts), max(prompts))
+    model.engine.reset()
+    return found
+
+
+def _operations(model: Model, context: int) -> int:
+    """Multiplications and additions of a decode step: of its linears as if dense, and of attention over `context`."""
+    plan = model.program.plans[model.family]
+    kernels = {kernel.name: kernel for kernel in plan.kernels}
+    count = 0
+    for step in plan.phases["decode"]:
+        op, params = kernels[step.kernel].op, kernels[step.kernel].params
+        if op in _ATTENTION:
+            seen = min(context, params["window"] or context)
+            count += 4 * seen * params["heads"] * params["head_dim"]
+        elif OPERATORS[op].layout is not None and not op.startswith("embedding") and not params.get("accumulate"):
+            count += 2 * params["rows"] * params["k"]
+    return count
+
+
+def _random_tokens(model: Model, count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, model.program.vocab_size, count)
+
+
+def _first_token(model: Model) -> float:
+    model.engine.reset()
+    began_s = time.perf_counter()
+    model.engine.extend_greedy(TokenSequence(), _random_tokens(model, min(_FIRST_PROMPT_TOKENS, model.context)))
+    return time.perf_counter() - began_s
+
+
+def _decode(model: Model, length: int, n_decode: int, repeats: int) -> dict:
+    prompt, steps = _random_tokens(model, length), _random_tokens(model, n_decode, 1)
+    seconds = []
+    for turn in range(repeats + 1):
+        sequence = TokenSequence()  # of the prompt only the last token runs again
+        model.engine.extend_greedy(sequence, prompt)
+        for token in steps:
+            began_s = time.perf_counter()
+            model.engine.extend_greedy(sequence, [int(token)])
+            if turn:  # the first round warms up
+                seconds.append(time.perf_counter() - began_s)
+    median_s = statistics.median(seconds)
+    plan = model.program.plans[model.family]
+    kernels = {kernel.name: kernel for kernel in plan.kernels}
+    middle = length + n_decode // 2
+    n_bytes = sum(_step_bytes(model, kernels[step.kernel], step, middle) for step in plan.phases["decode"])
+    return {
+        "context": length,
+        "tokens_per_s": 1 / median_s,
+        "ms": 1e3 * median_s,
+        "ms_p90": 1e3 * float(np.quantile(seconds, 0.9)),
+        "steps": len(seconds),
+        "mb": n_bytes / 1e6,
+        "gb_per_s": n_bytes / 1e9 / median_s,
+        "gflop": _operations(model, middle) / 1e9,
+    }
+
+
+def _prefill(model: Model, length: int, repeats: int) -> dict:
+    prompt, seconds = _random_tokens(model, length), []
+    for _ in range(repeats + 1):
+        model.engine.reset()
+        began_s = time.perf_counter()
+        model.engine.prefill(prompt)
+        seconds.append(time.perf_counter() - began_s)
+    median_s = statistics.median(seconds[1:])
+    return {"prompt": length, "tokens_per_s": length / median_s, "ms": 1e3 * median_s}
+
+
+def _profile(model: Model, context: int, prompt: int) -> list[dict]:
+    chunk = min(model.program.prefill_chunk, prompt)
+    rows = []
+    for held, n_tokens in ((context, 1), (prompt - chunk, chunk)):
+        model.engine.reset()
+        if held:
+            model.engine.prefill(_random_tokens(model, held))
+        phase, seconds = model.engine.step_seconds(_random_tokens(model, n_tokens, 1), _PROFILE_REPEATS)
+        rows += _profile_rows(model, phase, seconds, held + n_tokens)
     return rows
 
 
-def _measure(model: Model, length: int, n_decode: int, repeats: int) -> dict:
-    engine = model.engine
-    random = np.random.default_rng(length)
-    prompt = random.integers(0, model.program.vocab_size, length)
-    steps = random.integers(0, model.program.vocab_size, n_decode)
-    prefill_s, decode_s = [], []
-    for turn in range(repeats + 1):
-        engine.reset()
-        began_s = time.perf_counter()
-        engine.prefill(prompt)
-        prefill_time_s = time.perf_counter() - began_s
-        step_times_s = []
-        for token in steps:
-            began_s = time.perf_counter()
-            engine.decode(int(token))
-            step_times_s.append(time.perf_counter() - began_s)
-        if turn:  # the first round warms up
-            prefill_s.append(prefill_time_s)
-            decode_s += step_times_s
-    engine.reset()
-    median_s = statistics.median(decode_s)
-    n_bytes = model.decode_weight_bytes + (length + n_decode // 2) * model.program.kv_bytes_per_token()
-    return {
-        "context": length,
-        "prefill_tokens_per_s": length / statistics.median(prefill_s),
-        "decode_tokens_per_s": 1 / median_s,
-        "decode_ms": 1e3 * median_s,
-        "decode_ms_p90": 1e3 * float(np.quantile(decode_s, 0.9)),
-        "steps": len(decode_s),
-        "mb_per_token": n_bytes / 1e6,
-        "gb_per_s": n_bytes / 1e9 / median_s,
-    }
+def _profile_rows(model: Model, phase: str, seconds: Sequence[float], context: int) -> list[dict]:
+    plan = model.program.plans[model.family]
+    kernels = {kernel.name: kernel for kernel in plan.kernels}
+    rows = []
+    for name in dict.fromkeys(step.kernel for step in plan.phases[phase]):
+        timed = [(step, s) for step, s in zip(plan.phases[phase], seconds, strict=True) if step.kernel == name]
+        total_s = sum(s for _, s in timed)
+        n_bytes = sum(_step_bytes(model, kernels[name], step, context) for step, _ in timed)
+        rows.append(
+            {
+                "phase": phase,
+                "operator": kernels[name].op,
+                "kernel": name,
+                "launches": len(timed),
+                "us": 1e6 * total_s,
+                "of_phase": total_s / sum(seconds),
+                "gb_per_s": n_bytes / 1e9 / total_s,
+            }
+        )
+    return sorted(rows, key=lambda row: -row["us"])
+
+
+def _step_bytes(model: Model, kernel: Kernel, step: Step, context: int) -> int:
+    """Weights and cache that a step reads; of a table it reads a few rows, which do not count."""
+    if kernel.op.startswith("embedding"):
+        return 0
+    tensors = {arg.name for arg in step.args if arg.kind == "tensor"}
+    n_bytes = sum(model.tensors[name].size for name in tensors)
+    if kernel.op in _ATTENTION:
+        p = kernel.params
+        row_bytes = p["kv_heads"] * p["head_dim"] * DTYPE_BYTES[p["kv_dtype"]]
+        n_bytes += 2 * min(context, p["window"] or context) * row_bytes
+    return n_bytes
+
+
+def render(found: Mapping, table: Callable[[list[dict]], str]) -> str:
+    """What `bench` found as text. table: draws rows of equal keys."""
+    seconds = found["open_seconds"]
+    beside = ("tokenizer", "read", "check")
+    stages = ", ".join(f"{stage} {seconds[stage]:.2f}" for stage in seconds if stage not in (*beside, "total"))
+    aside = ", ".join(f"{stage} {seconds[stage]:.2f}" for stage in beside if stage in seconds)
+    parts = [
+        f"first token {found['first_token_seconds']:.2f} s after opening, which took {seconds.get('total', 0):.2f} s: "
+        f"{stages}; in threads beside it: {aside}",
+        f"memory {found['memory_bytes'] / 1e9:.2f} GB, bandwidth {found['bandwidth_gb_per_s']:.1f} GB/s",
+        f"\ndecode\n{table(found['decode'])}",
+        f"\nprefill\n{table(found['prefill'])}",
+    ]
+    if "profile" in found:
+        parts.append(f"\nkernels, each by itself\n{table(found['profile'])}")
+    return "\n".join(parts)

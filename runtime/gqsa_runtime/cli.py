@@ -344,32 +344,47 @@ def verify(file, as_json) -> None:
 
 @click.command()
 @_FILE
-@click.option("--at", "lengths", help="Context lengths, in tokens. Default: 128,1024, or what fits.")
+@click.option("--at", "lengths", help="Contexts to decode at, in tokens. Default: 128,1024,2048, or what fits.")
+@click.option("--prompts", help="Prompts to measure, in tokens. Default: 128,512,2048, or what fits.")
 @click.option("--decode", "n_decode", type=int, default=64, show_default=True, help="Decode steps per round.")
 @click.option("--repeats", type=int, default=3, show_default=True, help="Timed rounds.")
+@click.option("--profile", is_flag=True, help="Time each kernel by itself, too.")
+@click.option("--plot", type=click.Path(path_type=str), help="Draw a roofline to this PNG file; needs matplotlib.")
 @_model_options
 @_JSON
-def bench(file, lengths, n_decode, repeats, device, context, threads, as_json) -> None:
-    """Measures prompt and decode speed at given context lengths: warm-up, then medians.
+def bench(file, lengths, prompts, n_decode, repeats, profile, plot, device, context, threads, as_json) -> None:
+    """Measures opening, decode and prompts at given lengths: warm-up, then medians.
 
     \b
-    Example:
+    Examples:
       gqsa bench model.gqsa --at 128,1024,4096 --context 8192
+      gqsa bench model.gqsa --profile --plot roofline.png
     """
+    from gqsa_runtime import bench as benchmark
     from gqsa_runtime import inspect_
-    from gqsa_runtime.bench import bench as measure
 
-    try:
-        contexts = [int(length) for length in lengths.split(",")] if lengths else None
-    except ValueError:
-        raise click.BadParameter(f"{lengths!r} is no list of numbers such as 128,1024", param_hint="--at") from None
+    lengths, prompts = _numbers(lengths, "--at"), _numbers(prompts, "--prompts")
+    if plot:
+        from gqsa_runtime import roofline
+
+        roofline.check(plot)  # better refused now than after the measurement
     with _open_model(file, device, context, threads) as model:
-        rows = measure(model, contexts, n_decode, repeats, functools.partial(progress, unit="length"))
-        result = {"path": file, "name": model.program.name, "device": model.device.name, "rows": rows}
+        track = functools.partial(progress, unit="length")
+        found = benchmark.bench(model, lengths, prompts, n_decode, repeats, profile, track)
+        found = {"path": file, "name": model.program.name, "device": model.device.name, **found}
+    if plot:
+        roofline.plot(found, plot)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        click.echo(json.dumps(found, indent=2))
     else:
-        click.echo(f"{result['name']} on {result['device']}\n{inspect_.table(rows)}")
+        click.echo(f"{found['name']} on {found['device']}\n{benchmark.render(found, inspect_.table)}")
+
+
+def _numbers(text: str | None, option: str) -> list[int] | None:
+    try:
+        return [int(number) for number in text.split(",")] if text else None
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of numbers such as 128,1024", param_hint=option) from None
 
 
 @click.group("eval")

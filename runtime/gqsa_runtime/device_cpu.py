@@ -8,15 +8,20 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from gqsa_runtime.errors import DeviceError
 from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Plan, Program, Step
 from gqsa_runtime.rope import rope_table
+from gqsa_runtime.stopwatch import Stopwatch
 
 ALIGNMENT = 64  # of everything in the arena: a cache line
+_LAUNCH_BYTES = 16  # of a native launch: {function, args}
+_BANDWIDTH_BYTES = 1 << 28  # read to measure the bandwidth: more than a cache holds
 # Chooses a binary by its target's name, e.g. x86_64_v3 on a machine with AVX-512. For tests and comparisons.
 TARGET_VARIABLE = "GQSA_CPU_TARGET"
 
@@ -98,7 +103,7 @@ def choose_binary(binaries: tuple[Binary, ...]) -> Binary:
 
 def default_threads() -> int:
     """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class CpuDevice:
@@ -108,7 +113,7 @@ class CpuDevice:
     binaries: gives a binary's bytes, whose digest the reader has checked: they are native code.
     context: positions of a slot of the KV cache; slots: sequences that it holds. threads: of the pool with
     the caller, by default all CPUs that this process may use; results do not depend on it. One
-    thread at a time may call the methods.
+    thread at a time may call the methods. clock: gets the stage "modules".
     Raises DeviceError for a CPU that the file has no kernels for, and where memory does not suffice.
     """
 
@@ -120,7 +125,9 @@ class CpuDevice:
         context: int,
         threads: int | None = None,
         slots: int = 1,
+        clock: Stopwatch | None = None,
     ):
+        clock = clock or Stopwatch()
         self.threads = default_threads() if threads is None else threads
         if self.threads < 1:
             raise DeviceError(f"{threads} threads cannot run anything; choose 1 or more")
@@ -128,7 +135,8 @@ class CpuDevice:
         binary = choose_binary(program.binaries)
         self.target = binary.target
         self.name = f"CPU ({self.target}, {self.threads} thread{'s' if self.threads > 1 else ''})"
-        self._library = _load_library(binaries(binary))
+        with clock.stage("modules"):
+            self._library = _load_library(binaries(binary))
         self._context, self._slots = context, slots
         self._keep: list[np.ndarray] = []  # arrays that native code points into
         self._addresses: dict[tuple, int] = {}
@@ -159,6 +167,29 @@ class CpuDevice:
         if count > array.size:
             raise ValueError(f"buffer {buffer!r} holds {array.size} elements, not {count}")
         return array[:count].copy()
+
+    def bandwidth(self) -> float:
+        """Bytes per second that as many threads as the pool has read from memory together, the median of 5."""
+        memory = np.ones(_BANDWIDTH_BYTES // 8, np.int64)
+        parts = np.array_split(memory, self.threads)
+        seconds = []
+        with ThreadPoolExecutor(self.threads) as pool:
+            for _ in range(5):
+                began_s = time.perf_counter()
+                list(pool.map(np.max, parts))  # NumPy has vectors for it and lets go of the interpreter
+                seconds.append(time.perf_counter() - began_s)
+        return memory.nbytes / float(np.median(seconds))
+
+    def step_seconds(self, phase: str, repeats: int) -> list[float]:
+        """Seconds of each step of a phase, launched by a call of its own; the median of `repeats` passes."""
+        launches, count = self._phases[phase]
+        seconds = np.empty((repeats, count))
+        for times in seconds:
+            for index in range(count):
+                began_s = time.perf_counter()
+                self._library.gqsa_run(self._pool, launches + index * _LAUNCH_BYTES, 1)
+                times[index] = time.perf_counter() - began_s
+        return np.median(seconds, axis=0).tolist()
 
     def close(self) -> None:
         """Ends the threads and frees the memory. Safe to call twice."""
@@ -206,7 +237,8 @@ class CpuDevice:
 
     def _use_tensors(self, plan: Plan, tensors: Mapping[str, np.ndarray]) -> None:
         """Takes the addresses of the tensors that the steps name."""
-        for name in sorted({arg.name for step in plan.steps() for arg in step.args if arg.kind == "tensor"}):
+        used = {arg.name for step in plan.steps() for arg in step.args if arg.kind == "tensor"}
+        for name in (name for name in tensors if name in used):  # in the order in which they are read ahead
             array = tensors[name]
             if not array.flags.c_contiguous:
                 raise ValueError(f"tensor {name!r} is not contiguous")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 from collections.abc import Callable, Iterator
 
@@ -14,11 +15,14 @@ from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.errors import DeviceError
 from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Launch, Program, Step
 from gqsa_runtime.rope import rope_table
+from gqsa_runtime.stopwatch import Stopwatch
 
 STATIC_SHARED_LIMIT = 48 << 10  # above this a kernel must opt in to dynamic shared memory
 ALIGNMENT = 256  # of everything in the arena, as cuMemAlloc aligns
 # Chooses a binary by its target's name, e.g. compute_80 to run the PTX. For tests and comparisons.
 TARGET_VARIABLE = "GQSA_CUDA_TARGET"
+
+_STEPS_TIMED = 32  # launches in a graph that times a kernel, at least
 
 # Buffers that the host fills or reads between launches, beside the logits.
 _HOST_BUFFERS = ("tokens", "targets", "state", "log_probs", "argmax")
@@ -126,8 +130,8 @@ def choose_binary(binaries: tuple[Binary, ...], gpu: Gpu) -> Binary:
 class CudaDevice:
     """Runs a program on one GPU. All memory is allocated when it is made; nothing after.
 
-    tensors: name -> array, read one at a time. context: positions of a slot of the KV cache; slots: sequences
-    that it holds.
+    tensors: asked for in the order of the file, and let go one by one. context: positions of a slot of the KV cache;
+    slots: sequences that it holds. clock: gets the stages "modules", "graphs" and "upload".
     Raises DeviceError for a missing driver, GPU or binary, and where the driver runs out of memory.
     """
 
@@ -139,7 +143,9 @@ class CudaDevice:
         context: int,
         ordinal: int = 0,
         slots: int = 1,
+        clock: Stopwatch | None = None,
     ):
+        self._clock = clock or Stopwatch()
         self._program, self.plan = program, program.plans["cuda"]
         self._gpu = Gpu(ordinal)
         self.name = self._gpu.name
@@ -158,9 +164,13 @@ class CudaDevice:
             call("cuCtxSetCurrent", self._context)
             self._stream = call("cuStreamCreate", _driver().CUstream_flags.CU_STREAM_NON_BLOCKING)
             self._allocate(tensors, context, slots)
-            self._functions = self._load(binaries(self._binary))
-            for phase, steps in self.plan.phases.items():
-                self._graphs[phase] = self._capture(steps)
+            # While tensors are read and checked ahead. Nothing of this runs before all of them are here.
+            with self._clock.stage("modules"):
+                self._functions = self._load(binaries(self._binary))
+            with self._clock.stage("graphs"):
+                for phase, steps in self.plan.phases.items():
+                    self._graphs[phase] = self._capture(steps)
+            self._fill(tensors, context)
         except BaseException:
             self.close()
             raise
@@ -198,23 +208,48 @@ class CudaDevice:
         self._on_their_way.clear()
         return values.copy() if values is pinned else values
 
-    def copy_bandwidth(self, n_bytes: int = 1 << 29, repeats: int = 20) -> float:
-        """Bytes per second that a copy within the GPU's memory moves, read and written, the median."""
+    def bandwidth(self) -> float:
+        """Bytes per second that a copy within the GPU's memory moves, read and written, the median of 20."""
+        n_bytes = 1 << 29
         self._set_current()
         source, target = call("cuMemAlloc", n_bytes), call("cuMemAlloc", n_bytes)
+        try:
+            seconds = self._median_seconds(20, "cuMemcpyDtoDAsync", target, source, n_bytes)
+        finally:
+            call("cuMemFree", source)
+            call("cuMemFree", target)
+        return 2 * n_bytes / seconds
+
+    def step_seconds(self, phase: str, repeats: int) -> list[float]:
+        """Seconds of each step of a phase, by events. The steps of one kernel share their time: they run as one
+        graph, with their own weights one after another, and are launched there as they are in the phase.
+        """
+        self._set_current()
+        steps, seconds = self.plan.phases[phase], {}
+        for name in dict.fromkeys(step.kernel for step in steps):
+            same = [step for step in steps if step.kernel == name]
+            same *= -(-_STEPS_TIMED // len(same))  # so many that the launch of the graph does not count
+            graph = self._capture(tuple(same))
+            try:
+                seconds[name] = self._median_seconds(repeats, "cuGraphLaunch", graph) / len(same)
+            finally:
+                call("cuGraphExecDestroy", graph)
+        return [seconds[step.kernel] for step in steps]
+
+    def _median_seconds(self, repeats: int, function: str, *args) -> float:
+        """Of a driver function that works on the stream, after one untimed call."""
+        call(function, *args, self._stream)
         events = [call("cuEventCreate", 0) for _ in range(repeats + 1)]
         try:
-            for event in events:
+            call("cuEventRecord", events[0], self._stream)
+            for event in events[1:]:
+                call(function, *args, self._stream)
                 call("cuEventRecord", event, self._stream)
-                call("cuMemcpyDtoDAsync", target, source, n_bytes, self._stream)
             call("cuStreamSynchronize", self._stream)
-            times_ms = [call("cuEventElapsedTime", a, b) for a, b in zip(events, events[1:], strict=False)]
+            return 1e-3 * float(np.median([call("cuEventElapsedTime", *pair) for pair in itertools.pairwise(events)]))
         finally:
             for event in events:
                 call("cuEventDestroy", event)
-            call("cuMemFree", source)
-            call("cuMemFree", target)
-        return 2 * n_bytes / (1e-3 * float(np.median(times_ms)))
 
     def close(self) -> None:
         """Frees everything. Safe to call twice."""
@@ -245,8 +280,9 @@ class CudaDevice:
         used = {arg.name for step in plan.steps() for arg in step.args if arg.kind == "tensor"}
         names = [name for name in tensors if name in used]
         weight_bytes = sum(_align(tensors.nbytes(name)) for name in names)
-        rope_bytes = sum(context * rope.rotary_dim * 4 for rope in program.ropes.values())
-        total = weight_bytes + plan.arena_bytes + slots * context * program.kv_bytes_per_token() + rope_bytes
+        rope_bytes = {name: context * rope.rotary_dim * DTYPE_BYTES["f32"] for name, rope in program.ropes.items()}
+        total = weight_bytes + plan.arena_bytes + slots * context * program.kv_bytes_per_token()
+        total += sum(rope_bytes.values())
         total += ALIGNMENT * (2 * len(program.kv_layers) + len(program.ropes) + 1)
         self._memory = call("cuMemAlloc", total)
         # Nothing may depend on what the memory held before; zeros make that so.
@@ -267,14 +303,19 @@ class CudaDevice:
             size = slots * context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
             self._addresses["k_cache", layer] = take(size)
             self._addresses["v_cache", layer] = take(size)
-        for name, rope in program.ropes.items():
-            table = rope_table(tensors[rope.inv_freq], rope.scaling, context)
-            self._addresses["rope", name] = take(table.nbytes)
-            self._copy(self._addresses["rope", name], table)
+        for name, size in rope_bytes.items():
+            self._addresses["rope", name] = take(size)
         for name in names:
-            array = np.ascontiguousarray(tensors[name])
-            self._addresses["tensor", name] = take(array.nbytes)
-            self._copy(self._addresses["tensor", name], array)
+            self._addresses["tensor", name] = take(tensors.nbytes(name))
+
+    def _fill(self, tensors: CheckedTensors, context: int) -> None:
+        """Copies weights and rotary tables to their places."""
+        for (kind, name), address in self._addresses.items():
+            if kind == "rope":
+                rope = self._program.ropes[name]
+                self._copy(address, rope_table(tensors[rope.inv_freq], rope.scaling, context))
+            elif kind == "tensor":
+                self._copy(address, tensors[name])
 
     def _pin(self, elements: dict[str, int]) -> None:
         """Pinned host memory for the first elements of some buffers."""
@@ -287,8 +328,9 @@ class CudaDevice:
             address += _align(size)
 
     def _copy(self, address: int, array: np.ndarray) -> None:
-        call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, self._stream)
-        call("cuStreamSynchronize", self._stream)
+        with self._clock.stage("upload"):
+            call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, self._stream)
+            call("cuStreamSynchronize", self._stream)
 
     def _load(self, data: bytes) -> dict[str, object]:
         """Loads the modules; the reader has checked their digest: a damaged cubin can kill the process."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -58,7 +57,7 @@ def versions(names: Sequence[str]) -> list[Finding]:
 
 def _cpu() -> Finding:
     targets = device_cpu.supported_targets()
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = device_cpu.default_threads()
     if targets:
         return Finding("cpu", f"{threads} threads; runs the targets {', '.join(targets)}, best first")
     return Finding(

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import threading
 from collections import abc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from gqsa_runtime.errors import ClosedError, InputError
 from gqsa_runtime.operators import state_elements
 from gqsa_runtime.program import Plan, Program
+from gqsa_runtime.sampling import likeliest
 from gqsa_runtime.sequence import Sequence
+
+_Read = TypeVar("_Read")
 
 
 def launch_state(context: int, slots: int | np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -35,7 +38,8 @@ class Device(Protocol):
     """What runs a program: CpuDevice and CudaDevice.
 
     Reserved buffers: tokens i32 [prefill_chunk], state i32 [2 + 2 * prefill_chunk] (`launch_state`), targets i32
-    [score_chunk], logits f32 [score_chunk or 1, vocab], log_probs f32 [score_chunk], argmax i32 [score_chunk].
+    [score_chunk], logits f32 [score_chunk or 1, vocab], log_probs f32 [score_chunk], argmax i32 [score_chunk]. plan:
+    what it runs.
     """
 
     name: str
@@ -49,6 +53,12 @@ class Device(Protocol):
 
     def download(self, buffer: str, count: int) -> np.ndarray:
         """The first `count` elements of a buffer, flat, after all work before."""
+
+    def bandwidth(self) -> float:
+        """Bytes per second that the device's memory is seen to move now, by plain code."""
+
+    def step_seconds(self, phase: str, repeats: int) -> list[float]:
+        """Seconds of each step of a phase, each kind of kernel by itself; leaves no sound activations behind."""
 
     def close(self) -> None:
         """Frees all that the device holds."""
@@ -106,7 +116,8 @@ class Engine:
         Raises InputError for no tokens, a token outside the vocabulary, or too many for the context.
         """
         with self._alone():
-            return self._append(self._checked(tokens, self.context - self.position))
+            self._append(self._checked(tokens, self.context - self.position))
+            return self._logits()
 
     def decode(self, token: int) -> np.ndarray:
         """Appends one token; returns its logits, f32 [vocab]. Raises InputError as prefill does."""
@@ -118,16 +129,39 @@ class Engine:
         Where the cache holds another sequence, what the two do not share is computed again. Raises
         InputError as prefill does, and leaves the sequence as it was.
         """
+        return self._extend(sequence, tokens, self._logits)
+
+    def extend_greedy(self, sequence: Sequence, tokens: abc.Sequence[int]) -> int:
+        """Like extend, but returns the likeliest next token, of equal ones the first.
+
+        The device chooses it where the file has the operator for it; then logits stay there. Raises ModelError where
+        they are not finite.
+        """
+        return self._extend(sequence, tokens, self._likeliest)
+
+    def _extend(self, sequence: Sequence, tokens: abc.Sequence[int], read: Callable[[], _Read]) -> _Read:
         with self._alone() as resident:
             new = ids = self._checked(tokens, self.context - len(sequence.tokens))
             n_reused = 0
             if resident is not sequence:
                 ids = np.concatenate([np.array(sequence.tokens, np.int32), new])
                 n_reused = self._keep_shared(ids[:-1])  # the last token must run for its logits
-            logits = self._append(ids[n_reused:])
+            self._append(ids[n_reused:])
+            found = read()
             sequence.tokens.extend(new.tolist())
             sequence.n_reused, self._resident = n_reused, sequence
-            return logits
+            return found
+
+    def step_seconds(self, tokens: abc.Sequence[int], repeats: int) -> tuple[str, list[float]]:
+        """(phase, seconds of each of its steps) that appending one token, or a chunk of them, would run.
+
+        The cache stays as it is. Raises InputError as prefill does.
+        """
+        with self._alone():
+            ids = self._checked(tokens, min(self.context - self.position, self.program.prefill_chunk))
+            phase = "decode" if len(ids) == 1 else "prefill_body"
+            self._upload(ids)
+            return phase, self.device.step_seconds(phase, repeats)
 
     def score(self, tokens: abc.Sequence[int], first: int = 1) -> ScoreResult:
         """Log-probabilities of tokens `first` and later of a text; the last is scored, never run.
@@ -181,24 +215,33 @@ class Engine:
         del self._tokens[n_shared:]
         return n_shared
 
-    def _append(self, ids: np.ndarray) -> np.ndarray:
+    def _append(self, ids: np.ndarray) -> None:
         if len(ids) == 1:
             self._launch(ids, "decode")
         else:
             for chunk in _chunks(ids, self.device.plan.prefill_chunk):
                 self._launch(chunk, "prefill_body")
             self.device.launch("last_logits")
-        return self._logits()
 
     def _launch(self, ids: np.ndarray, phase: str) -> None:
         self._check_open()
-        self.device.upload("tokens", ids)
-        self.device.upload("state", launch_state(self.context, 0, self.position + np.arange(len(ids))))
+        self._upload(ids)
         self.device.launch(phase)
         self._tokens.extend(ids.tolist())
 
+    def _upload(self, ids: np.ndarray) -> None:
+        """Tokens and the state of a launch that appends them."""
+        self.device.upload("tokens", ids)
+        self.device.upload("state", launch_state(self.context, 0, self.position + np.arange(len(ids))))
+
     def _logits(self) -> np.ndarray:
         return self.device.download("logits", self.program.vocab_size)
+
+    def _likeliest(self) -> int:
+        if not self.device.plan.chooses:
+            return likeliest(self._logits())
+        token = int(self.device.download("argmax", 1)[0])
+        return token if token >= 0 else likeliest(self._logits())  # which says what is wrong with them
 
     def _checked(self, tokens: abc.Sequence[int], room: int) -> np.ndarray:
         """Tokens as int32 [n], all in the vocabulary and n no more than the room."""

@@ -12,6 +12,7 @@ from gqsa_runtime.engine import Device
 from gqsa_runtime.errors import DeviceError, InputError
 from gqsa_runtime.program import Program
 from gqsa_runtime.reader import ArtifactFile
+from gqsa_runtime.stopwatch import Stopwatch
 
 DEFAULT_CONTEXT = 4096
 MAX_THREADS = 1024
@@ -37,9 +38,14 @@ def open_device(
     context: int | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    clock: Stopwatch | None = None,
 ) -> OpenedDevice:
-    """Opens "auto", "cuda", "cuda:N" or "cpu" for a validated file; parameters as in `Model.open`."""
-    program = file.program
+    """Opens "auto", "cuda", "cuda:N" or "cpu" for a validated file; parameters as in `Model.open`.
+
+    clock: gets the stages "device" (finding it and making its context), those of `CheckedTensors`, and those of the
+    device.
+    """
+    program, clock = file.program, clock or Stopwatch()
     if context is not None and not 1 <= context <= program.max_context:
         raise InputError(
             f"the context is {context}, but this model is made for 1 to {program.max_context}; "
@@ -47,20 +53,25 @@ def open_device(
         )
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise InputError(f"the number of threads is {threads}, expected at least 1 and at most {MAX_THREADS}")
-    kind, ordinal, reason = choose_device(program, device)
-    tensors = CheckedTensors(file, kind, progress)
+    with clock.stage("device"):
+        kind, ordinal, reason = choose_device(program, device)
+        free = memory.free_cpu_bytes() if kind == "cpu" else None  # before weights are read into it
+    used = program.plans[kind].tensors(program.ropes)
 
     def binaries(binary) -> bytes:
         return file.read(binary.tensor).tobytes()
 
     with contextlib.ExitStack() as stack:
+        # Reading begins first: making a GPU's context takes as long as much of the reading.
+        names = [name for name in file.tensors if name in used]
+        tensors = stack.enter_context(CheckedTensors(file, names, progress, clock))
         if kind == "cuda":
-            free = stack.enter_context(device_cuda.free_bytes(ordinal)) - memory.CUDA_HEADROOM_BYTES
-        else:
-            free = memory.free_cpu_bytes()
-            free = None if free is None else free - memory.CPU_HEADROOM_BYTES
+            with clock.stage("device"):
+                free = stack.enter_context(device_cuda.free_bytes(ordinal)) - memory.CUDA_HEADROOM_BYTES
+        elif free is not None:
+            free -= memory.CPU_HEADROOM_BYTES
         chosen, context_reason = _choose_context(file, kind, context, free)
-        opened = _open(kind, ordinal, program, tensors, binaries, chosen, threads)
+        opened = _open(kind, ordinal, program, tensors, binaries, chosen, threads, clock)
     return OpenedDevice(opened, kind, chosen, reason, context_reason)
 
 
@@ -105,7 +116,7 @@ def _choose_context(file: ArtifactFile, family: str, context: int | None, free: 
     return fits, f"context {fits}: {short}"
 
 
-def _open(kind, ordinal, program, tensors, binaries, context, threads) -> Device:
+def _open(kind, ordinal, program, tensors, binaries, context, threads, clock) -> Device:
     if kind == "cuda":
-        return device_cuda.CudaDevice(program, tensors, binaries, context, ordinal)
-    return device_cpu.CpuDevice(program, tensors, binaries, context, threads)
+        return device_cuda.CudaDevice(program, tensors, binaries, context, ordinal, clock=clock)
+    return device_cpu.CpuDevice(program, tensors, binaries, context, threads, clock=clock)

@@ -29,19 +29,6 @@ def context_bytes_per_token(program: Program) -> int:
     return program.kv_bytes_per_token() + sum(4 * rope.rotary_dim for rope in program.ropes.values())
 
 
-def decode_weight_bytes(program: Program, tensors: Mapping[str, Sized], family: str) -> int:
-    """Bytes of weights that one decode step reads: all but the embedding tables, of which it reads a row."""
-    plan = program.plans[family]
-    operators = {kernel.name: kernel.op for kernel in plan.kernels}
-    read = {
-        arg.name
-        for step in plan.phases["decode"]
-        for arg in step.args
-        if arg.kind == "tensor" and operators[step.kernel] not in ("embedding", "embedding_records")
-    }
-    return sum(tensors[name].size for name in read)
-
-
 def needed_bytes(program: Program, tensors: Mapping[str, Sized], family: str, context: int) -> int:
     """Bytes of device memory for weights, activations and a KV cache of one slot of `context` positions."""
     fixed = weight_bytes(program, tensors, family) + program.plans[family].arena_bytes

@@ -6,20 +6,21 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from gqsa_runtime import format as gqsa
-from gqsa_runtime import memory
 from gqsa_runtime.chat import ChatTemplate
 from gqsa_runtime.engine import Device, Engine, ScoreResult
 from gqsa_runtime.errors import ClosedError, FormatError, InputError
 from gqsa_runtime.load import open_device
 from gqsa_runtime.program import Program
-from gqsa_runtime.reader import ArtifactFile
+from gqsa_runtime.reader import ArtifactFile, TensorInfo
 from gqsa_runtime.sampling import SamplingOptions, sample
 from gqsa_runtime.sequence import Sequence as TokenSequence
+from gqsa_runtime.stopwatch import Stopwatch
 from gqsa_runtime.tokenizer import StopFilter, TextStream, Tokenizer
 from gqsa_runtime.turns import Turns
 from gqsa_runtime.validate import validate
@@ -59,8 +60,9 @@ class Model:
     lets the next call go first and goes on after it: its text stays whole, the cache is made again.
 
     device_reason: which device runs it and why. context_reason: why the context is smaller than the
-    default, or None. decode_weight_bytes: what one decode step reads of the weights. stats:
-    GenerationStats of the generation that began last. engine: for token-level work.
+    default, or None. family: of the plan that runs, tensors: name -> TensorInfo of the file. stats:
+    GenerationStats of the generation that began last. engine: for token-level work. open_seconds: what `open`
+    spent, by stage: "header", "tokenizer" and those of `load.open_device`, and "total".
     """
 
     def __init__(
@@ -72,12 +74,15 @@ class Model:
         chat_template: str | None = None,
         device_reason: str = "",
         context_reason: str | None = None,
-        decode_weight_bytes: int = 0,
+        family: str = "cpu",
+        tensors: Mapping[str, TensorInfo] | None = None,
+        open_seconds: Mapping[str, float] | None = None,
     ):
         self.program, self.tokenizer, self.device, self.context = program, tokenizer, device, context
         self.engine = Engine(program, device, context)
         self.device_reason, self.context_reason = device_reason, context_reason
-        self.decode_weight_bytes = decode_weight_bytes
+        self.family, self.tensors = family, dict(tensors or {})
+        self.open_seconds = dict(open_seconds or {})
         self.stats = GenerationStats()
         self._chat_source, self._chat_template = chat_template, None
         self._turns = Turns()
@@ -99,12 +104,28 @@ class Model:
         Raises FormatError (not a sound .gqsa file), DeviceError (nothing to run it on, no memory) or
         InputError (no such file, a context that the model is not made for).
         """
-        with ArtifactFile.open(path) as file:
+        clock = Stopwatch()
+        with clock.stage("total"), contextlib.ExitStack() as stack:
+            with clock.stage("header"):
+                file = stack.enter_context(ArtifactFile.open(path))
             try:
-                validate(file.program, file.tensors)
-                tokenizer = Tokenizer(file.text(gqsa.KEY_TOKENIZER))
-                template = file.metadata.get(gqsa.KEY_CHAT_TEMPLATE)
-                opened = open_device(file, device, context, threads, progress)
+                with clock.stage("header"):
+                    validate(file.program, file.tensors)
+                text, template = file.text(gqsa.KEY_TOKENIZER), file.metadata.get(gqsa.KEY_CHAT_TEMPLATE)
+
+                def make_tokenizer() -> Tokenizer:
+                    with clock.stage("tokenizer"):
+                        return Tokenizer(text)
+
+                # A large vocabulary takes as long as the driver does to make a GPU's context: side by side.
+                with ThreadPoolExecutor(1, "gqsa-tokenizer") as aside:
+                    pending = aside.submit(make_tokenizer)
+                    opened = open_device(file, device, context, threads, progress, clock)
+                    try:
+                        tokenizer = pending.result()
+                    except BaseException:
+                        opened.device.close()
+                        raise
             except FormatError as error:
                 if os.fspath(path) in str(error):
                     raise
@@ -117,7 +138,9 @@ class Model:
             template if isinstance(template, str) else None,
             opened.device_reason,
             opened.context_reason,
-            memory.decode_weight_bytes(file.program, file.tensors, opened.family),
+            opened.family,
+            file.tensors,
+            clock.seconds,
         )
 
     def __enter__(self):
@@ -249,19 +272,24 @@ class Model:
     ) -> Iterator[str]:
         stats = self.stats = GenerationStats(prompt_tokens=len(ids))
         began_s = time.perf_counter()
-        sequence = TokenSequence()
-        logits = self.engine.extend(sequence, ids)
+        sequence, seen = TokenSequence(), list(ids)
+
+        def next_token(tokens: list[int]) -> int:
+            if options.greedy:
+                return self.engine.extend_greedy(sequence, tokens)
+            return sample(self.engine.extend(sequence, tokens), options, random, seen)
+
+        token = next_token(ids)
         stats.cached_tokens = sequence.n_reused
         stats.prefill_seconds = time.perf_counter() - began_s
 
-        stream, seen = TextStream(self.tokenizer, ids), list(ids)
+        stream = TextStream(self.tokenizer, ids)
         # The last token is read out only, so it needs no place in the cache.
         room = self.context - len(ids) + 1
         limit = min(max_new_tokens, room)
         finish = "context" if room < max_new_tokens else "length"
         for count in range(1, limit + 1):
             began_s = time.perf_counter()
-            token = sample(logits, options, random, seen)
             stats.new_tokens = count
             if token in self.program.eos_token_ids:
                 finish = "stop"
@@ -276,7 +304,7 @@ class Model:
                 break
             if count < limit:
                 began_s = time.perf_counter()
-                logits = self.engine.extend(sequence, [token])
+                token = next_token([token])
                 stats.decode_seconds += time.perf_counter() - began_s
         tail = stop.push(stream.flush()) + stop.flush()
         stats.finish_reason = finish

@@ -398,6 +398,16 @@ OPERATORS: dict[str, Operator] = {
             _STATE,
         ),
     ),
+    # Ends decode and last_logits, so that a greedy step hands over one number.
+    "argmax": Operator(
+        "token = first index of the largest logit; -1 where a logit is NaN or the largest is not finite",
+        {"vocab": SIZE},
+        (
+            Operand("logits", "f32", lambda p, t, c: p["vocab"]),
+            Operand("token", "i32", lambda p, t, c: 1, "out"),
+            _STATE,
+        ),
+    ),
     "log_probs": Operator(
         "result[t] = log softmax(logits[t])[targets[t]]; argmax[t] = first index of the largest logit",
         {"tokens": SIZE, "vocab": SIZE, "x_stride": SIZE},

@@ -143,6 +143,13 @@ class Plan:
         """The steps of all phases."""
         return itertools.chain.from_iterable(self.phases.values())
 
+    @property
+    def chooses(self) -> bool:
+        """Whether decode and last_logits end by leaving the likeliest token in argmax[0], or -1 (operator argmax)."""
+        operators = {kernel.name: kernel.op for kernel in self.kernels}
+        ends = [self.phases[phase][-1:] for phase in ("decode", "last_logits")]
+        return all(operators[step.kernel] == "argmax" for steps in ends for step in steps) and all(ends)
+
     def tensors(self, ropes: Mapping[str, Rope]) -> set[str]:
         """Names of the tensors that a device reads: those of the steps, and the frequencies of the rotary tables."""
         named = {arg.name for step in self.steps() for arg in step.args if arg.kind == "tensor"}

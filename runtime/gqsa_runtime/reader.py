@@ -12,6 +12,7 @@ import math
 import os
 import stat
 import struct
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ class TensorInfo:
 class ArtifactFile:
     """An open .gqsa file whose header has passed every check.
 
-    program: the launch plan, not yet validated (see `validate.validate`).
+    program: the launch plan, not yet validated (see `validate.validate`). Any number of threads may `read`.
     metadata: key -> int, bool or str. tensors: name -> TensorInfo in file order, without the digests.
     """
 
@@ -313,10 +314,21 @@ def _read_exactly(file, path: str, offset: int, n_bytes: int) -> np.ndarray:
     shift = -room.ctypes.data % gqsa.ALIGNMENT
     data = room[shift : shift + n_bytes]
     view, done = memoryview(data), 0
-    file.seek(offset)
     while done < n_bytes:  # a raw file may return less than asked, 2 GiB at most on Linux
-        count = file.readinto(view[done:])
+        count = _read_at(file, view[done:], offset + done)
         if not count:
             raise FormatError(f"{path}: the file is truncated: it ended at byte {offset + done} while it was read")
         done += count
     return data
+
+
+_seeking = threading.Lock()
+
+
+def _read_at(file, view: memoryview, offset: int) -> int:
+    """Reads from a place of the file into the view; returns how many bytes."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [view], offset)
+    with _seeking:  # Windows has one position for all threads
+        file.seek(offset)
+        return file.readinto(view)

@@ -39,19 +39,33 @@ class SamplingOptions:
             if not good:
                 raise InputError(f"{name} is {value}, expected {expected}")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether logits alone decide, and the largest is taken."""
+        return (self.temperature == 0 or self.top_k == 1) and self.repetition_penalty == 1
+
+
+def likeliest(logits: np.ndarray) -> int:
+    """Index of the largest logit, f32 [vocab]; of equal ones the first.
+
+    Raises ModelError where the logits hold NaN, as damaged weights or a broken kernel make them.
+    """
+    best = int(logits.argmax())  # NaN counts as the greatest
+    if not np.isfinite(logits[best]):
+        raise ModelError("the model computed logits that are not finite; check the file with `gqsa verify`")
+    return best
+
 
 def sample(
     logits: np.ndarray, options: SamplingOptions, generator: np.random.Generator, seen: Sequence[int] = ()
 ) -> int:
     """Index of the chosen token. logits: f32 [vocab], left as they are. seen: tokens to penalise.
 
-    Raises ModelError where the logits hold NaN, as damaged weights or a broken kernel make them.
+    Raises ModelError as likeliest does.
     """
     if options.repetition_penalty != 1.0 and len(seen):
         logits = penalize(logits, seen, options.repetition_penalty)
-    best = int(logits.argmax())  # NaN counts as the greatest
-    if not np.isfinite(logits[best]):
-        raise ModelError("the model computed logits that are not finite; check the file with `gqsa verify`")
+    best = likeliest(logits)
     if options.temperature == 0 or options.top_k == 1:
         return best
     candidates, weights = _nucleus(logits, float(logits[best]), options)
@@ -71,16 +85,20 @@ def penalize(logits: np.ndarray, seen: Sequence[int], penalty: float) -> np.ndar
 
 
 def _nucleus(logits: np.ndarray, greatest: float, options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
-    """Candidate tokens, likeliest first, and their unnormalised probabilities, float64."""
+    """Candidate tokens and their unnormalised probabilities, float64; likeliest first where top_k or top_p ask."""
     with np.errstate(over="ignore"):  # a tiny temperature: -inf is the right limit
         weights = np.exp((logits.astype(np.float64) - greatest) / options.temperature)
+    if not options.top_k and options.top_p == 1:  # no order is needed, and sorting a vocabulary takes milliseconds
+        kept = np.flatnonzero(weights >= (options.min_p or np.finfo(np.float64).tiny))
+        return kept, weights[kept]
     n_candidates = min(options.top_k or len(logits), len(logits))
     # With top_k the mass that top_p refers to is that of the k tokens alone.
     total = None if options.top_k else float(weights.sum())
-    first = n_candidates if options.top_k else min(_FIRST_CANDIDATES, n_candidates)
-    order = _largest(weights, first)
-    if first < n_candidates and weights[order].sum() < options.top_p * total:
-        order = _largest(weights, n_candidates)
+    count = n_candidates if options.top_k else min(_FIRST_CANDIDATES, n_candidates)
+    order = _largest(weights, count)
+    while count < n_candidates and weights[order].sum() < options.top_p * total:
+        count = min(8 * count, n_candidates)
+        order = _largest(weights, count)
     chosen = weights[order]
     if options.top_p < 1:
         before = np.cumsum(chosen) - chosen

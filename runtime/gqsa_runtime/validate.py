@@ -217,6 +217,13 @@ class _PlanChecker:
                 raise _error(f"{where}: the position table has {kernel.params['vocab']} rows, the context needs {rows}")
         elif kernel.op == "embedding" and kernel.params["vocab"] < self.program.vocab_size:
             raise _error(f"{where}: the table has {kernel.params['vocab']} rows for {self.program.vocab_size} tokens")
+        elif kernel.op == "argmax":
+            # Its result is read as the next token.
+            if kernel.params["vocab"] != self.program.vocab_size:
+                raise _error(f"{where}: {kernel.params['vocab']} logits for {self.program.vocab_size} tokens")
+            for operand, buffer in (("logits", "logits"), ("token", "argmax")):
+                if named[operand] != Argument("buffer", buffer):
+                    raise _error(f"{where}: {operand!r} is {named[operand]}, expected the start of {buffer!r}")
         elif kernel.op == "log_probs" and kernel.params["vocab"] < self.program.vocab_size:
             raise _error(f"{where}: {kernel.params['vocab']} logits for {self.program.vocab_size} tokens")
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from gqsa_runtime import format as gqsa
 from gqsa_runtime.chat import ChatTemplate
+from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.tokenizer import Tokenizer
-from gqsa_runtime.validate import ContentChecks, validate
+from gqsa_runtime.validate import validate
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,9 @@ def verify_file(path: str | os.PathLike, progress: Callable | None = None) -> Ve
     """
     with ArtifactFile.open(path) as artifact:
         validate(artifact.program, artifact.tensors)
-        checks = ContentChecks(artifact.program, artifact.tensors)
-        n_bytes = 0
         names = list(artifact.tensors)
-        for name in progress(names) if progress else names:
-            array = artifact.read(name)
-            checks.check(name, array, artifact.read)
-            n_bytes += array.nbytes
+        with CheckedTensors(artifact, names) as tensors:
+            n_bytes = sum(tensors[name].nbytes for name in (progress(names) if progress else names))
         Tokenizer(artifact.text(gqsa.KEY_TOKENIZER))
         if gqsa.KEY_CHAT_TEMPLATE in artifact.metadata:
             ChatTemplate(artifact.text(gqsa.KEY_CHAT_TEMPLATE))

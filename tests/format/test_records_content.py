@@ -5,7 +5,7 @@ import pytest
 from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.layouts import RECORDS
-from gqsa_runtime.layouts.records import MAX_RECORD_BYTES, UNIT, make_plan
+from gqsa_runtime.layouts.records import ALIGNMENT, MAX_RECORD_BYTES, make_plan
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.validate import ContentChecks, validate
 
@@ -22,7 +22,7 @@ class Tensors(dict):
 
     def record(self, name: str, index: int) -> np.ndarray:
         """Bytes of one record, a view."""
-        start, stop = self[f"{name}.starts"][index : index + 2] * UNIT
+        start, stop = self[f"{name}.starts"][index : index + 2] * ALIGNMENT
         return self[f"{name}.records"].view(np.uint8)[start:stop]
 
     def first(self, masked: bool, width: int) -> np.ndarray:
@@ -31,8 +31,8 @@ class Tensors(dict):
         found = np.flatnonzero((plan.masked == masked) & (plan.widths[plan.block] == width))
         return self.record("gate", int(found[0]))
 
-    def drop(self, name: str, n_units: int) -> None:
-        self[name] = self[name].reshape(-1)[: -n_units * UNIT]
+    def drop(self, name: str, n_pieces: int) -> None:
+        self[name] = self[name].reshape(-1)[: -n_pieces * ALIGNMENT]
 
 
 def read_all(arrays: dict, tmp_path, plan=None) -> None:
@@ -41,9 +41,10 @@ def read_all(arrays: dict, tmp_path, plan=None) -> None:
     path.write_bytes(tiny.file_bytes(records_program.program(plan), dict(arrays)))
     with ArtifactFile.open(path) as file:
         validate(file.program, file.tensors)
-        tensors = CheckedTensors(file, "cpu")
-        for name in file.program.plans["cpu"].tensors(file.program.ropes):
-            assert tensors[name].size == arrays[name].size
+        names = file.program.plans["cpu"].tensors(file.program.ropes)
+        with CheckedTensors(file, names) as tensors:
+            for name in names:
+                assert tensors[name].size == arrays[name].size
 
 
 def refuse(arrays: dict, message: str, tmp_path, tensor: str) -> None:
@@ -86,7 +87,7 @@ def _set(array: str, place: int, value: int):
         lambda arrays: arrays["gate.starts"].__setitem__(2, arrays["gate.starts"][1]),
         lambda arrays: arrays["gate.starts"].__setitem__(slice(1, 3), arrays["gate.starts"][2:0:-1].copy()),
         lambda arrays: arrays.drop("gate.records", 1),
-        lambda arrays: arrays.update({"gate.records": np.append(arrays["gate.records"], np.zeros(UNIT, np.int8))}),
+        lambda arrays: arrays.update({"gate.records": np.append(arrays["gate.records"], np.zeros(ALIGNMENT, np.int8))}),
     ],
 )
 def test_starts_rise_to_the_end_of_the_records(tmp_path, change):
@@ -97,8 +98,8 @@ def test_starts_rise_to_the_end_of_the_records(tmp_path, change):
 
 def test_no_record_is_larger_than_the_kernels_ring(tmp_path):
     largest = SOURCES["gate"][1].constants["record_bytes"]
-    plan = records_program.with_params("linear_records_t1", record_bytes=largest - UNIT)
-    with pytest.raises(FormatError, match=f"at most {largest // UNIT - 1} at a time"):
+    plan = records_program.with_params("linear_records_t1", record_bytes=largest - ALIGNMENT)
+    with pytest.raises(FormatError, match=f"at most {largest // ALIGNMENT - 1} at a time"):
         read_all(Tensors(), tmp_path, plan)
     with pytest.raises(FormatError, match="record_bytes is"):
         validate(
@@ -129,7 +130,7 @@ def test_a_file_without_starts(tmp_path):
         (9, 0, "holds a record with 0 to 4 tiles"),
         (9, 5, "holds a record with 1 to 5 tiles"),
         (9, 255, "holds a record with 1 to 255 tiles"),
-        (9, 3, "units where its header makes it"),
+        (9, 3, "bytes where its header makes it"),
         (10, 2, "holds a record with"),
         (10, 255, "holds a record with"),
         (10, 1, "a width that its kernel does not read"),  # of 4 bits only whole ones occur
@@ -145,13 +146,13 @@ def test_a_flag_that_hides_the_mask(tmp_path):
     for width in (2, 8):
         arrays = Tensors()
         arrays.first(masked=True, width=width)[10] = 0
-        refuse(arrays, "width that its kernel does not read|units where its header", tmp_path, "gate.records")
+        refuse(arrays, "width that its kernel does not read|bytes where its header", tmp_path, "gate.records")
 
 
 def test_another_width_of_the_same_kind(tmp_path):
     arrays = Tensors()
     arrays.first(masked=True, width=2)[8] = 8
-    refuse(arrays, "units where its header makes it", tmp_path, "gate.records")
+    refuse(arrays, "bytes where its header makes it", tmp_path, "gate.records")
 
 
 def test_masks(tmp_path):
@@ -162,13 +163,13 @@ def test_masks(tmp_path):
     refuse(arrays, "groups of a tile that its record lacks", tmp_path, "gate.records")
     arrays = Tensors()
     arrays.first(masked=True, width=8)[16:48] = 255  # more groups than are stored
-    refuse(arrays, "units where its header makes it", tmp_path, "gate.records")
+    refuse(arrays, "bytes where its header makes it", tmp_path, "gate.records")
 
 
 def test_a_masked_record_without_room_for_its_mask():
     rule = RECORDS.rules({"rows": 16, "k": 64, "epilogue": "rows", "n_blocks": 1, "widths": 0, "masked_widths": 4,
                           "record_bytes": 64, "whole": False}, (1, 2))["records"]  # fmt: skip
-    record = np.zeros(2 * UNIT, np.uint8)
+    record = np.zeros(2 * ALIGNMENT, np.uint8)
     record[8:11] = 2, 1, 1
     assert "too short for its mask" in rule.broken(
         record.view(np.int8), np.array([0, 2], np.int32), np.array([0, 1], np.int32)
@@ -191,9 +192,9 @@ def test_a_record_that_is_short_before_the_last():
     plan = make_plan(matrix.row_bits, 5 * 64)
     params = {"rows": 16, "k": 5 * 64, "epilogue": "rows", **plan.constants}
     parts = {part: RECORDS.pack(part, (matrix, plan), params) for part in PARTS}
-    rule = RECORDS.rules(params, (2, int(plan.units.sum())))["records"]
+    rule = RECORDS.rules(params, (2, int(plan.sizes.sum())))["records"]
     assert rule.broken(parts["records"], parts["starts"], parts["blocks"]) is None
-    records, starts = parts["records"].reshape(-1, UNIT), parts["starts"]
+    records, starts = parts["records"].reshape(-1, ALIGNMENT), parts["starts"]
     swapped = np.concatenate([records[starts[1] :], records[: starts[1]]])
     swapped_starts = np.array([0, starts[2] - starts[1], starts[2]], np.int32)
     assert "not its block's last" in rule.broken(swapped.reshape(-1), swapped_starts, parts["blocks"])
@@ -204,7 +205,7 @@ def test_records_that_should_all_be_whole():
     plan = make_plan(matrix.row_bits, 256)
     params = {"rows": 16, "k": 256, "epilogue": "rows", **plan.constants}
     parts = {part: RECORDS.pack(part, (matrix, plan), params) for part in PARTS}
-    rule = RECORDS.rules(params, (1, int(plan.units[0])))["records"]
+    rule = RECORDS.rules(params, (1, int(plan.sizes[0])))["records"]
     assert params["whole"] and rule.broken(parts["records"], parts["starts"], parts["blocks"]) is None
     parts["records"][9] = 3
     assert "3 to 3 tiles, expected 4 to 4" in rule.broken(parts["records"], parts["starts"], parts["blocks"])
@@ -266,7 +267,7 @@ def test_tables_hold_every_tile_where_kernels_look_for_it(tmp_path):
     four, one = arrays.record("embed", 0).copy(), arrays.record("embed", 1).copy()
     rest = arrays["embed.records"].view(np.uint8)[len(four) + len(one) :]
     arrays["embed.records"] = np.concatenate([one, four, rest]).view(np.int8)
-    arrays["embed.starts"][1] = len(one) // UNIT
+    arrays["embed.starts"][1] = len(one) // ALIGNMENT
     refuse(arrays, in_order, tmp_path, "embed.records")
 
 

@@ -352,6 +352,9 @@ def test_phases():
         ("last_logits", 0, "x", Argument("buffer", "y", 1), "127 elements of 'y', expected at least 128"),
         ("all_log_probs", 1, "targets", Argument("buffer", "tokens"), "expected 'targets'"),
         ("all_log_probs", 1, "argmax", Argument("buffer", "state"), "writes to 'state'"),
+        ("decode", 6, "token", Argument("buffer", "tokens"), "writes to 'tokens'"),
+        ("decode", 6, "token", Argument("buffer", "argmax", 1), "expected the start of 'argmax'"),
+        ("last_logits", 2, "logits", Argument("buffer", "logits", 4), "expected the start of 'logits'"),
     ],
 )
 def test_arguments(phase, step, name, argument, match):
@@ -376,6 +379,8 @@ def test_position_table_must_cover_the_context():
 def test_tables_must_cover_the_vocabulary():
     refuse("table has 257 rows", kernels=with_param("embedding_t1", vocab=257))
     refuse("257 logits", kernels=with_param("log_probs", vocab=257))
+    for vocab in (257, 259):  # one more than the vocabulary would make a token that there is not
+        refuse(f"{vocab} logits for 258 tokens", kernels=with_param("argmax", vocab=vocab))
 
 
 def test_stream_sizes():

@@ -71,6 +71,7 @@ def plan(**changes) -> Plan:
     kernels = [*_kernels("t1", 1), *_kernels("t8", 8)]
     kernels += [
         Kernel("last_row", "last_row", {"width": ROWS, "x_stride": ROWS}, {}),
+        Kernel("argmax", "argmax", {"vocab": VOCAB}, {}),
         Kernel("log_probs", "log_probs", {"tokens": 8, "vocab": VOCAB, "x_stride": VOCAB}, {}),
     ]
     sizes = [("tokens", "i32", CHUNK), ("targets", "i32", CHUNK), ("state", "i32", state_elements(CHUNK)),
@@ -100,14 +101,15 @@ def plan(**changes) -> Plan:
     def head(suffix: str, hidden: str) -> Step:
         return step(f"linear_dense_{suffix}", hidden, ("tensor", "embed"), ("null",), ("null",), "logits")
 
+    choice = step("argmax", "logits", "argmax")
     last, scores = step("last_row", "y", "last"), step("log_probs", "logits", "targets", "log_probs", "argmax")
     fields = {
         "prefill_chunk": CHUNK, "score_chunk": CHUNK,
         "buffers": tuple(buffers), "arena_bytes": offset, "kernels": tuple(kernels),
         "phases": {
-            "decode": (*body("t1"), head("t1", "y")),
+            "decode": (*body("t1"), head("t1", "y"), choice),
             "prefill_body": tuple(body("t8")),
-            "last_logits": (last, head("t1", "last")),
+            "last_logits": (last, head("t1", "last"), choice),
             "all_log_probs": (head("t8", "y"), scores),
         },
     }  # fmt: skip

@@ -325,6 +325,15 @@ def _last_row(rng, p, case):
     return {"x": _activations(rng, case, p, p["x_stride"], p["width"]), "out": _output(p["width"], np.float32)}
 
 
+def _argmax(rng, p, case):
+    logits = _activations(rng, case, {"tokens": 1}, p["vocab"], p["vocab"], scale=4.0)
+    places, value = case.extra
+    logits[[int(place * (p["vocab"] - 1)) for place in places]] = value
+    if case.name.endswith("nothing"):
+        logits[: p["vocab"]] = value
+    return {"logits": logits, "token": _output(1, np.int32)}
+
+
 def _log_probs(rng, p, case):
     rows, n_tokens = _count(case, p["tokens"])
     logits = _activations(rng, case, p, p["x_stride"], p["vocab"], scale=4.0)
@@ -428,9 +437,9 @@ MIXED_PLACES = {
 
 
 def _simple_cases():
-    def case(name, fill, n_tokens=1, position=3, context=64, places=(), **params):
+    def case(name, fill, n_tokens=1, position=3, context=64, places=(), extra=None, **params):
         spec = KernelSpec.make(name.split("/")[0], **params)
-        return Case(name, spec, fill, len(places) or n_tokens, position, 16, context, places=places)
+        return Case(name, spec, fill, len(places) or n_tokens, position, 16, context, places=places, extra=extra)
 
     table = {"vocab": 101, "width": 72, "position_offset": 0, "scale": 1.0, "out_stride": 72}
     for source, offset in (("tokens", 0), ("positions", 2)):
@@ -496,6 +505,21 @@ def _simple_cases():
 
     for n_tokens in (1, 13):
         yield case(f"last_row/tokens_{n_tokens}", _last_row, n_tokens, width=77, x_stride=80)
+    for vocab in (3, 2051, 32003):
+        # The largest first, last, in between; several of them.
+        for name, places in {
+            "first": [0],
+            "last": [1],
+            "inside": [0.37],
+            "ties": [0.2, 0.4, 0.9],
+            "far": [1, 0],
+        }.items():
+            yield case(f"argmax/v{vocab}_{name}", _argmax, vocab=vocab, extra=(places, 23.5))
+    for name, places, value in (
+        ("nan", [0.7], np.nan), ("nan_last", [1], np.nan), ("infinite", [0.4], np.inf),
+        ("some_removed", [0, 1], -np.inf), ("nothing", [0], -np.inf), ("zeros_nothing", [0.5], -0.0),
+    ):  # fmt: skip
+        yield case(f"argmax/v2051_{name}", _argmax, vocab=2051, extra=(places, value))
     for vocab in (101, 4999):
         yield case(f"log_probs/v{vocab}", _log_probs, tokens=1, vocab=vocab, x_stride=vocab)
         yield case(f"log_probs/v{vocab}_tile", _log_probs, 13, tokens=8, vocab=vocab, x_stride=vocab + 5)

@@ -266,6 +266,12 @@ def _last_row(p, a, n, places, write):
     write("out", a["x"][start : start + p["width"]][None].astype(np.float64), p["width"])
 
 
+def _argmax(p, a, n, places, write):
+    logits = a["logits"][: p["vocab"]]
+    best = int(logits.argmax())  # NaN counts as the largest
+    write("token", np.array([[best if np.isfinite(logits[best]) else -1]]), 1)
+
+
 def _log_probs(p, a, n, places, write):
     logits = _read(a["logits"], n, p["x_stride"], p["vocab"])
     shifted = logits - logits.max(-1, keepdims=True)
@@ -292,6 +298,7 @@ _ORACLES = {
     "gated_activation": _gated_activation,
     "elementwise": _elementwise,
     "last_row": _last_row,
+    "argmax": _argmax,
     "log_probs": _log_probs,
 }
 

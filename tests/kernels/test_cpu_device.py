@@ -132,6 +132,17 @@ def test_slots_hold_sequences_apart():
     device.close()
 
 
+def test_steps_and_memory_are_timed(monkeypatch):
+    monkeypatch.setattr(device_cpu, "_BANDWIDTH_BYTES", 1 << 20)
+    device = open_device(threads=2)
+    first = decode(device, [7])
+    seconds = device.step_seconds("decode", repeats=3)
+    assert len(seconds) == len(make_program().plans["cpu"].phases["decode"]) and min(seconds) > 0
+    assert device.download("logits", VOCAB).tobytes() == first.tobytes()  # the steps ran, in their order
+    assert 1e6 < device.bandwidth() < 1e13
+    device.close()
+
+
 def test_threads_that_fell_asleep_wake_up():
     device = open_device(threads=4)
     first = decode(device, [7])

@@ -20,7 +20,13 @@ COUNTS = (1, 2, 6, 7, 70)  # one by one, turned, more than a tile of tokens
 pytestmark = pytest.mark.skipif(not supported_targets(), reason="this CPU runs no gqsac kernels")
 
 
-def _outputs(target, widths, pattern):
+def native(data):
+    """run(kernel, arguments) of a shared object for this machine."""
+    library = _load_library(data)
+    return lambda name, arguments: run_kernel(library, name, arguments, 3)
+
+
+def outputs(target, widths, pattern, load=native):
     """Results of decode for each of COUNTS[-1] tokens, then of prefill for each count."""
     matrix = random_matrix(ROWS, K, widths, random_keep(ROWS, K, pattern), scale=K**-0.5)
     plan = make_plan(matrix.row_bits, K, matrix.keep)
@@ -34,7 +40,7 @@ def _outputs(target, widths, pattern):
         "prefill": KernelSpec.make("linear_records", tokens=8, **linear),
         "quantize": KernelSpec.make("quantize", tokens=8, **norm),
     }
-    library = _load_library(compile_cpu({name: render("cpu", spec, name) for name, spec in specs.items()}, target))
+    run_named = load(compile_cpu({name: render("cpu", spec, name) for name, spec in specs.items()}, target))
     weights = {part.name: RECORDS.pack(part.name, (matrix, plan), linear) for part in RECORDS.parts}
     rng = np.random.default_rng(0)
     x = rng.standard_normal((COUNTS[-1], K), np.float32)
@@ -43,7 +49,7 @@ def _outputs(target, widths, pattern):
     def run(name, n_tokens, **arguments):
         arguments = {**weights, "state": launch_state(n_tokens, 0, np.arange(n_tokens)), **arguments}
         operands = OPERATORS[specs[name].op].operands
-        run_kernel(library, name, [arguments.get(operand.name) for operand in operands], 3)
+        run_named(name, [arguments.get(operand.name) for operand in operands])
 
     one = np.zeros((len(x), ROWS), np.float32)
     for token in range(len(x)):
@@ -58,12 +64,15 @@ def _outputs(target, widths, pattern):
     return results
 
 
-@pytest.mark.parametrize("pattern, widths", [("all", (1, 2, 3, 4, 8)), ("groups", (2, 4, 8))])
+PATTERNS = [("all", (1, 2, 3, 4, 8)), ("groups", (2, 4, 8))]
+
+
+@pytest.mark.parametrize("pattern, widths", PATTERNS)
 def test_bits_depend_on_neither_target_nor_number_of_tokens(pattern, widths):
     widths = np.random.default_rng(1).choice(widths, ROWS)
     first = None
     for target in supported_targets():
-        results = _outputs(target, widths, pattern)
+        results = outputs(target, widths, pattern)
         first = results[0] if first is None else first
         for result in results:
             assert result.tobytes() == first[: len(result)].tobytes()

@@ -46,7 +46,11 @@ class FakeDevice:
             assert position + n_tokens <= self.context
             self.cache[position : position + n_tokens] = self.buffers["tokens"][:n_tokens]
         if phase in ("decode", "last_logits"):
-            self.buffers["logits"][: self.program.vocab_size] = self.row(position + n_tokens - 1)
+            logits = self.row(position + n_tokens - 1)
+            self.buffers["logits"][: self.program.vocab_size] = logits
+            if self.plan.chooses:
+                best = int(logits.argmax())
+                self.buffers["argmax"][0] = best if np.isfinite(logits[best]) else -1
         if phase == "all_log_probs":
             for index in range(n_tokens):
                 row = self.row(position + index).astype(np.float64)
@@ -61,6 +65,12 @@ class FakeDevice:
         row = np.zeros(self.program.vocab_size, np.float32)
         row[self.script[position + 1] if position + 1 < len(self.script) else tiny.EOS] = 20
         return row
+
+    def bandwidth(self):
+        return 1e9
+
+    def step_seconds(self, phase, repeats):
+        return [1e-6 * repeats] * len(self.program.plans["cpu"].phases[phase])
 
     def close(self):
         self.closed = True

@@ -9,7 +9,7 @@ from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS
 from gqsac.codec import MatrixHeader
 from gqsac.compiler import ir
 from gqsac.compiler.passes.choose_layouts import LayoutOptions, Weights, plan_of
-from gqsac.compiler.passes.group_patterns import group_patterns
+from gqsac.compiler.passes.measure_linears import measure_linears
 from gqsac.errors import ModelError
 from tests.kernels.random_records import random_keep, random_matrix
 
@@ -153,8 +153,8 @@ def test_a_tied_head_is_its_embedding():
     np.testing.assert_array_equal(matrix.levels, weights.matrix(("embed.weight",)).levels)
     assert set(matrix.row_bits) == {8} and matrix.quant_group_size == 64
     assert np.abs(matrix.dequantize() - table).max() <= np.abs(table).max() / 127
-    patterns = group_patterns(tied, weights)
-    assert patterns.linears["head"][0] == patterns.tables["embed.weight"]
+    stored_parts = measure_linears(tied, weights)
+    assert stored_parts.linears["head"][0] == stored_parts.tables["embed.weight"]
 
 
 def test_a_head_of_nan_is_refused():
@@ -175,7 +175,7 @@ def test_plans_made_ahead_are_those_of_the_weights(paired):
     for names in (("a.weight",), ("b.weight",), ("a.weight", "b.weight"), ("b.weight", "a.weight")):
         ahead, made = weights.plan(names, paired), plan_of(weights.matrix(names), paired)
         assert ahead.constants == made.constants
-        for field in ("order", "widths", "block", "tiles", "masked", "units"):
+        for field in ("order", "widths", "block", "tiles", "masked", "sizes"):
             np.testing.assert_array_equal(getattr(ahead, field), getattr(made, field))
 
 
@@ -212,15 +212,15 @@ def test_linears_of_one_kind_share_the_size_of_their_largest_record():
     checkpoint = FakeCheckpoint(matrices=matrices)
     ops = [linear(name, "x") for name in matrices]
     weights = Weights(graph(*ops), checkpoint, LayoutOptions(head_bits=16))
-    patterns = group_patterns(graph(*ops), weights)
-    parts = {name: patterns.linears[name][0] for name in matrices}
+    stored_parts = measure_linears(graph(*ops), weights)
+    parts = {name: stored_parts.linears[name][0] for name in matrices}
     alone = {name: weights.plan((f"{name}.weight",), False).constants["record_bytes"] for name in matrices}
     assert alone["a"] != alone["b"]
     shared = max(alone["a"], alone["b"])
     assert parts["a"].constants == parts["b"].constants and parts["a"].constants["record_bytes"] == shared
     assert parts["dense"].constants == parts["two"].constants != parts["eight"].constants
     assert parts["dense"].constants["record_bytes"] == alone["dense"]
-    assert patterns.n_clusters == 3
+    assert stored_parts.n_clusters == 3
     for name, part in parts.items():
         assert part.nnz == matrices[name].n_groups * matrices[name].group_size // 16
         assert RECORDS.check_constants({"rows": 32, "k": K, **part.constants}) is None

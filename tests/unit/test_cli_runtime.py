@@ -30,7 +30,7 @@ def gqsa(monkeypatch):
     """Runs `gqsa` in this process over the fake device; answer: what the model says after each prompt."""
 
     def run(*args, stdin=None, answer=None, prompt=""):
-        def open_fake(kind, ordinal, program, tensors, binaries, context, threads):
+        def open_fake(kind, ordinal, program, tensors, binaries, context, threads, clock):
             return fake_device.FakeDevice(program, context, script)
 
         script = None
@@ -180,13 +180,65 @@ def test_verify(gqsa, path):
 
 def test_bench(gqsa, path):
     result = gqsa("bench", path, "--at", "4,9", "--decode", "5", "--repeats", "2", "--json")
-    rows = json.loads(result.stdout)["rows"]
+    found = json.loads(result.stdout)
+    rows = found["decode"]
     assert [row["context"] for row in rows] == [4, 9] and all(row["steps"] == 10 for row in rows)
-    assert all(row["prefill_tokens_per_s"] > 0 and row["decode_ms_p90"] >= row["decode_ms"] > 0 for row in rows)
-    assert "decode_tokens_per_s" in gqsa("bench", path, "--at", "4", "--decode", "2").stdout
-    result = gqsa("bench", path, "--at", "30")
-    assert result.exit_code == 1 and "does not fit the model's context of 32" in result.stderr
-    assert gqsa("bench", path, "--at", "many").exit_code == 2
+    assert all(row["ms_p90"] >= row["ms"] > 0 for row in rows)
+    # One layer of f32: 16 values of K and of V a position; halfway through the steps the first row's cache holds 6.
+    weights = sum(tiny.tensors()[name].nbytes for name in tiny.tensors() if name not in ("inv_freq", "binary.cpu"))
+    assert [1e6 * row["mb"] - weights for row in rows] == pytest.approx([6 * 128, 11 * 128])
+    linears = 2 * (tiny.ROWS * tiny.WIDTH + tiny.VOCAB * tiny.ROWS)
+    assert [1e9 * row["gflop"] - linears for row in rows] == pytest.approx([4 * 6 * 32, 4 * 11 * 32])
+    assert all(row["share"] == pytest.approx(row["gb_per_s"]) for row in rows)  # the fake memory moves 1 GB/s
+    assert [row["prompt"] for row in found["prefill"]] == [32] and found["prefill"][0]["tokens_per_s"] > 0
+    assert found["first_token_seconds"] > found["open_seconds"]["total"] > 0 and "profile" not in found
+    assert found["memory_bytes"] > weights
+
+
+def test_bench_in_words(gqsa, path):
+    result = gqsa("bench", path, "--at", "4", "--decode", "2", "--prompts", "4,8", "--profile")
+    for words in (
+        "tokens_per_s",
+        "first token",
+        "in threads beside it: tokenizer",
+        "decode\ncontext",
+        "prefill\nprompt",
+    ):
+        assert words in result.stdout
+    found = gqsa("bench", path, "--at", "4", "--decode", "2", "--profile", "--json")
+    rows = json.loads(found.stdout)["profile"]
+    assert {row["phase"] for row in rows} == {"decode", "prefill_body"}
+    assert sum(row["of_phase"] for row in rows) == pytest.approx(2)
+    head = next(row for row in rows if row["kernel"] == "linear_dense_t1")
+    assert head["us"] == pytest.approx(20) and head["gb_per_s"] == pytest.approx(
+        2 * tiny.VOCAB * tiny.ROWS / 20e-6 / 1e9
+    )
+
+
+def test_bench_refuses_lengths_that_do_not_fit(gqsa, path):
+    for option in ("--at", "--prompts"):
+        result = gqsa("bench", path, option, "40")
+        assert result.exit_code == 1 and "does not fit the model's context of 32" in result.stderr
+        assert gqsa("bench", path, option, "many").exit_code == 2
+    # By default it measures what fits.
+    found = json.loads(gqsa("bench", path, "--decode", "2", "--json").stdout)
+    assert [row["context"] for row in found["decode"]] == [30]
+
+
+def test_bench_plot(gqsa, path, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "roofline.png"
+    bench = ("bench", path, "--at", "4,9", "--decode", "2", "--plot")
+    assert gqsa(*bench, str(plot)).exit_code == 0
+    assert plot.read_bytes().startswith(b"\x89PNG") and list(tmp_path.glob("*.partial")) == []
+    monkeypatch.setattr(load, "open_device", lambda *args: pytest.fail("loaded"))
+    result = gqsa(*bench, str(tmp_path / "roofline.pdf"))
+    assert result.exit_code == 1 and "ends with .png" in result.stderr
+    result = gqsa(*bench, str(tmp_path / "none" / "roofline.png"))
+    assert result.exit_code == 1 and "no folder" in result.stderr
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = gqsa(*bench, str(plot))
+    assert result.exit_code == 1 and "install it with `pip install matplotlib`" in result.stderr
 
 
 def test_eval_ppl(gqsa, path, tmp_path):

@@ -1,9 +1,11 @@
 """The engine's bookkeeping: chunks, positions, rewinding and scores, against one long computation."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from gqsa_runtime.engine import Engine
-from gqsa_runtime.errors import ClosedError, InputError
+from gqsa_runtime.errors import ClosedError, InputError, ModelError
 from gqsa_runtime.sequence import Sequence
 
 from tests.format import tiny
@@ -45,6 +47,61 @@ def test_prefill_twice_continues():
     made = engine()
     made.prefill(TOKENS[:5])
     np.testing.assert_array_equal(made.prefill(TOKENS[5:]), logits_after(TOKENS))
+
+
+def without_choice(program):
+    """The program as files hold it that were built before argmax."""
+    plan = program.plans["cpu"]
+    phases = {name: tuple(step for step in steps if step.kernel != "argmax") for name, steps in plan.phases.items()}
+    return dataclasses.replace(program, plans={"cpu": dataclasses.replace(plan, phases=phases)})
+
+
+class Counting(FakeDevice):
+    """Counts what is copied to the host. spoil: changes logits before they are looked at."""
+
+    downloaded = 0
+
+    def download(self, buffer, count):
+        self.downloaded += count
+        return super().download(buffer, count)
+
+    def spoil(self, row):
+        return row
+
+    def row(self, position):
+        return self.spoil(super().row(position))
+
+
+@pytest.mark.parametrize("change, per_token", [(lambda program: program, 1), (without_choice, tiny.VOCAB)])
+def test_greedy_tokens_are_chosen_where_the_file_can(change, per_token):
+    program = change(tiny.program())
+    assert program.plans["cpu"].chooses == (per_token == 1)
+    device = Counting(program, tiny.CONTEXT)
+    made, sequence, seen = Engine(program, device, tiny.CONTEXT), Sequence(), TOKENS[:6]
+    new = seen
+    for _ in range(5):
+        token = made.extend_greedy(sequence, new)
+        assert token == logits_after(seen).argmax()
+        seen, new = [*seen, token], [token]
+    assert sequence.tokens == seen[:-1] and device.downloaded == 5 * per_token
+
+
+@pytest.mark.parametrize("change", [lambda program: program, without_choice])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_greedy_tokens_are_not_taken_from_logits_that_are_not_finite(change, value):
+    def spoil(row):
+        row[9] = value
+        return row
+
+    program = change(tiny.program())
+    device = Counting(program, tiny.CONTEXT)
+    made, sequence = Engine(program, device, tiny.CONTEXT), Sequence()
+    made.extend_greedy(sequence, TOKENS[:3])
+    device.spoil = spoil
+    with pytest.raises(ModelError, match="not finite"):
+        made.extend_greedy(sequence, [4])
+    del device.spoil
+    assert made.extend_greedy(sequence, [5]) == logits_after([*TOKENS[:3], 5]).argmax()
 
 
 def test_rewind_and_reset():

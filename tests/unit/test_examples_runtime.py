@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture
 def example(tmp_path, monkeypatch):
-    def open_fake(kind, ordinal, program, tensors, binaries, context, threads):
+    def open_fake(kind, ordinal, program, tensors, binaries, context, threads, clock):
         return fake_device.FakeDevice(program, context)
 
     monkeypatch.setattr(load, "_open", open_fake)

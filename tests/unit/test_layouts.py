@@ -37,7 +37,7 @@ def _cases():
         dense = np.where(matrix.row_bits[:, None] > 0, matrix.dequantize(), 0)
         epilogue = "gated" if name.endswith("pairs") else "rows"
         params = {"rows": matrix.rows, "k": matrix.columns, "epilogue": epilogue, **plan.constants}
-        yield pytest.param(RECORDS, params, source, (len(plan.block), plan.units.sum()), dense, id=f"records {name}")
+        yield pytest.param(RECORDS, params, source, (len(plan.block), plan.sizes.sum()), dense, id=f"records {name}")
 
 
 def _record_sources():
@@ -234,5 +234,5 @@ def test_weights_in_records_are_counted_where_sizes_tell():
     for rows, widths, pattern, expected in ((32, 4, "all", 32 * 256), (32, 4, "groups", None)):
         matrix, plan = record_source(rows, 256, widths, pattern)
         params = {"rows": rows, "k": 256, **plan.constants}
-        assert RECORDS.n_weights(params, (len(plan.block), int(plan.units.sum()))) == expected
+        assert RECORDS.n_weights(params, (len(plan.block), int(plan.sizes.sum()))) == expected
         assert RECORDS.n_weights(params, matrix.n_groups) == 16 * matrix.n_groups

@@ -170,7 +170,7 @@ def opened(monkeypatch):
     """Replaces devices by the fake one; lists what was asked for."""
     calls = []
 
-    def open_fake(kind, ordinal, program, tensors, binaries, context, threads):
+    def open_fake(kind, ordinal, program, tensors, binaries, context, threads, clock):
         calls.append((kind, ordinal, context, threads))
         arrays = {name: tensors[name] for name in tensors}
         assert binaries(program.binaries[0]) == tiny.tensors()["binary.cpu"].tobytes()
@@ -191,6 +191,9 @@ def test_open(path, opened):
         assert model.context_reason is None and model.has_chat_template
     assert opened == [("cpu", 0, tiny.CONTEXT, None)]
     assert progress and progress[-1][0] >= progress[-1][1] > 0
+    stages = model.open_seconds
+    assert {"header", "tokenizer", "device", "read", "check", "wait"} < set(stages)
+    assert 0 < stages["header"] + stages["device"] + stages["wait"] < stages["total"]
 
 
 def test_open_with_choices(path, opened):
@@ -241,7 +244,7 @@ def test_context_shrinks_to_the_memory(path, opened, monkeypatch):
     assert Model.open(path).context == tiny.CONTEXT
 
 
-def test_damaged_contents_are_refused_with_the_path(tmp_path, opened):
+def test_damaged_contents_are_refused_with_the_path(tmp_path, opened, monkeypatch):
     def refuse(match, **options):
         file = tmp_path / "bad.gqsa"
         file.write_bytes(tiny.file_bytes(**options))
@@ -252,7 +255,10 @@ def test_damaged_contents_are_refused_with_the_path(tmp_path, opened):
     arrays["q.groups"] = np.full(4, -1, np.int32)
     refuse("'q.groups' holds column", arrays=arrays)
     refuse("launch plan", made=tiny.program(plans={"cpu": tiny.plan(prefill_chunk=1000)}))
+    closed = []
+    monkeypatch.setattr(fake_device.FakeDevice, "close", lambda device: closed.append(device))
     refuse("tokenizer cannot be read", **{"tokenizer.huggingface.json": "{}"})
+    assert len(closed) == 1  # the device was open by then
     refuse("tokenizer.huggingface.json", **{"tokenizer.huggingface.json": None})
 
 

@@ -107,10 +107,13 @@ def test_options_out_of_range(options):
         SamplingOptions(**options)
 
 
-def test_speed_with_a_large_vocabulary():
+@pytest.mark.parametrize("more", [{}, {"min_p": 0.01}, {"top_p": 0.95, "min_p": 0.01}, {"top_p": 0.95}])
+def test_speed_with_a_large_vocabulary(more):
     logits = np.random.default_rng(0).normal(scale=3, size=128_256).astype(np.float32)
-    generator, options = np.random.default_rng(0), SamplingOptions(temperature=0.8, top_p=0.95, min_p=0.01)
-    began_s = time.perf_counter()
+    generator, options = np.random.default_rng(0), SamplingOptions(temperature=0.8, **more)
+    times_s = []
     for _ in range(10):
+        began_s = time.perf_counter()
         sample(logits, options, generator)
-    assert time.perf_counter() - began_s < 0.5  # a full sort alone takes ten times as long
+        times_s.append(time.perf_counter() - began_s)
+    assert min(times_s) < 0.01  # a full sort alone takes longer

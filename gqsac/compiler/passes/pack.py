@@ -16,7 +16,7 @@ from gqsa_runtime.layouts import RECORDS
 from gqsac.bsr import BsrStream
 from gqsac.compiler import ir
 from gqsac.compiler.passes.choose_layouts import Weights, module_of, plan_of
-from gqsac.compiler.passes.group_patterns import Patterns, StoredPart
+from gqsac.compiler.passes.measure_linears import StoredPart, StoredParts
 from gqsac.errors import ModelError
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i8": np.int8}
@@ -61,17 +61,17 @@ class Packing:
     ropes: dict[str, str]
 
 
-def pack(graph: ir.Graph, weights: Weights, patterns: Patterns) -> Packing:
+def pack(graph: ir.Graph, weights: Weights, stored_parts: StoredParts) -> Packing:
     """Names, shapes and makers of all tensors, in the order in which the operators read them."""
     packer = _Packer(weights)
     for op in graph.ops:
         match op:
             case ir.Embedding():
-                packer.table(op, patterns.tables.get(op.table))
+                packer.table(op, stored_parts.tables.get(op.table))
             case ir.Linear():
                 if op.norm is not None:
                     packer.norm(op.norm)
-                packer.linear(op, patterns.linears[op.output])
+                packer.linear(op, stored_parts.linears[op.output])
             case ir.RMSNorm() | ir.LayerNorm():
                 packer.norm(op)
     for key, rope in graph.ropes.items():

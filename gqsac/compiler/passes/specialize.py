@@ -14,7 +14,7 @@ from gqsa_runtime.program import Argument
 from gqsac.compiler import ir
 from gqsac.compiler.cuda_launch import splits_of
 from gqsac.compiler.kernel_spec import KernelSpec
-from gqsac.compiler.passes.group_patterns import Patterns
+from gqsac.compiler.passes.measure_linears import StoredParts
 from gqsac.compiler.passes.pack import Packing
 
 TOKEN_TILE = 8  # tokens that share one pass over the weights: eight f32 accumulators a lane
@@ -69,7 +69,12 @@ class Calls:
 
 
 def specialize(
-    graph: ir.Graph, packing: Packing, patterns: Patterns, family: str, kv_dtype: str = "f16", exact: bool = False
+    graph: ir.Graph,
+    packing: Packing,
+    stored_parts: StoredParts,
+    family: str,
+    kv_dtype: str = "f16",
+    exact: bool = False,
 ) -> Calls:
     """Calls for the four phases of gqsa_runtime.program.PHASES.
 
@@ -94,7 +99,7 @@ def specialize(
             if not isinstance(op, ir.Slice):
                 storages[views[op.output].storage] = Storage("f32", per_token=ir.width(op))
     for op in graph.ops:
-        if isinstance(op, ir.Linear) and patterns.linears[op.output][0].layout is RECORDS:
+        if isinstance(op, ir.Linear) and stored_parts.linears[op.output][0].layout is RECORDS:
             if family == "cuda":
                 storages[f"{op.output}.halves"] = Storage("f16", per_token=op.k)
                 storages[f"{op.output}.scales"] = Storage("f32", per_token=1)
@@ -104,7 +109,7 @@ def specialize(
 
     def lower(ops, tokens: int, views: dict[str, ValueRef], **renamed: ValueRef) -> tuple[Call, ...]:
         views = views | {graph.logits: ValueRef("logits")} | renamed
-        specializer = _Specializer(graph, packing, patterns, kv_dtype, exact, family, views, storages, tokens)
+        specializer = _Specializer(graph, packing, stored_parts, kv_dtype, exact, family, views, storages, tokens)
         return tuple(call for op in ops for call in specializer.calls(op))
 
     last_row = Call(
@@ -115,10 +120,14 @@ def specialize(
         KernelSpec.make("log_probs", tokens=TOKEN_TILE, vocab=graph.vocab_size, x_stride=graph.vocab_size),
         tuple(ValueRef(name) for name in ("logits", "targets", "log_probs", "argmax", "state")),
     )
+    argmax = Call(
+        KernelSpec.make("argmax", vocab=graph.vocab_size),
+        tuple(ValueRef(name) for name in ("logits", "argmax", "state")),
+    )
     phases = {
-        "decode": lower(graph.ops, 1, decode),
+        "decode": (*lower(graph.ops, 1, decode), argmax),
         "prefill_body": lower(body, TOKEN_TILE, prefill),
-        "last_logits": (last_row, *lower([head], 1, prefill, **{head.x: ValueRef("last")})),
+        "last_logits": (last_row, *lower([head], 1, prefill, **{head.x: ValueRef("last")}), argmax),
         "all_log_probs": (*lower([head], TOKEN_TILE, prefill), log_probs),
     }
     return Calls(phases, storages)
@@ -137,10 +146,10 @@ def _resolve_slices(ops: tuple[ir.Op, ...], prefix: str) -> dict[str, ValueRef]:
 
 
 class _Specializer:
-    def __init__(self, graph, packing, patterns, kv_dtype, exact, family, views, storages, tokens):
+    def __init__(self, graph, packing, stored_parts, kv_dtype, exact, family, views, storages, tokens):
         self.graph: ir.Graph = graph
         self.packing: Packing = packing
-        self.patterns: Patterns = patterns
+        self.stored_parts: StoredParts = stored_parts
         self.kv_dtype: str = kv_dtype
         self.exact: bool = exact
         self.views: dict[str, ValueRef] = views
@@ -180,10 +189,10 @@ class _Specializer:
     def embedding(self, op: ir.Embedding) -> Call:
         tensors = [Argument("tensor", name) for name in self.packing.tables[op.table]]
         args = (ValueRef("tokens"), *tensors, op.output)
-        if op.table in self.patterns.tables:
+        if op.table in self.stored_parts.tables:
             return self.call(
                 "embedding_records", args, rows=op.rows, k=op.width, scale=float(op.scale),
-                out_stride=self.stride(op.output), **self.patterns.tables[op.table].constants,
+                out_stride=self.stride(op.output), **self.stored_parts.tables[op.table].constants,
             )  # fmt: skip
         return self.call(
             "embedding", args, width=op.width, vocab=op.rows, source=op.source, scale=float(op.scale),
@@ -206,7 +215,7 @@ class _Specializer:
         )  # fmt: skip
 
     def linear(self, op: ir.Linear) -> list[Call]:
-        if self.patterns.linears[op.output][0].layout is RECORDS:
+        if self.stored_parts.linears[op.output][0].layout is RECORDS:
             return self.linear_records(op)
         names = self.packing.linears[op.output]
         shape = {
@@ -225,7 +234,7 @@ class _Specializer:
         residual = op.residual if op.residual else NULL
         # Addends add up in the output; only the last one applies the epilogue.
         no_epilogue = {"bias": False, "activation": "none", "residual": False, "residual_stride": 0}
-        parts = self.patterns.linears[op.output]
+        parts = self.stored_parts.linears[op.output]
         calls = []
         for index, (tensors, part) in enumerate(zip(names.parts, parts, strict=True)):
             last = index == len(parts) - 1
@@ -238,7 +247,7 @@ class _Specializer:
     def linear_records(self, op: ir.Linear) -> list[Call]:
         """One token is normalised and quantised by the kernel itself; several are by a call of their own, on CUDA to
         halves in place of integers."""
-        names, constants = self.packing.linears[op.output], self.patterns.linears[op.output][0].constants
+        names, constants = self.packing.linears[op.output], self.stored_parts.linears[op.output][0].constants
         norm = {"norm": "none", "eps": 0.0}
         weight = bias = NULL
         if op.norm is not None:

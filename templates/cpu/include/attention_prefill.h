@@ -137,13 +137,13 @@ INLINE int follows(const int32_t *state, int token) {
 INLINE void attention(const struct arguments *arg, int share, int n_shares) {
     int n_queries = count_tokens(TOKENS, arg->state) * PER_KV;
     int tiles = (n_queries + QUERIES - 1) / QUERIES;
-    for (int unit = share; unit < tiles * KV_HEADS; unit += n_shares) {
-        int begin = unit / KV_HEADS * QUERIES, limit = min_i(begin + QUERIES, n_queries);
+    for (int item = share; item < tiles * KV_HEADS; item += n_shares) {
+        int begin = item / KV_HEADS * QUERIES, limit = min_i(begin + QUERIES, n_queries);
         while (begin < limit) {
             int token = begin / PER_KV + 1;
             while (token * PER_KV < limit && follows(arg->state, token)) token++;
             int end = min_i(token * PER_KV, limit);
-            attend_tile(arg, unit % KV_HEADS, begin, end);
+            attend_tile(arg, item % KV_HEADS, begin, end);
             begin = end;
         }
     }

@@ -32,8 +32,8 @@ INLINE void kv_append(const struct arguments *arg, int share, int n_shares) {
     const int32_t *state = arg->state;
     int n_tokens = count_tokens(TOKENS, state), begin, end;
     split(n_tokens * (HEADS + KV_HEADS), share, n_shares, &begin, &end);
-    for (int unit = begin; unit < end; unit++) {
-        int token = unit / (HEADS + KV_HEADS), head = unit % (HEADS + KV_HEADS);
+    for (int item = begin; item < end; item++) {
+        int token = item / (HEADS + KV_HEADS), head = item % (HEADS + KV_HEADS);
         int position = position_of(state, token);
         const float *angles = rope + (size_t)position * ROTARY_DIM;
         if (head < HEADS) {

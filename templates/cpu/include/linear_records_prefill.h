@@ -164,11 +164,11 @@ INLINE void linear_records(const struct arguments *arg, int share, int n_shares)
     // of tokens is packed once for each part.
     const int n_token_tiles = (n_tokens + TOKEN_TILE - 1) / TOKEN_TILE;
     const int parts = min_i(N_BLOCKS, (n_shares + n_token_tiles - 1) / n_token_tiles);
-    for (int unit = share; unit < n_token_tiles * parts; unit += n_shares) {
-        const int begin = first_block(arg, unit % parts, parts), end = first_block(arg, unit % parts + 1, parts);
+    for (int item = share; item < n_token_tiles * parts; item += n_shares) {
+        const int begin = first_block(arg, item % parts, parts), end = first_block(arg, item % parts + 1, parts);
         if (begin == end) continue;
         prefetch_block(arg, begin);
-        const int first = unit / parts * TOKEN_TILE;
+        const int first = item / parts * TOKEN_TILE;
         multiply_many(arg, begin, end, first, min_i(TOKEN_TILE, n_tokens - first));
     }
 }

@@ -164,11 +164,11 @@ INLINE void linear_sparse(const struct arguments *arg, int share, int n_shares) 
     const int n_tokens = count_tokens(TOKENS, arg->state);
     const int n_tiles = (n_tokens + TILE - 1) / TILE;
     const int parts = min_i(N_TASKS, (n_shares + n_tiles - 1) / n_tiles);
-    for (int unit = share; unit < n_tiles * parts; unit += n_shares) {
+    for (int item = share; item < n_tiles * parts; item += n_shares) {
         int begin, end;
-        split(N_TASKS, unit % parts, parts, &begin, &end);
+        split(N_TASKS, item % parts, parts, &begin, &end);
         if (tasks[begin] == tasks[end]) continue;
-        const int token = unit / parts * TILE, n_now = min_i(TILE, n_tokens - token);
+        const int token = item / parts * TILE, n_now = min_i(TILE, n_tokens - token);
         pack_x(packed, x + (size_t)token * X_STRIDE, n_now);
         // Each task begins its own chunks: where a chunk begins decides the order of a row's sum, which
         // must not depend on the number of threads.

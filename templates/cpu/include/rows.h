@@ -14,8 +14,8 @@
         const int blocks = ((width) + COLUMNS - 1) / COLUMNS;                           \
         int begin, end;                                                                 \
         split((n_tokens) * blocks, share, n_shares, &begin, &end);                    \
-        for (int unit = begin; unit < end; unit++) {                                    \
-            const int token = unit / blocks, start = unit % blocks * COLUMNS;           \
+        for (int item = begin; item < end; item++) {                                    \
+            const int token = item / blocks, start = item % blocks * COLUMNS;           \
             const int stop = min_i((width), start + COLUMNS);                           \
             for (int column = start; column < stop; column += VW) {                     \
                 const int n = stop - column;                                            \

@@ -1,4 +1,4 @@
-"""Group patterns: how each linear's weights lie in the file, and linears whose weights are alike share one kernel.
+"""Measure linears: the sizes of each linear's weights in the file, from shapes, masks and counts; no weight is read.
 
 Linears of one shape, layout and density share the constants of their kernel, the cut of the work too. Of group
 words a task is a run of whole rows with nearly the same number of kept groups as every other task, whatever the
@@ -34,10 +34,10 @@ class StoredPart:
 
 
 @dataclass(frozen=True)
-class Patterns:
+class StoredParts:
     """linear output value -> its addends, at least one; table -> its rows, if they are not fp16.
 
-    n_clusters: for the summary.
+    n_clusters: sets of linears with the same constants, for the summary.
     """
 
     linears: dict[str, tuple[StoredPart, ...]]
@@ -45,8 +45,8 @@ class Patterns:
     n_clusters: int
 
 
-def group_patterns(graph: ir.Graph, weights: Weights) -> Patterns:
-    """Clusters the graph's linears by shape, bits, group size and density.
+def measure_linears(graph: ir.Graph, weights: Weights) -> StoredParts:
+    """Sizes and constants of all weights; linears of like shape, bits, group size and density get the same constants.
 
     Raises UnsupportedError for a bit width or a row length that the kernels do not cover.
     """
@@ -75,14 +75,14 @@ def group_patterns(graph: ir.Graph, weights: Weights) -> Patterns:
         for op in graph.ops
         if isinstance(op, ir.Embedding) and weights.layout((op.table,)) is RECORDS
     }
-    return Patterns({**linears, **words}, tables, n_clusters + len(in_records))
+    return StoredParts({**linears, **words}, tables, n_clusters + len(in_records))
 
 
 def _in_records(weights: Weights, names: tuple[str, ...], paired: bool) -> StoredPart:
     plan = weights.plan(names, paired)
     rows = int((plan.order >= 0).sum())
     kept = plan.kept.sum() if plan.kept is not None else rows * plan.columns // GROUP
-    return StoredPart(RECORDS, plan.constants, int(kept), (len(plan.block), int(plan.units.sum())))
+    return StoredPart(RECORDS, plan.constants, int(kept), (len(plan.block), int(plan.sizes.sum())))
 
 
 def _in_words(
