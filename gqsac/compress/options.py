@@ -67,6 +67,11 @@ class Options:
         """Columns that are kept or removed together."""
         return 1 if self.pattern == "2:4" else self.group_size
 
+    @property
+    def zeros_between_levels(self) -> bool:
+        """Whether zeros may lie between two levels, see grid.py."""
+        return False
+
     def rates(self, stage: str) -> tuple[float, float]:
         """Learning rates of a stage's weights and scales, see RATES. 0.0: they do not learn there."""
         weights, scales = RATES[stage]

@@ -179,6 +179,10 @@ class _Run:
             blocks=self._model.get_submodule(self._block_path),
             tokens=torch.from_numpy(self._tokens),
             rates=rates,
+            row_bits={
+                path: torch.full((rows,), self._options.bits, dtype=torch.uint8)
+                for path, (rows, _) in self._shapes.items()
+            },
             dense=self._dense,
             options=self._options,
             device=self._device,

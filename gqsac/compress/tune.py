@@ -21,7 +21,7 @@ from gqsac.compress.end_to_end import Training
 from gqsac.compress.fake_quant import FrozenLinear, GroupLinear
 from gqsac.compress.options import Options
 from gqsac.compress.partial import PartialFolder
-from gqsac.compress.store import from_matrix, from_stored, load_dense, stored_block, to_matrix
+from gqsac.compress.store import MASTER_TENSORS, from_matrix, from_stored, load_dense, stored_block, to_matrix
 from gqsac.compress.trainable import (
     install,
     is_large,
@@ -60,14 +60,11 @@ def prepare_training(
         modules = {}
         for path, linear in linears_of(block, name, options.skip).items():
             if master is not None:
-                tensors = [
-                    torch.from_numpy(master[f"{name}.{path}.{tensor}"])
-                    for tensor in ("adjusted", "scales", "zeros", "keep")
-                ]
-                modules[path] = GroupLinear(options.bits, *tensors, linear.bias)
+                tensors = [torch.from_numpy(master[f"{name}.{path}.{tensor}"]) for tensor in MASTER_TENSORS]
+                modules[path] = GroupLinear(*tensors, linear.bias, options.zeros_between_levels)
             else:
                 matrix = from_stored(f"{name}.{path}", stored, linear.weight.shape, options)
-                modules[path] = FrozenLinear(options.bits, from_matrix(matrix), linear.bias)
+                modules[path] = FrozenLinear(from_matrix(matrix), linear.bias)
         install(block, modules)
         block.float()  # only now, so that no dense weights become f32
         load_dense(model, stored)
@@ -129,9 +126,7 @@ def store_trained(training: Training, block_path: str, dense: list[str], options
     for index, block in enumerate(model.get_submodule(block_path)):
         name = f"{block_path}.{index}"
         inside = {path[len(name) + 1 :]: module for path, module in linears.items() if path.startswith(f"{name}.")}
-        matrices = {
-            path: to_matrix(module.export(), options.bits, options.group_size) for path, module in inside.items()
-        }
+        matrices = {path: to_matrix(module.export(), options.group_size) for path, module in inside.items()}
         partial.save_block(training.name, index, stored_block(name, block, matrices, dense))
     outside = {
         name: dense_tensor(name, parameter.detach().cpu().numpy())
