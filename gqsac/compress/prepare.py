@@ -9,9 +9,10 @@ from gqsa_runtime.layouts.group_words import MAX_COLUMNS
 from tokenizers import Tokenizer
 
 from gqsac.bsr import GROUP_SIZES
+from gqsac.compiler.passes.choose_layouts import MAX_COLUMNS as RECORD_COLUMNS
 from gqsac.compress.blocks import is_skipped, linears_of
 from gqsac.compress.calibrate import calibration_tokens
-from gqsac.compress.options import Options
+from gqsac.compress.options import SCALE_COLUMNS, Options
 from gqsac.source import Source
 
 DEFAULT_SEQ_LEN = 1024
@@ -60,6 +61,11 @@ def _check_columns(path: str, columns: int, options: Options) -> None:
         raise InputError(
             f"{path} has {columns} input columns, which quantisation groups of {options.quant_group_size} do not "
             "divide; use smaller ones, or skip the layer"
+        )
+    if options.target_bpw is not None and (columns % SCALE_COLUMNS or columns > RECORD_COLUMNS):
+        raise InputError(
+            f"{path} has {columns} input columns, and rows of different widths need a multiple of {SCALE_COLUMNS}, "
+            f"up to {RECORD_COLUMNS}; leave the linear dense with --skip, or give --bits in place of a target"
         )
     if columns // options.group_size > MAX_COLUMNS:
         raise InputError(

@@ -22,6 +22,7 @@ import torch
 from gqsa_runtime.errors import InputError
 
 import gqsac
+from gqsac.compress.allot_widths import Allotment
 from gqsac.compress.blocks import find_blocks
 from gqsac.compress.blockwise import BlockwiseStage
 from gqsac.compress.calibrate import BUILT_IN
@@ -63,10 +64,12 @@ def compress(
     after_stage: called with a stage's name and a function that makes the dequantised model (f32, on the CPU) as that
     stage left it. The options, see compress/options.py for the defaults:
 
-    bits: 2, 3, 4 or 8 (symmetric). group_size: 8, 16, 32, 64 or 128 columns that are removed together.
-    quant_group_size: columns that share a scale and a zero, a multiple of group_size. sparsity: share of all groups
-    to remove, 0 to below 1. pattern: "1xG", or "2:4" for two of every four weights. allocation: "row", "layer" or
-    "global", see select.py; by default "global" with training, else "row". removal: "at-once", training keeps the
+    bits: 2, 3, 4 or 8 (symmetric); 4 by default. target_bpw: in their place, bits per weight of the compressed linears
+    as `gqsac build` counts them (compiler/stacks.py), at most: widths are chosen row by row and nothing is removed.
+    widths: that rows may then have, some of 1, 2, 3, 4, 8. group_size: 8, 16, 32, 64 or 128 columns that are removed
+    together. quant_group_size: columns that share a scale and a zero, a multiple of group_size. sparsity: share of all
+    groups to remove, 0 to below 1. pattern: "1xG", or "2:4" for two of every four weights. allocation: "row", "layer"
+    or "global", see select.py; by default "global" with training, else "row". removal: "at-once", training keeps the
     mask that one-shot chose, or "gradual", training removes groups itself and chooses them anew; by default gradual
     in a distill that no bqpo precedes. skip: patterns of linears to leave dense, such as "down_proj" or
     "model.layers.0.*"; output head and embeddings always stay dense. damping: added to the Hessian's diagonal,
@@ -122,6 +125,9 @@ class _Run:
         self._count = len(blocks)
         self._shapes = compressed_shapes(source, self._block_path, blocks, options)
         options = self._options = with_scale_groups(options, (columns for _, columns in self._shapes.values()))
+        self._allotment = None
+        if options.target_bpw is not None:
+            self._allotment = Allotment.of(source.config, self._shapes, options)
         self._tokens = source_tokens(source, texts, options.samples, options.seq_len, options.seed)
         self._train_tokens = self._tokens
         if {"distill", "e2e-oqp"} & set(options.stages) and options.train_samples != options.samples:
@@ -170,6 +176,7 @@ class _Run:
         name = "bqpo" if "bqpo" in training else "start" if starts_dense else "one-shot"
         self.stage = "allocation"
         rates = self._rates() if name != "start" else dict.fromkeys(self._shapes, 0.0)
+        row_bits = self._row_bits(falling=name == "start")
         self.stage = "one-shot" if name == "start" else name
         meter = Meter(self._device)
         stage = BlockwiseStage(
@@ -179,10 +186,7 @@ class _Run:
             blocks=self._model.get_submodule(self._block_path),
             tokens=torch.from_numpy(self._tokens),
             rates=rates,
-            row_bits={
-                path: torch.full((rows,), self._options.bits, dtype=torch.uint8)
-                for path, (rows, _) in self._shapes.items()
-            },
+            row_bits=row_bits,
             dense=self._dense,
             options=self._options,
             device=self._device,
@@ -209,6 +213,21 @@ class _Run:
         self._stages["allocation"] = {key: value for key, value in known.items() if key != "rates"}
         return known["rates"]
 
+    def _row_bits(self, falling: bool) -> dict[str, torch.Tensor]:
+        """Widths of each linear's rows, uint8 [rows]. falling: whether a training is to bring them down."""
+        if self._allotment is None:
+            return {
+                path: torch.full((rows,), self._options.bits, dtype=torch.uint8)
+                for path, (rows, _) in self._shapes.items()
+            }
+        self.stage, meter = "sensitivities", Meter(self._device)
+        self._allotment.measure(
+            self._fresh_model, self._block_path, torch.from_numpy(self._tokens), self._options, self._device,
+            self._partial, self._progress,
+        )  # fmt: skip
+        self._stages["sensitivities"] = meter.facts()
+        return self._allotment.row_bits(falling)
+
     def _end_to_end(self, stage: str, previous: str) -> str:
         self.stage = stage
         facts = self._partial.load_json(f"{stage}-facts")
@@ -216,7 +235,7 @@ class _Run:
             meter = Meter(self._device)
             training = prepare_training(
                 stage, previous, self._fresh_model(), self._block_path, self._train_tokens, self._options,
-                self._device, self._partial, self._batch_tokens,
+                self._device, self._partial, self._batch_tokens, self._allotment,
             )  # fmt: skip
             with step_bar(stage, training.steps, self._progress, meter) as on_read:
                 clock = train(training, self._partial.checkpoint(stage), on_read)
@@ -262,8 +281,16 @@ class _Run:
     def _write(self, last: str) -> dict:
         """The checkpoint folder with its report, whole or not at all."""
         options = self._options
+        counts = {}
+        for index in range(self._count):
+            stored, prefix = self._partial.load_block(last, index), f"{self._block_path}.{index}."
+            for path, shape in self._shapes.items():
+                if path.startswith(prefix):
+                    counts[path] = stored_counts(from_stored(path, stored, shape, options))
+        facts = sizes(self._shapes, counts, options, self._allotment)
+        bits = options.bits if self._allotment is None else facts["mean_width"]
         config = QuantizationConfig(
-            bits=options.bits,
+            bits=bits,
             group_size=options.group_size,
             quant_group_size=options.quant_group_size,
             sparsity=options.sparsity,
@@ -279,13 +306,8 @@ class _Run:
             if not name.startswith(f"{self._block_path}."):
                 tensor = outside[name] if name in outside else dense_tensor(name, to_numpy(state[name]))
                 writer.add({name: tensor})
-        counts: dict[str, tuple[int, int]] = {}
         for index in range(self._count):
-            stored = self._partial.load_block(last, index)
-            writer.add(stored)
-            for path, shape in self._shapes.items():
-                if path.startswith(f"{self._block_path}.{index}."):
-                    counts[path] = stored_counts(from_stored(path, stored, shape, options))
+            writer.add(self._partial.load_block(last, index))
         writer.finish()
         write_json(folder / "config.json", {**self._source.config, "quantization_config": config.to_dict()})
         for name, content in self._source.files.items():
@@ -293,7 +315,7 @@ class _Run:
         report = {
             "out": str(self._out),
             "model": self._source.name,
-            **sizes(self._shapes, counts, options),
+            **facts,
             "bytes": sum(file.stat().st_size for file in folder.iterdir()),
             "calibration": f"{self._described}: {self._tokens.shape[0]} samples of {self._tokens.shape[1]} tokens",
             "resumed_blocks": sum(

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from gqsac.compress.allot_widths import Allotment
 from gqsac.compress.blocks import linears_of
 from gqsac.compress.choose_masks import MaskChooser
+from gqsac.compress.choose_widths import WidthChooser
 from gqsac.compress.compiled import compile_blocks
-from gqsac.compress.end_to_end import Training
+from gqsac.compress.end_to_end import Training, micro_batch
 from gqsac.compress.fake_quant import FrozenLinear, GroupLinear
 from gqsac.compress.options import Options
 from gqsac.compress.partial import PartialFolder
@@ -44,8 +46,12 @@ def prepare_training(
     device: torch.device,
     partial: PartialFolder,
     batch_tokens: int,
+    allotment: Allotment | None = None,
 ) -> Training:
-    """The stage's student, made of `model` (the uncompressed one, which it takes over) and what `previous` stored."""
+    """The stage's student, made of `model` (the uncompressed one, which it takes over) and what `previous` stored.
+
+    allotment: of widths by row, if they are chosen under a budget.
+    """
     share = 1.0 if stage == "distill" else options.distill
     teacher = None
     if share > 0:
@@ -74,17 +80,21 @@ def prepare_training(
         load_dense(model, outside)
     model.to(device)
     linears = trainable_linears(model)
-    others, masks = [], None
+    batch = max(1, batch_tokens // tokens.shape[1])
+    others, chooser = [], None
     if stage == "distill":
         set_master_dtype(linears, options.master_dtype)
         others = [parameter.requires_grad_(True) for parameter in vectors(model)]
-        if options.removes_gradually("distill"):
-            masks = MaskChooser(linears, options, already_sparse=previous == "bqpo")
+        if allotment is not None and previous == "start" and allotment.falls:
+            contexts = torch.from_numpy(tokens)
+            at_once = micro_batch(model, batch, tokens.shape[1], device, len(blocks) if large else 0)
+            chooser = WidthChooser(model, linears, allotment, contexts, at_once, options.seed)
+        elif allotment is None and options.removes_gradually("distill"):
+            chooser = MaskChooser(linears, options, already_sparse=previous == "bqpo")
     if large:
         recompute_blocks(blocks)
     else:
         compile_blocks(blocks, device)
-    batch = max(1, batch_tokens // tokens.shape[1])
     steps = options.steps(stage)
     if steps is None and options.minutes is None:
         steps = max(1, 2 * len(tokens) // batch)  # two epochs, as in the paper
@@ -100,7 +110,7 @@ def prepare_training(
         seconds=options.seconds(stage),
         seed=options.seed,
         device=device,
-        masks=masks,
+        chooser=chooser,
         recomputed=len(blocks) if large else 0,
     )
 

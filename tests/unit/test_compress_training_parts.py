@@ -64,7 +64,7 @@ def test_mask_chooser_removes_what_costs_least_and_reaches_the_target():
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_token_loss_and_its_gradient_are_those_of_torch(monkeypatch, share):
-    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 64)  # several chunks
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 64)  # several chunks
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 7, 20, generator=generator, requires_grad=True)
     teacher = torch.randn(2, 7, 20, generator=generator)
