@@ -10,7 +10,9 @@ import torch
 from gqsa_runtime.errors import InputError, ModelError
 from gqsa_runtime.perplexity import windows
 
+from gqsac.evaluate.load import is_artifact, load_for_evaluation
 from gqsac.evaluate.perplexity import made_for
+from gqsac.evaluate.score_torch import torch_device
 
 _LOGITS_AT_ONCE = 1 << 26  # f32 elements of each model's logits that are held at a time
 
@@ -93,3 +95,42 @@ def divergence(
         n_tokens=n,
         n_windows=len(cuts),
     )
+
+
+def compare(
+    source: str,
+    reference: str,
+    text: str,
+    window: int = 2048,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Callable | None = None,
+) -> Divergence:
+    """`divergence` of two model folders, hub ids or .gguf files on a text.
+
+    device: auto, cpu, cuda or cuda:N. threads: of the CPU. Raises InputError for a .gqsa file and for models whose
+    tokenizers differ on the text, and the errors of load_for_evaluation.
+    """
+    from gqsa_runtime.tokenizer import Tokenizer
+
+    for one in (source, reference):
+        if is_artifact(one):
+            raise InputError(
+                f"{one} is a .gqsa file, which gives no whole distributions of next tokens; compare the folder that it "
+                "was built from"
+            )
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"the number of threads is {threads}, expected at least 1")
+        torch.set_num_threads(threads)
+    where = torch_device(device)  # before a long load
+    (model, tokenizer_json), (other, other_json) = map(load_for_evaluation, (source, reference))
+    tokens = Tokenizer(tokenizer_json).encode(text)
+    if tokens != Tokenizer(other_json).encode(text):
+        raise InputError(
+            f"the tokenizers of {source} and {reference} make different tokens of the text; expected the model that "
+            "it was compressed from"
+        )
+    return divergence(model.to(where), other.to(where), tokens, window, stride, max_windows, progress)
