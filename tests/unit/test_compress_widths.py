@@ -5,6 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from gqsa_runtime import Model
+from gqsa_runtime.device_cpu import supported_targets
+from gqsa_runtime.perplexity import perplexity as runtime_perplexity
 
 from gqsac.checkpoint import Checkpoint
 from gqsac.cli import cli
@@ -18,6 +22,9 @@ from gqsac.compress.row_costs import row_costs
 from gqsac.compress.run import compress
 from gqsac.compress.sensitivity import fisher_scores
 from gqsac.errors import InputError
+from gqsac.evaluate.compare import bits_per_weight
+from gqsac.evaluate.load import load_for_evaluation
+from gqsac.evaluate.perplexity import perplexity
 from gqsac.source import load_source
 from tests.unit import compress_models
 from tests.unit.compress_models import TEXT, byte_tokenizer, folder_bytes, save_model
@@ -238,10 +245,27 @@ def test_rows_of_no_whole_tiles_are_refused_by_name(tmp_path):
 
 
 def test_the_command_takes_a_target_and_says_what_it_made(tmp_path, llama):
-    from click.testing import CliRunner
-
     arguments = ["compress", str(llama), "-o", str(tmp_path / "out"), "--target-bpw", "3.5", "--widths", "2,4"]
     result = CliRunner().invoke(cli, [*arguments, "--samples", "4", "--seq-len", "32"])
     assert result.exit_code == 0, result.output
     assert "rows of 2 4 bits" in result.stderr and " bits per weight as built" in result.stderr
     assert set(np.concatenate(list(widths_of(tmp_path / "out").values())).tolist()) == {2, 4}
+
+
+@pytest.mark.skipif(not supported_targets(), reason="this CPU runs none of gqsac's kernels")
+def test_a_built_file_scores_the_same_and_shows_its_widths(tmp_path, trained):
+    folder, report, _ = trained
+    built = CliRunner().invoke(cli, ["build", str(folder), "-o", str(tmp_path / "m.gqsa"), "--target", "cpu"])
+    assert built.exit_code == 0, built.output
+    model, _ = load_for_evaluation(str(folder))
+    ours = perplexity(model, byte_tokenizer().encode(TEXT[:512]).ids, 64).perplexity
+    with Model.open(tmp_path / "m.gqsa", device="cpu", threads=1) as engine:
+        assert runtime_perplexity(engine, TEXT[:512], 64).perplexity == pytest.approx(ours, rel=5e-3)
+    shown = json.loads(CliRunner().invoke(cli, ["inspect", str(tmp_path / "m.gqsa"), "--json"]).stdout)["linears"]
+    assert shown["bits_per_weight"] == pytest.approx(report["bits_per_weight"], abs=1e-4)
+    assert bits_per_weight(str(folder)) == pytest.approx(report["bits_per_weight"], abs=1e-4)
+    rows = np.concatenate(list(widths_of(folder).values()))
+    assert {int(width): share for width, share in shown["row_widths"].items()} == pytest.approx(
+        {width: float((rows == width).mean()) for width in set(rows.tolist())}
+    )
+    assert "rows of bits: " in CliRunner().invoke(cli, ["inspect", str(tmp_path / "m.gqsa")]).stdout
