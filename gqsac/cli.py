@@ -42,7 +42,8 @@ def cli():
 @click.option("--sparsity", type=float, default=None, help="Share of groups to remove, 0 to below 1. Default: 0.02.")
 @click.option(
     "--calibration", multiple=True, type=click.Path(path_type=Path), metavar="TEXT",
-    help="UTF-8 text file to calibrate with; repeatable. Without one, a small built-in text serves.",
+    help="UTF-8 text file to calibrate and train with, or self:N for N tokens that the model writes itself "
+    "(self:200k); repeatable. Without one, a small built-in text serves.",
 )  # fmt: skip
 @click.option(
     "--samples", type=int, help="Calibration sequences, on which BQPO trains too. Default: 8, with training 128."

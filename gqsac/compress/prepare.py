@@ -74,19 +74,24 @@ def _check_columns(path: str, columns: int, options: Options) -> None:
         )
 
 
+def sample_length(source: Source, seq_len: int | None) -> int:
+    """Tokens of a sample: what is asked for, else 1024 or the model's context. Raises InputError for too many."""
+    config = source.model.config.get_text_config(decoder=True)
+    longest = getattr(config, "max_position_embeddings", None)
+    if seq_len is None:
+        return min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
+    if longest is not None and seq_len > longest:
+        raise InputError(f"samples of {seq_len} tokens do not fit the model's context of {longest}; use shorter ones")
+    return seq_len
+
+
 def source_tokens(
-    source: Source, texts, samples: int, seq_len: int | None, seed: int, purpose: str = "calibration"
+    source: Source, texts, samples: int, seq_len: int, seed: int, purpose: str = "calibration"
 ) -> np.ndarray:
     """Calibration windows in the source's own tokens, int64 [samples, seq_len]. Raises InputError, ModelError.
 
     purpose: what the windows are for, "calibration" or "training".
     """
-    config = source.model.config.get_text_config(decoder=True)
-    longest = getattr(config, "max_position_embeddings", None)
-    if seq_len is None:
-        seq_len = min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
-    elif longest is not None and seq_len > longest:
-        raise InputError(f"samples of {seq_len} tokens do not fit the model's context of {longest}; use shorter ones")
     if "tokenizer.json" not in source.files:
         raise ModelError(f"{source.name} has no tokenizer.json; calibration needs the model's tokenizer")
     try:

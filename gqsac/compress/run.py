@@ -32,9 +32,10 @@ from gqsac.compress.failures import LOADING, explained
 from gqsac.compress.memory import check_loading, check_memory
 from gqsac.compress.options import Options, checked, with_scale_groups
 from gqsac.compress.partial import PartialFolder
-from gqsac.compress.prepare import choose_device, compressed_shapes, source_tokens
+from gqsac.compress.prepare import choose_device, compressed_shapes, sample_length, source_tokens
 from gqsac.compress.progress import Meter, block_bar, step_bar
 from gqsac.compress.report import sizes, stored_counts, write_report
+from gqsac.compress.self_text import PREFIX, mixed, own_samples, sampled_windows, tokens_asked_for
 from gqsac.compress.sensitivity import allocate
 from gqsac.compress.store import dense_names, from_stored, load_dense, load_linears, to_numpy
 from gqsac.compress.tune import prepare_training, store_trained
@@ -59,7 +60,8 @@ def compress(
     """Writes the compressed checkpoint of `src` to the folder `out` and returns a report for people and tools.
 
     src: model folder, hub id or .gguf file, or a gqsac.source.Source, which is left as it is.
-    calibration: UTF-8 text file or files, None for the built-in text.
+    calibration: UTF-8 text file or files, None for the built-in text; "self:200k" among them asks for so many tokens
+    that the model writes itself, see self_text.py.
     device: "auto", "cpu", "cuda". progress: show it on stderr: bars on a terminal, otherwise a line a minute at most.
     after_stage: called with a stage's name and a function that makes the dequantised model (f32, on the CPU) as that
     stage left it. The options, see compress/options.py for the defaults:
@@ -116,7 +118,9 @@ class _Run:
         self._src, self._out, self._options, self._device = src, out, options, device
         self._progress, self._after_stage = progress, after_stage
         self._started = time.monotonic()
-        self._described = ", ".join(Path(text).name for text in texts) or BUILT_IN
+        files, self._own_tokens = tokens_asked_for(texts)
+        names = [f"{PREFIX}{self._own_tokens:,} tokens"] * bool(self._own_tokens) + [Path(file).name for file in files]
+        self._described = ", ".join(names) or BUILT_IN
         source = src if isinstance(src, Source) else load_source(src)
         small = sum(parameter.numel() for parameter in source.model.parameters()) < _COPIED_BELOW
         self._original = source.model if small or isinstance(src, Source) else None
@@ -128,23 +132,28 @@ class _Run:
         self._allotment = None
         if options.target_bpw is not None:
             self._allotment = Allotment.of(source.config, self._shapes, options)
-        self._tokens = source_tokens(source, texts, options.samples, options.seq_len, options.seed)
-        self._train_tokens = self._tokens
-        if {"distill", "e2e-oqp"} & set(options.stages) and options.train_samples != options.samples:
-            self._train_tokens = source_tokens(
-                source, texts, options.train_samples, options.seq_len, options.seed, "training"
-            )
+        seq_len = sample_length(source, options.seq_len)
+        trains = bool(options.end_to_end) and options.train_samples != options.samples
+        wanted = {"calibration": options.samples} | ({"training": options.train_samples} if trains else {})
+        own = self._own = own_samples(wanted, self._own_tokens, seq_len, bool(files))
+        read = self._read = {
+            purpose: source_tokens(source, files, count - own[purpose], seq_len, options.seed, purpose)
+            for purpose, count in wanted.items()
+            if count > own[purpose]
+        }
         self._batch_tokens = options.batch_tokens or _BATCH_TOKENS[device.type]
         # As this machine and model complete them, and the stage under way: for what is said of failures.
-        self.options = replace(options, seq_len=self._tokens.shape[1], batch_tokens=self._batch_tokens)
+        self.options = replace(options, seq_len=seq_len, batch_tokens=self._batch_tokens)
         self.stage = "calibration"
         check_memory(source.model, self._block_path, self._shapes, self.options, device, out)
         self._identity = options.identity() | {
-            "seq_len": self._tokens.shape[1],
+            "seq_len": seq_len,
             "batch_tokens": self._batch_tokens,
             "calibration": self._described,
         }
-        digests = {"tokens": _digest(self._tokens), "train_tokens": _digest(self._train_tokens)}
+        digests = {"tokens": _digest(read, "calibration"), "train_tokens": _digest(read, *wanted)}
+        if self._own_tokens:
+            digests["own_samples"] = max(own.values())
         identity = {"model": source.fingerprint(), **digests, "gqsac": gqsac.__version__, **self._identity}
         identity["format_version"] = FORMAT_VERSION  # finished blocks are kept as the checkpoint stores them
         self._partial = PartialFolder(out, identity)
@@ -161,12 +170,29 @@ class _Run:
         return self._partial.checkpoint(self.stage).exists()
 
     def all(self) -> dict:
-        """Every stage, then the checkpoint. The report."""
+        """The samples, every stage, then the checkpoint. The report."""
+        self._tokens, self._train_tokens = self._samples()
         last = self._blockwise()
         for stage in self._options.training:
             if stage != "bqpo":
                 last = self._end_to_end(stage, last)
         return self._write(last)
+
+    def _samples(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens to calibrate and to train on end to end, int64 [samples, seq_len] each."""
+        windows = self._read
+        if self._own_tokens:
+            self.stage, meter = "sampling", Meter(self._device)
+            written = sampled_windows(
+                self._source, self._fresh_model, max(self._own.values()), self.options.seq_len, self._options.seed,
+                self._device, self._partial, self._progress,
+            )  # fmt: skip
+            windows = {
+                purpose: mixed(written[:count], self._read.get(purpose), self._options.seed)
+                for purpose, count in self._own.items()
+            }
+            self._stages["sampling"] = meter.facts()
+        return windows["calibration"], windows.get("training", windows["calibration"])
 
     def _blockwise(self) -> str:
         """Runs the stage that goes block by block. Its name: "start" is a one-shot pass that removes nothing,
@@ -342,5 +368,7 @@ def _details(identity: dict) -> dict:
     }
 
 
-def _digest(tokens: np.ndarray) -> str:
-    return hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
+def _digest(read: dict[str, np.ndarray], *purposes: str) -> str:
+    """Of the tokens read for the last of these purposes for which any were."""
+    tokens = next((read[purpose].tobytes() for purpose in reversed(purposes) if purpose in read), b"")
+    return hashlib.sha256(tokens).hexdigest()[:16]
