@@ -146,6 +146,7 @@ def test_inspect_tells_sparsity_where_sizes_do(tmp_path):
     n_bytes = 16 * int(plan.sizes.sum()) + 4 * (len(plan.block) + 1 + len(plan.widths) + 1 + len(plan.order))
     assert facts["linears"] == {  # neither the table nor the head, which are rounded to 8 bits
         "weights": 72 * 320, "bytes": n_bytes, "bits_per_weight": 8 * n_bytes / (72 * 320), "sparsity": None,
+        "row_widths": None,
     }  # fmt: skip
     assert "bits per weight" in render(facts) and "of groups removed" not in render(facts)
     assert json.loads(json.dumps(facts)) == facts

@@ -23,7 +23,7 @@ so rows may be sorted by width or paired for an epilogue.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -193,6 +193,26 @@ class Records(Layout):
     def count_groups(self, params: Mapping, elements: Mapping[str, int]):
         """See Layout."""
         return elements["starts"] - 1, elements["records"] // ALIGNMENT
+
+    def rows_by_width(self, params: Mapping, read: Callable[[str], np.ndarray]) -> dict[int, int] | None:
+        """See Layout. From the sizes of the blocks' first records: without masks each number of tiles has a remainder
+        of its own, and a byte of levels in 16 rows of a tile is 128 of a record for each bit."""
+        if params["masked_widths"]:
+            return None
+        starts, blocks = (read(part).reshape(-1).astype(np.int64) for part in ("starts", "blocks"))
+        order = read("order").reshape(-1, ROWS)[: params["n_blocks"]]
+        first = blocks[: params["n_blocks"]]
+        if (np.diff(blocks[: params["n_blocks"] + 1]) < 1).any():
+            return None  # all of a block is removed
+        sizes = (starts[first + 1] - starts[first]) * UNIT
+        n = np.arange(1, TILES + 1)
+        without_values = _HEADER + 32 * n + _padded(8 * n)
+        tiles = (sizes[:, None] % 128 == without_values % 128).argmax(1)
+        widths = (sizes - without_values[tiles]) // (128 * n[tiles])
+        if not np.isin(widths, WIDTHS).all():
+            return None
+        rows = np.bincount(widths, (order >= 0).sum(1), max(WIDTHS) + 1).astype(int)
+        return {width: int(rows[width]) for width in WIDTHS if rows[width]}
 
     def check_constants(self, params: Mapping) -> str | None:
         """See Layout."""
