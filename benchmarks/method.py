@@ -1,20 +1,23 @@
-"""What each stage of the method brings: perplexity after one-shot, BQPO, distill and E2E-OQP, one budget for all.
+"""What each stage of the method brings: perplexity and KL after one-shot, BQPO, distill, E2E-OQP, one budget for all.
 
     python benchmarks/method.py SmolLM2.gguf --calibration train.txt --text wiki.test.raw --steps 1400 -o results/
     python benchmarks/method.py SmolLM2.gguf ... --only "W4 S50" --only "W2 g64"
     python benchmarks/method.py SmolLM2.gguf ... --also "S50 global: sparsity=0.5 stages=distill allocation=global"
+    python benchmarks/method.py SmolLM2.gguf ... --trained-only --also "rows 2.6: target_bpw=2.6 stages=distill"
 
 Every configuration goes through `gqsac.compress.run.compress`, and its dequantised model is scored after each stage,
 with f32 arithmetic. --minutes is the training time of a configuration, all its stages together; --steps, which does not
 depend on the machine's speed, its end-to-end steps (BQPO then has its --epochs). Results are appended to
 OUT/method.jsonl as they come, one line for each stage; a configuration that is there is not run again, one that was
 stopped goes on, and one that fails is recorded and the next one runs. Prints a table in the end, and draws what the
-last stages reached over the bits per weight in OUT/method.png.
+last stages reached over the bits per weight in OUT/method.png. KL and flips are those of `gqsac eval kl` after the last
+stage.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import sys
@@ -33,7 +36,7 @@ from gqsac.compress.options import Options, checked
 from gqsac.compress.prepare import choose_device
 from gqsac.compress.run import compress
 from gqsac.evaluate.compare import DENSE_BITS, REFERENCE, Row, series_of
-from gqsac.evaluate.perplexity import perplexity
+from gqsac.evaluate.divergence import divergence
 from gqsac.evaluate.plot import plot
 from gqsac.source import Source, load_source
 
@@ -104,8 +107,8 @@ class Results:
 
 def run_configuration(name: str, options: dict, source: Source, score, results: Results, args) -> None:
     """One-shot at full sparsity, then the configuration's stages, each scored as it ends."""
-    # A scale for each group, as in the paper, unless the configuration says otherwise.
-    options = {"quant_group_size": options.get("group_size", 16), **options}
+    if "target_bpw" not in options:  # a scale for each group, as in the paper, unless the configuration says otherwise
+        options = {"quant_group_size": options.get("group_size", 16), **options}
     stages = options.pop("stages", FULL)
     minutes = options.pop("minutes", args.minutes)
     steps = options.pop("steps", args.steps)
@@ -124,10 +127,10 @@ def run_configuration(name: str, options: dict, source: Source, score, results: 
     def after(stage: str, make) -> None:
         if stage != "start" and not results.has(name, stage):
             seconds = time.monotonic() - began
-            results.add(config=name, stage=stage, perplexity=score(make()), seconds=round(seconds, 1))
+            results.add(config=name, stage=stage, **score(make()), seconds=round(seconds, 1))
 
     began = time.monotonic()
-    if not results.has(name, "one-shot"):
+    if not args.trained_only and not results.has(name, "one-shot"):
         out = work / f"{slug}-one-shot"
         shutil.rmtree(out, ignore_errors=True)
         one_shot = {key: value for key, value in options.items() if key not in TRAINING}
@@ -151,9 +154,19 @@ def run_configuration(name: str, options: dict, source: Source, score, results: 
     results.add(
         config=name, done=True, seconds=report["seconds"], bits_per_weight=report["bits_per_weight"],
         coded_bits_per_weight=report["coded_bits_per_weight"], stages=facts, blocks=blocks, curves=curves,
+        **({"row_widths": mean_shares(report["row_widths"])} if "row_widths" in report else {}),
     )  # fmt: skip
     if not args.keep:
         shutil.rmtree(out)
+
+
+def mean_shares(row_widths: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Width -> mean over the linears of the share of their rows."""
+    widths = sorted({width for shares in row_widths.values() for width in shares}, key=int)
+    return {
+        width: round(sum(shares.get(width, 0.0) for shares in row_widths.values()) / len(row_widths), 4)
+        for width in widths
+    }
 
 
 def divided(whole: float, shares: dict[str, float]) -> tuple[float, ...]:
@@ -162,16 +175,20 @@ def divided(whole: float, shares: dict[str, float]) -> tuple[float, ...]:
 
 
 def table(lines: list[dict]) -> str:
-    """Markdown: a row for each configuration, a column for each stage."""
+    """Markdown: a row for each configuration, a column for each stage; KL and flips after the last."""
     stages = ["one-shot", *FULL]
-    rows = [f"| configuration | bits per weight | {' | '.join(stages)} |", "|---" * (2 + len(stages)) + "|"]
+    columns = ["configuration", "bits, built", "coded", *stages, "KL", "99 %", "flips"]
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in dict.fromkeys(line["config"] for line in lines):
         mine = [line for line in lines if line["config"] == name]
-        bits = next((f"{line['coded_bits_per_weight']:.2f}" for line in mine if line.get("done")), "-")
+        done = next((line for line in mine if line.get("done")), None)
+        bits = [f"{done[key]:.3f}" if done else "-" for key in ("bits_per_weight", "coded_bits_per_weight")]
         cells = {line["stage"]: f"{line['perplexity']:.2f}" for line in mine if "stage" in line}
         if "error" in mine[-1]:
             cells[stages[-1]] = f"failed: {mine[-1]['error'][:60]}"
-        rows.append(f"| {name} | {bits} | {' | '.join(cells.get(stage, '') for stage in stages)} |")
+        last = next((line for line in reversed(mine) if "kl" in line), None)
+        far = [f"{last['kl']:.4f}", f"{last['kl_99']:.2f}", f"{last['flips']:.1%}"] if last else [""] * 3
+        rows.append(f"| {' | '.join([name, *bits, *(cells.get(stage, '') for stage in stages), *far])} |")
     return "\n".join(rows)
 
 
@@ -201,6 +218,8 @@ def parse_also(text: str) -> tuple[str, dict]:
             raise InputError(f"--also {text!r}: {part!r} is not of the form key=value")
         if key == "stages":
             options[key] = tuple(value.split(","))
+        elif key == "widths":
+            options[key] = tuple(map(int, value.split(",")))
         else:
             options[key] = _value(value)
     if not colon or not options:
@@ -240,6 +259,7 @@ def main(argv=None) -> int:
     parser.add_argument("--only", action="append", default=[], help="run this configuration; repeatable")
     parser.add_argument("--also", action="append", default=[], metavar="SPEC", help="a configuration of your own")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--trained-only", action="store_true", help="no one-shot pass at full compression before")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints, in OUT/work")
     args = parser.parse_args(argv)
     try:
@@ -273,16 +293,19 @@ def run(args) -> int:
     results = Results(args.output / "method.jsonl", settings)
     tokens = Tokenizer(source.tokenizer_json).encode(text)
 
-    def score(model) -> float:
+    reference = copy.deepcopy(source.model).float()
+
+    def score(model) -> dict:
         shown = tqdm if sys.stderr.isatty() else None
-        found = perplexity(model.to(device), tokens, args.window, max_windows=args.max_windows, progress=shown)
-        return round(found.perplexity, 4)
+        model, other = model.to(device), reference.to(device)
+        found = divergence(model, other, tokens, args.window, max_windows=args.max_windows, progress=shown)
+        reference.to("cpu")  # its memory is the training's
+        figures = {"perplexity": found.perplexity, "kl": found.kl, "kl_99": found.kl_99, "flips": found.flips}
+        return {key: round(value, 5) for key, value in figures.items()}
 
     failed = 0
     if not results.has("uncompressed", "one-shot"):
-        import copy
-
-        results.add(config="uncompressed", stage="one-shot", perplexity=score(copy.deepcopy(source.model).float()))
+        results.add(config="uncompressed", stage="one-shot", **score(copy.deepcopy(reference)))
     for name, options in wanted.items():
         if results.is_done(name):
             continue

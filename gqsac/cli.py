@@ -31,12 +31,19 @@ def cli():
 @cli.command()
 @click.argument("source", metavar="SRC")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
-@click.option("--bits", type=click.IntRange(2, 8), default=4, show_default=True, help="Bits of a weight: 2, 3, 4 or 8.")
+@click.option("--bits", type=click.IntRange(2, 8), help="Bits of a weight: 2, 3, 4 or 8. Default: 4.")
+@click.option(
+    "--target-bpw", type=float, metavar="BITS",
+    help="In place of --bits: bits per weight of the linears in the built file, scales and all, at most. Every row "
+    "gets the width that pays best.",
+)  # fmt: skip
+@click.option("--widths", metavar="LIST", help="With --target-bpw: widths that rows may have. Default: 1,2,3,4,8.")
 @click.option("--group-size", type=int, help=f"Weights in a group: {', '.join(map(str, GROUP_SIZES))}. Default: 16.")
 @click.option("--sparsity", type=float, default=None, help="Share of groups to remove, 0 to below 1. Default: 0.02.")
 @click.option(
     "--calibration", multiple=True, type=click.Path(path_type=Path), metavar="TEXT",
-    help="UTF-8 text file to calibrate with; repeatable. Without one, a small built-in text serves.",
+    help="UTF-8 text file to calibrate and train with, or self:N for N tokens that the model writes itself "
+    "(self:200k); repeatable. Without one, a small built-in text serves.",
 )  # fmt: skip
 @click.option(
     "--samples", type=int, help="Calibration sequences, on which BQPO trains too. Default: 8, with training 128."
@@ -76,7 +83,7 @@ def cli():
 @click.option("--scale-lr", type=float, help="Learning rate of scales, relative to their size.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
-def compress(source, output, as_json, stages, minutes, e2e_steps, **options):
+def compress(source, output, as_json, stages, minutes, e2e_steps, widths, **options):
     """Makes a compressed checkpoint of a model: calibrate, choose groups, quantise, and train.
 
     SRC is a Hugging Face folder, a hub id, or a .gguf file. Block after block is calibrated,
@@ -88,6 +95,7 @@ def compress(source, output, as_json, stages, minutes, e2e_steps, **options):
     \b
     gqsac compress SmolLM2.gguf -o smollm2/ --sparsity 0.05
     gqsac compress models/llama-7b -o llama/ --sparsity 0.5 --calibration train.txt --stages bqpo,e2e-oqp
+    gqsac compress SmolLM2.gguf -o smollm2/ --target-bpw 2.6 --calibration train.txt --stages distill
     """
     from safetensors import SafetensorError
 
@@ -101,6 +109,9 @@ def compress(source, output, as_json, stages, minutes, e2e_steps, **options):
         chosen["minutes"] = _numbers("--minutes", minutes)
     if e2e_steps is not None:
         chosen["e2e_steps"] = _numbers("--e2e-steps", e2e_steps, int)
+    if widths is not None:
+        found = _numbers("--widths", widths, int)
+        chosen["widths"] = found if isinstance(found, tuple) else (found,)
     _check_effect(chosen)
     try:
         report = run(source, output, **chosen)

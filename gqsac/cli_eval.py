@@ -21,6 +21,7 @@ def evaluate() -> None:
     Examples:
       gqsac eval ppl model.gqsa --text wiki.test.raw
       gqsac eval ppl models/llama-7b --text wiki.test.raw
+      gqsac eval kl model/ --reference models/llama-7b --text wiki.test.raw
       gqsac eval tasks model.gqsa --task piqa --task arc_easy --data tasks/
     """
 
@@ -58,6 +59,45 @@ def ppl(file, text, window, stride, max_windows, device, context, threads, as_js
         click.echo(json.dumps({"path": file, "window": window, "stride": stride or window, **vars(result)}))
     else:
         click.echo(f"perplexity {result.perplexity:.4f} over {result.n_tokens:,} tokens in {result.n_windows} windows")
+
+
+@evaluate.command(
+    params=[
+        *_shared("file"),
+        click.Option(["--reference"], required=True, metavar="MODEL", help="The uncompressed model."),
+        *_shared("text", "window", "stride", "max_windows", "device", "threads", "as_json"),
+    ],
+    context_settings=_HELP,
+)
+def kl(file, reference, text, window, stride, max_windows, device, threads, as_json) -> None:
+    """How far a compressed model is from the one it was made of, position by position of a text.
+
+    The mean and the 99th percentile of KL(reference || model) in nats a token, the share of positions at which
+    the likeliest next token is another (flips), and the perplexities of both. Unlike perplexity these
+    do not flatter a model that has been trained on text of the test's kind.
+
+    FILE is a folder made by `gqsac compress`, MODEL a model folder, hub id or .gguf file; both run in PyTorch with
+    fp32 arithmetic. A .gqsa file gives no whole distributions; compare the folder that it was built from.
+
+    \b
+    Examples:
+      gqsac eval kl model/ --reference SmolLM2.gguf --text wiki.test.raw
+      gqsac eval kl model/ --reference models/llama-7b --text wiki.test.raw --max-windows 64 --json
+    """
+    from gqsac.evaluate.divergence import compare
+
+    content = read_text(text, "text")
+    show = partial(progress, unit="window")
+    result = compare(file, reference, content, window, stride, max_windows, device, threads, show)
+    if as_json:
+        facts = {"path": file, "reference": reference, "window": window, "stride": stride or window}
+        click.echo(json.dumps({**facts, **vars(result)}))
+    else:
+        click.echo(
+            f"KL {result.kl:.4f} nats a token, 99th percentile {result.kl_99:.3f}; {result.flips:.2%} of likeliest "
+            f"tokens flip; perplexity {result.perplexity:.4f}, reference {result.reference_perplexity:.4f}; "
+            f"{result.n_tokens:,} tokens in {result.n_windows} windows"
+        )
 
 
 @evaluate.command(

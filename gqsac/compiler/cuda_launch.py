@@ -12,7 +12,7 @@ from gqsa_runtime.errors import UnsupportedError
 from gqsa_runtime.program import Launch
 
 from gqsac.compiler.kernel_spec import KernelSpec
-from gqsac.compiler.records_launch import records_launch
+from gqsac.compiler.records_launch import SM_90_BYTES, matmul_launch, records_launch
 
 WARP = 32
 MAX_SHARED_BYTES = 98 * 1024  # leaves sm_86, sm_89 and sm_120 their reserve
@@ -39,26 +39,37 @@ class Geometry:
     constants: Mapping[str, int | bool] = field(default_factory=dict)
 
 
-def geometry(spec: KernelSpec) -> Geometry:
-    """How a kernel's work is cut on CUDA."""
-    made = _GEOMETRIES[spec.op](dict(spec.params))
+def own_targets(op: str) -> tuple[str, ...]:
+    """Targets on which an operator's work is cut in a way of their own."""
+    return ("sm_90",) if op in _BY_TARGET else ()
+
+
+def geometry(spec: KernelSpec, target: str = "") -> Geometry:
+    """How a kernel's work is cut on a target, "" for all without a way of their own."""
+    made = _GEOMETRIES[spec.op](dict(spec.params), *((target,) if spec.op in _BY_TARGET else ()))
     return Geometry(made.grid, made.block, made.shared_bytes, {"MAX_BLOCK": made.block, **made.constants})
 
 
-def launch(spec: KernelSpec, max_tokens: int) -> Launch:
-    """Grid, block and dynamic shared memory of a kernel.
+def launches(spec: KernelSpec, max_tokens: int) -> dict[str, Launch]:
+    """A kernel's launch by target, as program.Kernel holds them."""
+    return {target: launch(spec, max_tokens, target) for target in ("", *own_targets(spec.op))}
 
-    max_tokens: most rows in one launch (the program's prefill_chunk); decode kernels (tokens = 1)
+
+def launch(spec: KernelSpec, max_tokens: int, target: str = "") -> Launch:
+    """Grid, block and dynamic shared memory of a kernel on a target.
+
+    max_tokens: most rows in one launch (the plan's prefill_chunk); decode kernels (tokens = 1)
     always cover one. Raises UnsupportedError where a kernel cannot be launched on every target.
     """
-    params, made = dict(spec.params), geometry(spec)
+    target = target if target in own_targets(spec.op) else ""
+    params, made = dict(spec.params), geometry(spec, target)
     x, y = made.grid(1 if params.get("tokens") == 1 else max_tokens)
     if y > _MAX_GRID_Y:
         raise UnsupportedError(
             f"a launch of {spec.op} over {max_tokens} tokens needs {y} block rows, CUDA allows {_MAX_GRID_Y}; "
             "build with a smaller prefill chunk"
         )
-    if made.shared_bytes > MAX_SHARED_BYTES:
+    if made.shared_bytes > (SM_90_BYTES if target else MAX_SHARED_BYTES):
         raise UnsupportedError(
             f"{spec.op} with {params} needs {made.shared_bytes} bytes of shared memory, "
             f"every supported GPU offers only {MAX_SHARED_BYTES}; such a model cannot be built for CUDA"
@@ -128,7 +139,17 @@ def _linear_records(p):
     )
 
 
-def _quantize(p):
+def _matmul_records(p, target: str):
+    made = matmul_launch(p, target)
+    return Geometry(
+        lambda n_tokens: (_ceil_div(n_tokens, p["tokens"]), made.blocks),
+        made.threads,
+        made.shared_bytes,
+        made.constants,
+    )
+
+
+def _row_by_block(p):
     return Geometry(lambda n_tokens: (1, n_tokens), _NORM_BLOCK, constants={"WARPS": _NORM_BLOCK // WARP})
 
 
@@ -145,6 +166,14 @@ def _attention(p):
     constants = {"QUERIES": queries, "KEYS": keys, "STRIDE": stride, "WEIGHT_STRIDE": weight_stride}
     return Geometry(
         lambda n_tokens: (p["heads"], _ceil_div(n_tokens, queries)), _ATTENTION_PREFILL_BLOCK, shared_bytes, constants
+    )
+
+
+def _attention_halves(p):
+    warps, keys, row_bytes = 4, 64, 2 * p["head_dim"] + 16
+    constants = {"WARPS": warps, "KEYS": keys, "ROW_BYTES": row_bytes}
+    return Geometry(
+        lambda n_tokens: (p["heads"], _ceil_div(n_tokens, 16 * warps)), warps * WARP, 4 * keys * row_bytes, constants
     )
 
 
@@ -199,7 +228,8 @@ def _last_row(p):
     return Geometry(lambda n_tokens: (_ceil_div(p["width"], _POINTWISE_BLOCK), 1), _POINTWISE_BLOCK)
 
 
-_GEOMETRIES: dict[str, Callable[[Mapping], Geometry]] = {
+_BY_TARGET = ("matmul_records",)
+_GEOMETRIES: dict[str, Callable[..., Geometry]] = {
     "embedding": _pointwise,
     "rms_norm": _rms_norm,
     "layer_norm": _block_per_token,
@@ -207,10 +237,13 @@ _GEOMETRIES: dict[str, Callable[[Mapping], Geometry]] = {
     "linear_dense": _linear_dense,
     "embedding_records": lambda p: _pointwise({"width": p["k"]}),
     "linear_records": _linear_records,
-    "quantize": _quantize,
+    "matmul_records": _matmul_records,
+    "quantize": _row_by_block,
+    "halves": _row_by_block,
     "kv_append": _kv_append,
     "append_attention": _append_attention,
     "attention": _attention,
+    "attention_halves": _attention_halves,
     "gated_activation": _pointwise,
     "elementwise": _pointwise,
     "last_row": _last_row,

@@ -39,7 +39,9 @@ from gqsac.rounding import RoundedCheckpoint, Rounding
 
 # Tokens of one prefill launch: enough to keep a GPU busy, few enough that [chunk, vocab] logits for
 # scoring stay under 70 MB for a vocabulary of 128k.
-PREFILL_CHUNK = 128
+# Family -> most tokens of a launch: what fills the tensor cores of a GPU; on a CPU, what a caller waits for at most.
+PREFILL_CHUNK = {"cuda": 512, "cpu": 128}
+SCORE_CHUNK = 128  # whose logits are held at once
 KV_DTYPES = ("f16", "f32")
 HEAD_BITS = (4, 8, 16)
 
@@ -114,15 +116,14 @@ def build(
     # of its own.
     specs, plans = {}, {}
     for family in families(targets):
-        calls = specialize(graph, packing, stored_parts, options.kv_dtype, family)
-        memory = plan_memory(calls, PREFILL_CHUNK)
-        specs[family], plans[family] = schedule(calls, memory, family, PREFILL_CHUNK)
+        calls = specialize(graph, packing, stored_parts, family, options.kv_dtype, options.exact)
+        memory = plan_memory(calls, PREFILL_CHUNK[family], SCORE_CHUNK)
+        specs[family], plans[family] = schedule(calls, memory, family)
     program = Program(
         name=name,
         model_class=graph.model_class,
         vocab_size=graph.vocab_size,
         max_context=graph.max_context,
-        prefill_chunk=PREFILL_CHUNK,
         bos_token_id=bos_token_id(checkpoint),
         eos_token_ids=eos_token_ids(checkpoint),
         kv_dtype=options.kv_dtype,

@@ -9,6 +9,8 @@ MAX_STAGES = 2  # of a warp's ring: with more in flight, activations wait behind
 MAX_BYTES = 98 * 1024  # fits every target, and two kernels side by side on those where one starts early
 # Two blocks share a multiprocessor of the largest GPU, never three: each gets one block of a kernel.
 MIN_BYTES = 76 * 1024
+SM_90_BYTES = 226 * 1024  # that a block can have there
+_STAGE_BYTES, _BARRIER_BYTES = 128 * TILE * 2, 512
 MAX_LOCAL = 24  # row blocks whose sums a block holds
 
 
@@ -35,6 +37,32 @@ def records_launch(p) -> RecordsLaunch:
     stages = max(1, min(MAX_STAGES, (MAX_BYTES - at) // (warps * pair_bytes)))
     constants = {"WARPS": warps, "STAGES": stages, "BLOCKS": blocks, "LOCAL_BLOCKS": local, **places, "RING_AT": at}
     return RecordsLaunch(blocks, warps * 32, max(at + warps * stages * pair_bytes, MIN_BYTES), constants)
+
+
+def matmul_launch(p, target: str) -> RecordsLaunch:
+    """The launch of matmul_records with the constants p on a target; blocks: along the rows.
+
+    On sm_90 two halves of the warps share a block's rows, each with activations and records of its own.
+    """
+    halves, budget, most = (2, SM_90_BYTES, 4) if target == "sm_90" else (1, MAX_BYTES, 3)
+
+    def stages(row_blocks: int) -> int:
+        """How many stages of activations fit beside two records for each warp."""
+        left = budget - _BARRIER_BYTES - halves * row_blocks * 2 * p["record_bytes"]
+        return min(most, left // (halves * _STAGE_BYTES))
+
+    row_blocks = next(n for n in (8, 4) if n == 4 or stages(n) >= (2 if target == "sm_90" else 3))
+    records_at = halves * stages(row_blocks) * _STAGE_BYTES
+    barriers_at = records_at + halves * row_blocks * 2 * p["record_bytes"]
+    constants = {
+        "WARPS": halves * row_blocks,
+        "ROW_BLOCKS": row_blocks,
+        "STAGES": stages(row_blocks),
+        "RECORDS_AT": records_at,
+        "BARRIERS_AT": barriers_at,
+    }
+    blocks, threads = -(-p["n_blocks"] // row_blocks), halves * row_blocks * 32
+    return RecordsLaunch(blocks, threads, barriers_at + _BARRIER_BYTES, constants)
 
 
 def _places(p, tokens: int, local: int, warps: int) -> tuple[dict[str, int], int]:

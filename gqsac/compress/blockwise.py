@@ -20,7 +20,7 @@ from gqsac.compress.hessian import collect_hessians
 from gqsac.compress.one_shot import quantize_block, siblings_of
 from gqsac.compress.options import Options
 from gqsac.compress.partial import PartialFolder
-from gqsac.compress.store import load_linears, stored_block, to_matrix, to_numpy
+from gqsac.compress.store import MASTER_TENSORS, load_linears, stored_block, to_matrix, to_numpy
 from gqsac.compress.trainable import autocast, install
 
 
@@ -28,7 +28,8 @@ from gqsac.compress.trainable import autocast, install
 class BlockwiseStage:
     """One pass over all blocks. name: "one-shot", "bqpo", or "start" (see `_Run._blockwise` in run.py).
 
-    rates: full path of each linear -> share of its units to remove. keep_master: also store what a distillation
+    rates: full path of each linear -> share of its units to remove. row_bits: full path -> widths, uint8 [rows].
+    keep_master: also store what a distillation
     stage goes on from. seconds: of training at most, for all blocks, or None.
     """
 
@@ -38,6 +39,7 @@ class BlockwiseStage:
     blocks: torch.nn.ModuleList
     tokens: torch.Tensor
     rates: dict[str, float]
+    row_bits: dict[str, torch.Tensor]
     dense: list[str]
     options: Options
     device: torch.device
@@ -101,11 +103,12 @@ class BlockwiseStage:
         siblings = siblings_of(hessians, options)
         del hessians
         rates = {path: self.rates[f"{name}.{path}"] for path in linears}
+        row_bits = {path: self.row_bits[f"{name}.{path}"] for path in linears}
         fact = {"block": name}
         if self.name == "bqpo":
             with self._passing(), autocast(self.device):
                 runner.run_reference(index, block)
-            trainer = BlockTrainer(index, block, linears, runner, siblings, rates, options)
+            trainer = BlockTrainer(index, block, linears, runner, siblings, rates, row_bits, options)
             result = trainer.train(None if self.seconds is None else self.seconds / len(self.blocks))
             install(block, linears)  # the plain ones again, for the stored weights
             quantized = result.linears
@@ -119,13 +122,14 @@ class BlockwiseStage:
                 "rates": list(options.rates("bqpo")),
             }
         else:
-            quantized = quantize_block({p: m.weight.detach() for p, m in linears.items()}, siblings, rates, options)
-        matrices = {path: to_matrix(quantized[path], options.bits, options.group_size) for path in linears}
+            weights = {path: linear.weight.detach() for path, linear in linears.items()}
+            quantized = quantize_block(weights, siblings, rates, row_bits, options)
+        matrices = {path: to_matrix(quantized[path], options.group_size) for path in linears}
         stored = stored_block(name, block, matrices, self.dense)
         if self.keep_master:
             master = {}
             for path, part in quantized.items():
-                for tensor in ("adjusted", "scales", "zeros", "keep"):
+                for tensor in MASTER_TENSORS:
                     master[f"{name}.{path}.{tensor}"] = to_numpy(getattr(part, tensor))
             self.partial.save_block(f"{self.name}-master", index, master)
         self.partial.save_json(f"{self.name}-{index:05d}", fact)

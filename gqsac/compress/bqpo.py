@@ -11,7 +11,7 @@ Zhu and Gupta's (arXiv 1710.01878).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -71,10 +71,11 @@ class BlockTrainer:
         runner: BlockRunner,
         siblings: list[Siblings],
         rates: dict[str, float],
+        row_bits: dict[str, torch.Tensor],
         options: Options,
     ):
         self._index, self._block, self._runner, self._options = index, block, runner, options
-        self._siblings, self._rates = siblings, rates
+        self._siblings, self._rates, self._row_bits = siblings, rates, row_bits
         self._weights = {path: linear.weight.detach() for path, linear in linears.items()}
         self._biases = {path: linear.bias for path, linear in linears.items()}
         count = len(runner.hidden)
@@ -88,15 +89,17 @@ class BlockTrainer:
         if not self._weights:  # all of the block's linears stay dense
             error = self._error()
             return BlockResult({}, error, error, "dense", 0, 0.0, [])
-        one_shot = quantize_block(self._weights, self._siblings, self._rates, options)
+        one_shot = quantize_block(self._weights, self._siblings, self._rates, self._row_bits, options)
         before = self._error_with(one_shot)
         gradual = options.removes_gradually("bqpo")
         ramp = RAMP if gradual else 0.0
         start = one_shot
         if gradual:
-            start = quantize_block(self._weights, self._siblings, dict.fromkeys(self._rates, 0.0), options)
+            none = dict.fromkeys(self._rates, 0.0)
+            start = quantize_block(self._weights, self._siblings, none, self._row_bits, options)
         modules = {
-            path: GroupLinear.from_quantized(start[path], options.bits, self._biases[path]) for path in self._weights
+            path: GroupLinear.from_quantized(start[path], self._biases[path], options.zeros_between_levels)
+            for path in self._weights
         }
         del start
         set_master_dtype(modules, options.master_dtype)
@@ -188,4 +191,4 @@ class BlockTrainer:
 
 
 def _copied(part: QuantizedLinear) -> QuantizedLinear:
-    return QuantizedLinear(part.levels, part.scales, part.zeros, part.keep.clone(), part.adjusted.clone())
+    return replace(part, keep=part.keep.clone(), adjusted=part.adjusted.clone())

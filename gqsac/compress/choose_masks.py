@@ -53,6 +53,11 @@ class MaskChooser:
         """The masks, bool [rows, units] each."""
         return {path: linear.keep for path, linear in self._linears.items()}
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that changes, by name, to be saved and to be copied into."""
+        found = {f"keep.{path}": keep for path, keep in self.keeps().items()}
+        return found | {f"score.{path}": score for path, score in self.scores.items()}
+
     def step(self, step: int, fraction: float) -> None:
         """Chooses the masks anew if it is time to, at the sparsity of this point of the training."""
         late = not self.reached and fraction >= CHOOSE_UNTIL  # a clock may leap over the end of the ramp

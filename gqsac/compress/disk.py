@@ -14,7 +14,7 @@ def stored_bytes(compressed: int, parameters: int, options: Options) -> int:
     """Least bytes of all files at once. compressed: parameters that become groups, of all `parameters`."""
     groups = compressed // options.group_size
     removed = 0.0 if options.pattern == "2:4" else options.sparsity  # of 2:4 every group is stored
-    each = options.group_size * options.bits // 8 + 5  # scale, zero, column
+    each = int(options.group_size * options.mean_bits) // 8 + 5  # scale, zero, column
     stages = 1 + sum(stage in ("distill", "e2e-oqp") for stage in options.training)
     streams = int(groups * (1 - removed)) * each
     masters = 4 * compressed if "distill" in options.training else 0

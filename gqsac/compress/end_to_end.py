@@ -17,6 +17,7 @@ from gqsa_runtime.errors import ModelError
 from torch import nn
 
 from gqsac.compress.choose_masks import MaskChooser
+from gqsac.compress.choose_widths import WidthChooser
 from gqsac.compress.clock import Clock, learning_rate_factor
 from gqsac.compress.losses import token_loss
 from gqsac.compress.trainable import adamw, autocast, set_learning_rates
@@ -35,8 +36,8 @@ class Training:
 
     student: a model with trainable linears in it. teacher: the uncompressed model, needed if share > 0.
     tokens: int64 [samples, seq_len], on the CPU. groups: see trainable.parameter_groups. share: of the
-    distillation in the loss. batch: samples a step. masks: who chooses groups, or None. recomputed: how many blocks run
-    again in the backward pass.
+    distillation in the loss. batch: samples a step. chooser: of groups or widths, or None. recomputed: how many blocks
+    run again in the backward pass.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Training:
     seconds: float | None
     seed: int
     device: torch.device
-    masks: MaskChooser | None = None
+    chooser: MaskChooser | WidthChooser | None = None
     recomputed: int = 0
     history: list[tuple[int, float]] = field(default_factory=list)  # (step, mean loss of the steps before it)
 
@@ -69,12 +70,12 @@ def train(training: Training, file: Path, on_read=lambda step, loss, clock: None
     since, saved_at = torch.zeros((), device=t.device), time.monotonic()
     counted = saved_step = step
     while (fraction := clock.fraction(step)) < 1:
-        if t.masks is not None:
-            t.masks.step(step, fraction)
+        if t.chooser is not None:
+            t.chooser.step(step, fraction)
         set_learning_rates(optimizer, learning_rate_factor(fraction))
         since += _step(t, step, parameters)
-        if t.masks is not None:
-            t.masks.observe()
+        if t.chooser is not None:
+            t.chooser.observe()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step += 1
@@ -89,16 +90,15 @@ def train(training: Training, file: Path, on_read=lambda step, loss, clock: None
             if step - saved_step >= _SAVE_EVERY and time.monotonic() - saved_at >= _SAVE_EVERY_S:
                 _save(t, optimizer, file, step, clock.spent_s)
                 saved_step, saved_at = step, time.monotonic()
-    if t.masks is not None and t.masks.unfinished:
-        t.masks.choose(1.0)  # a clock of minutes may leap from the ramp to the end
+    if t.chooser is not None and t.chooser.unfinished:
+        t.chooser.choose(1.0)  # a clock of minutes may leap from the ramp to the end
     return clock
 
 
 def _step(t: Training, step: int, parameters) -> torch.Tensor:
     """One batch's loss; leaves its gradients in the parameters."""
     rows = batch_rows(len(t.tokens), t.batch, step, t.seed)
-    vocabulary, width = t.student.get_input_embeddings().weight.shape
-    at_once = samples_at_once(t.tokens.shape[1], vocabulary, t.device, t.recomputed * width)
+    at_once = micro_batch(t.student, t.batch, t.tokens.shape[1], t.device, t.recomputed)
     for parameter in parameters:
         parameter.grad = None
     total = torch.zeros((), device=t.device)
@@ -117,6 +117,12 @@ def _step(t: Training, step: int, parameters) -> torch.Tensor:
         del logits, gradient
         total += loss
     return total
+
+
+def micro_batch(model, batch: int, seq_len: int, device: torch.device, recomputed: int) -> int:
+    """Samples that pass through a model at once in a step of `batch`. recomputed: how many blocks run again."""
+    vocabulary, width = model.get_input_embeddings().weight.shape
+    return min(batch, samples_at_once(seq_len, vocabulary, device, recomputed * width))
 
 
 def samples_at_once(seq_len: int, vocabulary: int, device: torch.device, recomputed: int) -> int:
@@ -143,9 +149,8 @@ def _diverged(t: Training, loss, step: int) -> str:
 
 def _state(t: Training) -> dict:
     state = {f"student.{name}": tensor for name, tensor in t.student.named_parameters() if tensor.requires_grad}
-    if t.masks is not None:
-        state |= {f"keep.{path}": keep for path, keep in t.masks.keeps().items()}
-        state |= {f"score.{path}": score for path, score in t.masks.scores.items()}
+    if t.chooser is not None:
+        state |= t.chooser.tensors()
     return state
 
 
@@ -154,7 +159,7 @@ def _save(t: Training, optimizer, file: Path, step: int, spent_s: float) -> None
     state = _state(t)
     if not all(torch.isfinite(tensor).all() for tensor in state.values()):
         raise ModelError(_diverged(t, "not finite", step))
-    whole["masks_reached"] = t.masks is not None and t.masks.reached
+    whole["reached"] = t.chooser is not None and t.chooser.reached
     temporary = file.with_suffix(".tmp")
     torch.save({**whole, "tensors": state}, temporary)
     sync(temporary)
@@ -177,6 +182,6 @@ def _restore(t: Training, optimizer, file: Path) -> tuple[int, float]:
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
         group["peak"] = peak  # the rates of this call count, which may be lower
     t.history.extend(tuple(entry) for entry in saved["history"])
-    if t.masks is not None:
-        t.masks.reached = saved["masks_reached"]
+    if t.chooser is not None:
+        t.chooser.reached = saved["reached"]
     return saved["step"], saved["spent_s"]

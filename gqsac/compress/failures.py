@@ -52,6 +52,8 @@ def _smaller(stage: str, options: Options, gpu: bool, begun: bool) -> str:
         if options.batch_tokens >= 2 * options.seq_len:
             return f"use smaller steps (--batch-tokens {options.batch_tokens // 2}); finished stages are kept"
         return f"a step is one sample already, so use shorter samples (--seq-len {options.seq_len // 2})"
+    if stage == "sensitivities":
+        return f"use shorter samples (--seq-len {options.seq_len // 2})"
     if stage == "allocation":
         return f"use --allocation row, or shorter samples (--seq-len {options.seq_len // 2})"
     if gpu:  # which holds one block and a few samples, however many there are

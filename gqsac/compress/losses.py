@@ -6,7 +6,7 @@ import torch
 
 from gqsac.compress.compiled import compiled, compiles
 
-_LOGITS_AT_ONCE = 1 << 26  # f32 elements of logits that are held at a time
+LOGITS_AT_ONCE = 1 << 26  # f32 elements of logits that are held at a time
 
 
 def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ def token_loss(logits, tokens, teacher=None, share: float = 0.0, factor: float =
     rows_of_teacher = teacher.reshape(-1, vocabulary) if share > 0 else None
     part = compiled(_loss_and_gradient) if compiles(logits.device) else _loss_and_gradient
     total = torch.zeros((), device=logits.device)
-    rows_at_once = max(1, _LOGITS_AT_ONCE // vocabulary)
+    rows_at_once = max(1, LOGITS_AT_ONCE // vocabulary)
     for start in range(0, len(gradient), rows_at_once):
         rows = slice(start, start + rows_at_once)
         taught = rows_of_teacher[rows] if share > 0 else None

@@ -106,7 +106,7 @@ def needs(size: ModelSize, options: Options, device: torch.device, free: Free) -
     """Of every stage, in order."""
     found = []
     starts_dense = options.training[:1] == ("distill",) and options.removes_gradually("distill")
-    if options.allocation == "global" and options.sparsity > 0 and not starts_dense:
+    if options.target_bpw is not None or options.allocation == "global" and options.sparsity > 0 and not starts_dense:
         found.append(_allocation(size, options, device))
     found.append(_blockwise(size, options, device, free))
     return found + [
@@ -193,7 +193,7 @@ def _logits(size: ModelSize, tokens: int, device: torch.device, teacher: bool) -
     elements = tokens * size.vocabulary
     each, held = 2 if device.type == "cuda" else 4, 3 if teacher else 2
     in_f32 = 1 if compiles(device) else held
-    return elements * each * held + 4 * in_f32 * min(elements, losses._LOGITS_AT_ONCE)
+    return elements * each * held + 4 * in_f32 * min(elements, losses.LOGITS_AT_ONCE)
 
 
 def _placed(stage: str, device: torch.device, work: int, loaded: int) -> Need:

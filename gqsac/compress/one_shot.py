@@ -49,9 +49,14 @@ def choose_mask(weight: torch.Tensor, metrics: torch.Tensor, sparsity: float, op
 
 
 def quantize_block(
-    weights: dict[str, torch.Tensor], siblings: list[Siblings], rates: dict[str, float], options: Options
+    weights: dict[str, torch.Tensor],
+    siblings: list[Siblings],
+    rates: dict[str, float],
+    row_bits: dict[str, torch.Tensor],
+    options: Options,
 ) -> dict[str, QuantizedLinear]:
-    """Path -> compressed linear. weights: f32 [rows, columns] each. rates: path -> share of units to remove."""
+    """Path -> compressed linear. weights: f32 [rows, columns] each. rates: path -> share of units to remove. row_bits:
+    path -> uint8 [rows], widths."""
     result = {}
     for group in siblings:
         mine = [weights[path] for path in group.paths]
@@ -64,8 +69,9 @@ def quantize_block(
             torch.cat(keeps),
             group.hessian_inverse,
             group.importance,
-            options.bits,
+            torch.cat([row_bits[path] for path in group.paths]).to(mine[0].device),
             options.quant_group_size,
+            options.zeros_between_levels,
         )
         parts = quantized.split([len(weight) for weight in mine])
         result.update(zip(group.paths, parts, strict=True))

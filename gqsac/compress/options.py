@@ -9,6 +9,7 @@ from gqsa_runtime.errors import InputError
 
 from gqsac.bsr import BITS, GROUP_SIZES
 from gqsac.compress.select import ALLOCATIONS, PATTERNS
+from gqsac.quantized_matrix import ROW_BITS
 
 # In the order in which they may follow each other; "one-shot" is what the others start from.
 STAGES = ("one-shot", "bqpo", "distill", "e2e-oqp")
@@ -23,13 +24,16 @@ _DEFAULT_SAMPLES = {False: 8, True: 128}  # without and with training stages
 RATES = {"bqpo": (1e-2, 1e-3), "distill": (8e-3, 2e-3), "e2e-oqp": (0.0, 2e-3)}
 # Share of the weights removed, levels -> share of distill's rate: what has lost little is harmed by large steps.
 _MILDER = ((0.4, 0, 1.0), (0.2, 4, 0.75), (0.05, 8, 0.375), (0.0, 256, 0.1875))
+_OVERHEAD = 0.35  # bits per weight of scales and zeros of 64 columns, in records
 
 
 @dataclass(frozen=True)
 class Options:
     """Every option of `gqsac.compress.run.compress` that changes its result; see there for their meaning."""
 
-    bits: int = 4
+    bits: int | None = None
+    target_bpw: float | None = None
+    widths: tuple[int, ...] | None = None
     group_size: int = 16
     quant_group_size: int | None = None
     sparsity: float | None = None
@@ -67,6 +71,16 @@ class Options:
         """Columns that are kept or removed together."""
         return 1 if self.pattern == "2:4" else self.group_size
 
+    @property
+    def zeros_between_levels(self) -> bool:
+        """Whether zeros may lie between two levels, see grid.py."""
+        return self.target_bpw is not None
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits of a weight's level, about."""
+        return self.bits if self.target_bpw is None else max(1.0, self.target_bpw - _OVERHEAD)
+
     def rates(self, stage: str) -> tuple[float, float]:
         """Learning rates of a stage's weights and scales, see RATES. 0.0: they do not learn there."""
         weights, scales = RATES[stage]
@@ -77,6 +91,8 @@ class Options:
         return weights, scales if self.scale_lr is None else self.scale_lr
 
     def _share_of_rate(self) -> float:
+        if self.target_bpw is not None:  # as of the uniform width of that size, and between
+            return min(1.0, max(_MILDER[-1][2], 0.75 * 2 ** (2 - (self.target_bpw - _OVERHEAD))))
         removed = 0.5 if self.pattern == "2:4" else self.sparsity
         return next(share for least, levels, share in _MILDER if removed >= least or 1 << self.bits <= levels)
 
@@ -115,8 +131,8 @@ def with_scale_groups(options: Options, columns: Iterable[int]) -> Options:
 
 def checked(options: Options) -> Options:
     """The options with their defaults filled in. Raises InputError for the first that is out of range."""
-    o = options
-    if o.bits not in BITS:
+    o = options = _with_widths(options)
+    if o.target_bpw is None and o.bits not in BITS:
         raise InputError(f"bits is {o.bits}, expected one of {', '.join(map(str, BITS))}")
     if o.group_size not in GROUP_SIZES:
         raise InputError(f"the group size is {o.group_size}, expected one of {', '.join(map(str, GROUP_SIZES))}")
@@ -172,6 +188,33 @@ def checked(options: Options) -> Options:
         "train_samples": train_samples,
     }
     return Options(**{**asdict(o), **filled})
+
+
+def _with_widths(options: Options) -> Options:
+    """The options with what a target, or its absence, settles. Raises InputError for what contradicts it."""
+    o = options
+    if o.target_bpw is None:
+        if o.widths is not None:
+            raise InputError("widths are given, but no target of bits per weight; give one, or leave the widths out")
+        return replace(o, bits=4 if o.bits is None else o.bits)
+    _check_positive("target_bpw", o.target_bpw)
+    if o.bits is not None:
+        raise InputError(f"bits is {o.bits}, but a target of bits per weight chooses them row by row; leave them out")
+    if o.sparsity or o.pattern != "1xG":
+        raise InputError(
+            "a target of bits per weight is met by the widths of rows, and nothing is removed; leave out sparsity and "
+            "pattern"
+        )
+    widths = ROW_BITS if o.widths is None else tuple(sorted(set(o.widths)))
+    unknown = [width for width in widths if width not in ROW_BITS]
+    if unknown or not widths:
+        raise InputError(f"widths has {(unknown or ['none'])[0]}, expected some of {', '.join(map(str, ROW_BITS))}")
+    if o.quant_group_size is not None and o.quant_group_size % SCALE_COLUMNS:
+        raise InputError(
+            f"the quantisation group size is {o.quant_group_size}, but rows of different widths are stored with a "
+            f"scale for {SCALE_COLUMNS} columns or a multiple; leave it out"
+        )
+    return replace(o, widths=widths, sparsity=0.0)
 
 
 def _one_for_each(name: str, value, stages: tuple[str, ...], kind: str) -> tuple | None:

@@ -29,6 +29,7 @@ _IN_WORDS = {
     "calibration": "calibration text",
     "format_version": "version of the checkpoint format",
     "gqsac": "version of gqsac",
+    "own_samples": "number of samples of the model's own text",
     "tokens": "calibration text (by its tokens)",
     "train_tokens": "training text (by its tokens)",
 }

@@ -9,9 +9,10 @@ from gqsa_runtime.layouts.group_words import MAX_COLUMNS
 from tokenizers import Tokenizer
 
 from gqsac.bsr import GROUP_SIZES
+from gqsac.compiler.passes.choose_layouts import MAX_COLUMNS as RECORD_COLUMNS
 from gqsac.compress.blocks import is_skipped, linears_of
 from gqsac.compress.calibrate import calibration_tokens
-from gqsac.compress.options import Options
+from gqsac.compress.options import SCALE_COLUMNS, Options
 from gqsac.source import Source
 
 DEFAULT_SEQ_LEN = 1024
@@ -61,6 +62,11 @@ def _check_columns(path: str, columns: int, options: Options) -> None:
             f"{path} has {columns} input columns, which quantisation groups of {options.quant_group_size} do not "
             "divide; use smaller ones, or skip the layer"
         )
+    if options.target_bpw is not None and (columns % SCALE_COLUMNS or columns > RECORD_COLUMNS):
+        raise InputError(
+            f"{path} has {columns} input columns, and rows of different widths need a multiple of {SCALE_COLUMNS}, "
+            f"up to {RECORD_COLUMNS}; leave the linear dense with --skip, or give --bits in place of a target"
+        )
     if columns // options.group_size > MAX_COLUMNS:
         raise InputError(
             f"{path} has {columns // options.group_size} groups in a row, and the format holds at most "
@@ -68,19 +74,24 @@ def _check_columns(path: str, columns: int, options: Options) -> None:
         )
 
 
+def sample_length(source: Source, seq_len: int | None) -> int:
+    """Tokens of a sample: what is asked for, else 1024 or the model's context. Raises InputError for too many."""
+    config = source.model.config.get_text_config(decoder=True)
+    longest = getattr(config, "max_position_embeddings", None)
+    if seq_len is None:
+        return min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
+    if longest is not None and seq_len > longest:
+        raise InputError(f"samples of {seq_len} tokens do not fit the model's context of {longest}; use shorter ones")
+    return seq_len
+
+
 def source_tokens(
-    source: Source, texts, samples: int, seq_len: int | None, seed: int, purpose: str = "calibration"
+    source: Source, texts, samples: int, seq_len: int, seed: int, purpose: str = "calibration"
 ) -> np.ndarray:
     """Calibration windows in the source's own tokens, int64 [samples, seq_len]. Raises InputError, ModelError.
 
     purpose: what the windows are for, "calibration" or "training".
     """
-    config = source.model.config.get_text_config(decoder=True)
-    longest = getattr(config, "max_position_embeddings", None)
-    if seq_len is None:
-        seq_len = min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
-    elif longest is not None and seq_len > longest:
-        raise InputError(f"samples of {seq_len} tokens do not fit the model's context of {longest}; use shorter ones")
     if "tokenizer.json" not in source.files:
         raise ModelError(f"{source.name} has no tokenizer.json; calibration needs the model's tokenizer")
     try:

@@ -74,6 +74,22 @@ def block_bar(title: str, blocks: int, shown: bool, meter: Meter):
 
 
 @contextlib.contextmanager
+def count_bar(title: str, total: int, unit: str, shown: bool, meter: Meter):
+    """A bar over things of a kind; gives the function to call with how many more are done."""
+    with tqdm(total=total, desc=title, unit=unit, unit_scale=True, disable=None if shown else True) as bar:
+        log, done = _Log(title, bar, shown), 0
+
+        def on_count(more: int) -> None:
+            nonlocal done
+            done += more
+            bar.update(more)
+            left_s = (time.monotonic() - log.began) / done * (total - done)
+            log.line(f"{done:,} of {total:,} {unit}s, {left_s:.0f} s left, {meter.memory()}")
+
+        yield on_count
+
+
+@contextlib.contextmanager
 def step_bar(title: str, steps: int | None, shown: bool, meter: Meter):
     """A bar over a training; gives the function to call with step, loss and clock."""
     with tqdm(total=1000, desc=title, disable=None if shown else True, bar_format=_BAR) as bar:

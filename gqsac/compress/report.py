@@ -8,38 +8,54 @@ from pathlib import Path
 import numpy as np
 
 from gqsac.compiler.passes.choose_layouts import stored_bytes
+from gqsac.compress.allot_widths import Allotment
 from gqsac.compress.options import Options
 from gqsac.compress.write import write_json
 from gqsac.quantized_matrix import QuantizedMatrix, scales_in_use
 
-_SCALE_BITS = 16
+_SCALE_BITS, _ZERO_BITS = 16, 4
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Of a linear: kept groups, quantisation groups of which something is kept, and bytes in a built file."""
+    """Of a linear: kept groups and the bits of their levels, quantisation groups of which something is kept, bytes in a
+    built file if it is stored by itself, and widths, uint8 [rows]."""
 
     kept: int
+    level_bits: int
     scales: int
     n_bytes: int
+    row_bits: np.ndarray
 
 
 def stored_counts(matrix: QuantizedMatrix) -> Counts:
     """What a linear takes."""
-    n_scales = matrix.scales.size
+    kept, n_scales = np.full(matrix.rows, matrix.columns // matrix.group_size), matrix.scales.size
     if matrix.keep is not None:
-        used = scales_in_use(matrix.keep, matrix.group_size, matrix.quant_group_size)
-        n_scales = int(np.count_nonzero(used))
-    return Counts(matrix.n_groups, n_scales, stored_bytes(matrix))
+        kept = matrix.keep.sum(1)
+        n_scales = np.count_nonzero(scales_in_use(matrix.keep, matrix.group_size, matrix.quant_group_size))
+    return Counts(
+        kept=matrix.n_groups,
+        level_bits=int(kept @ matrix.row_bits.astype(np.int64)) * matrix.group_size,
+        scales=int(n_scales),
+        n_bytes=stored_bytes(matrix),
+        row_bits=matrix.row_bits,
+    )
 
 
-def sizes(shapes: dict[str, tuple[int, int]], counts: dict[str, Counts], options: Options) -> dict:
+def sizes(
+    shapes: dict[str, tuple[int, int]],
+    counts: dict[str, Counts],
+    options: Options,
+    allotment: Allotment | None = None,
+) -> dict:
     """Numbers of linears, parameters, groups and bits. counts: of each linear, see `stored_counts`.
 
-    bits_per_weight: as `gqsac build` packs, each linear by itself.
-    coded_bits_per_weight: what the method itself needs, by the usual count: the kept weights, a float16 scale and
-    a zero for each quantisation group of which something is kept, and one bit for each group if any is removed,
-    or two bits for each kept weight of 2:4. sparsity: share of the weights removed, by linear.
+    bits_per_weight: as `gqsac build` packs; with a target exactly, as compiler/stacks.py defines it, otherwise each
+    linear by itself. coded_bits_per_weight: what the method itself needs, by the usual count: the kept weights, a
+    float16 scale and a zero for each quantisation group of which something is kept, and one bit for each group if any
+    is removed, or two bits for each kept weight of 2:4. sparsity: share of the weights removed, by linear. With a
+    target also mean_width, bits of a weight's level, and row_widths: by linear, width -> share of its rows.
     """
     parameters = sum(rows * columns for rows, columns in shapes.values())
     groups = parameters // options.group_size
@@ -48,21 +64,37 @@ def sizes(shapes: dict[str, tuple[int, int]], counts: dict[str, Counts], options
     of_four = options.pattern == "2:4"
     weights = stored * options.group_size * (0.5 if of_four else 1)
     index = 2 * weights if of_four else groups if stored < groups else 0
-    scales = sum(count.scales for count in counts.values())
-    coded = weights * options.bits + scales * (_SCALE_BITS + options.bits) + index
+    levels = sum(count.level_bits for count in counts.values()) * (0.5 if of_four else 1)
+    zero_bits = options.bits if allotment is None else _ZERO_BITS
+    scales = sum(count.scales for count in counts.values()) * (_SCALE_BITS + zero_bits)
     removed = {
         path: 1 - count.kept * options.group_size / (shapes[path][0] * shapes[path][1]) * (0.5 if of_four else 1)
         for path, count in counts.items()
     }
+    by_rows = {}
+    if allotment is not None:
+        row_bits = {path: count.row_bits for path, count in counts.items()}
+        packed = allotment.budget.n_bytes(row_bits)
+        by_rows = {
+            "mean_width": round(levels / parameters, 4),
+            "row_widths": {path: _shares(widths) for path, widths in row_bits.items()},
+        }
     return {
         "linears": len(shapes),
         "parameters": parameters,
         "groups": groups,
         "kept_groups": stored,
         "bits_per_weight": round(8 * packed / parameters, 4),
-        "coded_bits_per_weight": round(coded / parameters, 4),
+        "coded_bits_per_weight": round((levels + scales + index) / parameters, 4),
         "sparsity": {path: round(share, 5) for path, share in removed.items()},
+        **by_rows,
     }
+
+
+def _shares(row_bits: np.ndarray) -> dict[str, float]:
+    """Width -> share of the rows."""
+    widths, rows = np.unique(row_bits, return_counts=True)
+    return {str(width): round(n / len(row_bits), 5) for width, n in zip(widths.tolist(), rows.tolist(), strict=True)}
 
 
 def write_report(folder: Path, report: dict) -> None:
@@ -76,16 +108,36 @@ def summary(report: dict) -> str:
     options = report["options"]
     bits = f"{report['bits_per_weight']:.2f} bits per weight as built"
     removed = 1 - report["kept_groups"] / report["groups"] if options["pattern"] != "2:4" else 0.5
+    weights = _widths_in_words(report)
+    if "row_widths" not in report:
+        weights += f", {options['pattern']}, {removed:.1%} removed"
     lines = [
         f"{report['model']}: {report['linears']} linears of {report['parameters'] / 1e6:.1f} M weights",
         f"  calibrated on   {report['calibration']}",
-        f"  weights         {options['bits']} bits, {options['pattern']}, {removed:.1%} removed: {bits}",
+        f"  weights         {weights}: {bits}",
     ]
     for name, facts in report["stages"].items():
         lines.append(f"  {name:15s} {_outcome(facts)}{facts['seconds']:.0f} s, peak {_peak(facts)}")
     size = f"{report['bytes'] / 1e6:.1f} MB, {report['seconds']:.0f} s in all"
     lines.append(f"  written to      {report['out']} ({size})")
     return "\n".join(lines)
+
+
+def _widths_in_words(report: dict) -> str:
+    if "row_widths" not in report:
+        return f"{report['options']['bits']} bits"
+    shares = ", ".join(f"{share:.0%} {width}" for width, share in _share_of_weights(report).items())
+    return f"rows of {' '.join(_widths_of(report))} bits ({shares})"
+
+
+def _widths_of(report: dict) -> list[str]:
+    return sorted({width for shares in report["row_widths"].values() for width in shares}, key=int)
+
+
+def _share_of_weights(report: dict) -> dict[str, float]:
+    """Width -> mean over linears of the share of their rows."""
+    linears = report["row_widths"].values()
+    return {w: sum(shares.get(w, 0.0) for shares in linears) / len(linears) for w in _widths_of(report)}
 
 
 def _outcome(facts: dict) -> str:
@@ -107,7 +159,7 @@ def _plot(report: dict, file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
     from matplotlib.figure import Figure
 
-    panels = [_plot_sparsity]
+    panels = [_plot_widths if "row_widths" in report else _plot_sparsity]
     if any("after" in block for facts in report["stages"].values() for block in facts.get("blocks", ())):
         panels.append(_plot_blocks)
     panels += [_curve_of(name) for name, facts in report["stages"].items() if facts.get("curve")]
@@ -117,7 +169,7 @@ def _plot(report: dict, file: Path) -> None:
         draw(axes, report)
     options = report["options"]
     figure.suptitle(
-        f"{report['model']}\n{options['bits']} bits, {options['pattern']}, groups of {options['group_size']}, "
+        f"{report['model']}\n{_widths_in_words(report)}, {options['pattern']}, groups of {options['group_size']}, "
         f"{report['bits_per_weight']:.2f} bits per weight",
         fontsize="medium",
     )
@@ -134,6 +186,18 @@ def _plot_sparsity(axes, report: dict) -> None:
     axes.set(xlabel="block", ylabel="share of the weights removed", title="Sparsity per linear")
     axes.set_ylim(0, max(0.05, 1.4 * max(report["sparsity"].values())))  # room for the legend
     axes.legend(fontsize="small", ncols=3, loc="upper center")
+
+
+def _plot_widths(axes, report: dict) -> None:
+    linears, widths = list(report["row_widths"]), _widths_of(report)
+    below = np.zeros(len(linears))
+    for number, width in enumerate(widths):
+        shares = np.array([report["row_widths"][path].get(width, 0.0) for path in linears])
+        color = 0.15 + 0.7 * number / max(1, len(widths) - 1)
+        axes.bar(range(len(linears)), shares, 1.0, below, label=f"{width} bits", color=(0.1, color, 1 - color / 2))
+        below += shares
+    axes.set(xlabel="linear, in the model's order", ylabel="share of the rows", title="Widths of rows", ylim=(0, 1.15))
+    axes.legend(fontsize="small", ncols=len(widths), loc="upper center")
 
 
 def _plot_blocks(axes, report: dict) -> None:

@@ -22,6 +22,7 @@ import torch
 from gqsa_runtime.errors import InputError
 
 import gqsac
+from gqsac.compress.allot_widths import Allotment
 from gqsac.compress.blocks import find_blocks
 from gqsac.compress.blockwise import BlockwiseStage
 from gqsac.compress.calibrate import BUILT_IN
@@ -31,9 +32,10 @@ from gqsac.compress.failures import LOADING, explained
 from gqsac.compress.memory import check_loading, check_memory
 from gqsac.compress.options import Options, checked, with_scale_groups
 from gqsac.compress.partial import PartialFolder
-from gqsac.compress.prepare import choose_device, compressed_shapes, source_tokens
+from gqsac.compress.prepare import choose_device, compressed_shapes, sample_length, source_tokens
 from gqsac.compress.progress import Meter, block_bar, step_bar
 from gqsac.compress.report import sizes, stored_counts, write_report
+from gqsac.compress.self_text import PREFIX, mixed, own_samples, sampled_windows, tokens_asked_for
 from gqsac.compress.sensitivity import allocate
 from gqsac.compress.store import dense_names, from_stored, load_dense, load_linears, to_numpy
 from gqsac.compress.tune import prepare_training, store_trained
@@ -58,15 +60,18 @@ def compress(
     """Writes the compressed checkpoint of `src` to the folder `out` and returns a report for people and tools.
 
     src: model folder, hub id or .gguf file, or a gqsac.source.Source, which is left as it is.
-    calibration: UTF-8 text file or files, None for the built-in text.
+    calibration: UTF-8 text file or files, None for the built-in text; "self:200k" among them asks for so many tokens
+    that the model writes itself, see self_text.py.
     device: "auto", "cpu", "cuda". progress: show it on stderr: bars on a terminal, otherwise a line a minute at most.
     after_stage: called with a stage's name and a function that makes the dequantised model (f32, on the CPU) as that
     stage left it. The options, see compress/options.py for the defaults:
 
-    bits: 2, 3, 4 or 8 (symmetric). group_size: 8, 16, 32, 64 or 128 columns that are removed together.
-    quant_group_size: columns that share a scale and a zero, a multiple of group_size. sparsity: share of all groups
-    to remove, 0 to below 1. pattern: "1xG", or "2:4" for two of every four weights. allocation: "row", "layer" or
-    "global", see select.py; by default "global" with training, else "row". removal: "at-once", training keeps the
+    bits: 2, 3, 4 or 8 (symmetric); 4 by default. target_bpw: in their place, bits per weight of the compressed linears
+    as `gqsac build` counts them (compiler/stacks.py), at most: widths are chosen row by row and nothing is removed.
+    widths: that rows may then have, some of 1, 2, 3, 4, 8. group_size: 8, 16, 32, 64 or 128 columns that are removed
+    together. quant_group_size: columns that share a scale and a zero, a multiple of group_size. sparsity: share of all
+    groups to remove, 0 to below 1. pattern: "1xG", or "2:4" for two of every four weights. allocation: "row", "layer"
+    or "global", see select.py; by default "global" with training, else "row". removal: "at-once", training keeps the
     mask that one-shot chose, or "gradual", training removes groups itself and chooses them anew; by default gradual
     in a distill that no bqpo precedes. skip: patterns of linears to leave dense, such as "down_proj" or
     "model.layers.0.*"; output head and embeddings always stay dense. damping: added to the Hessian's diagonal,
@@ -113,7 +118,9 @@ class _Run:
         self._src, self._out, self._options, self._device = src, out, options, device
         self._progress, self._after_stage = progress, after_stage
         self._started = time.monotonic()
-        self._described = ", ".join(Path(text).name for text in texts) or BUILT_IN
+        files, self._own_tokens = tokens_asked_for(texts)
+        names = [f"{PREFIX}{self._own_tokens:,} tokens"] * bool(self._own_tokens) + [Path(file).name for file in files]
+        self._described = ", ".join(names) or BUILT_IN
         source = src if isinstance(src, Source) else load_source(src)
         small = sum(parameter.numel() for parameter in source.model.parameters()) < _COPIED_BELOW
         self._original = source.model if small or isinstance(src, Source) else None
@@ -122,23 +129,31 @@ class _Run:
         self._count = len(blocks)
         self._shapes = compressed_shapes(source, self._block_path, blocks, options)
         options = self._options = with_scale_groups(options, (columns for _, columns in self._shapes.values()))
-        self._tokens = source_tokens(source, texts, options.samples, options.seq_len, options.seed)
-        self._train_tokens = self._tokens
-        if {"distill", "e2e-oqp"} & set(options.stages) and options.train_samples != options.samples:
-            self._train_tokens = source_tokens(
-                source, texts, options.train_samples, options.seq_len, options.seed, "training"
-            )
+        self._allotment = None
+        if options.target_bpw is not None:
+            self._allotment = Allotment.of(source.config, self._shapes, options)
+        seq_len = sample_length(source, options.seq_len)
+        trains = bool(options.end_to_end) and options.train_samples != options.samples
+        wanted = {"calibration": options.samples} | ({"training": options.train_samples} if trains else {})
+        own = self._own = own_samples(wanted, self._own_tokens, seq_len, bool(files))
+        read = self._read = {
+            purpose: source_tokens(source, files, count - own[purpose], seq_len, options.seed, purpose)
+            for purpose, count in wanted.items()
+            if count > own[purpose]
+        }
         self._batch_tokens = options.batch_tokens or _BATCH_TOKENS[device.type]
         # As this machine and model complete them, and the stage under way: for what is said of failures.
-        self.options = replace(options, seq_len=self._tokens.shape[1], batch_tokens=self._batch_tokens)
+        self.options = replace(options, seq_len=seq_len, batch_tokens=self._batch_tokens)
         self.stage = "calibration"
         check_memory(source.model, self._block_path, self._shapes, self.options, device, out)
         self._identity = options.identity() | {
-            "seq_len": self._tokens.shape[1],
+            "seq_len": seq_len,
             "batch_tokens": self._batch_tokens,
             "calibration": self._described,
         }
-        digests = {"tokens": _digest(self._tokens), "train_tokens": _digest(self._train_tokens)}
+        digests = {"tokens": _digest(read, "calibration"), "train_tokens": _digest(read, *wanted)}
+        if self._own_tokens:
+            digests["own_samples"] = max(own.values())
         identity = {"model": source.fingerprint(), **digests, "gqsac": gqsac.__version__, **self._identity}
         identity["format_version"] = FORMAT_VERSION  # finished blocks are kept as the checkpoint stores them
         self._partial = PartialFolder(out, identity)
@@ -155,12 +170,29 @@ class _Run:
         return self._partial.checkpoint(self.stage).exists()
 
     def all(self) -> dict:
-        """Every stage, then the checkpoint. The report."""
+        """The samples, every stage, then the checkpoint. The report."""
+        self._tokens, self._train_tokens = self._samples()
         last = self._blockwise()
         for stage in self._options.training:
             if stage != "bqpo":
                 last = self._end_to_end(stage, last)
         return self._write(last)
+
+    def _samples(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens to calibrate and to train on end to end, int64 [samples, seq_len] each."""
+        windows = self._read
+        if self._own_tokens:
+            self.stage, meter = "sampling", Meter(self._device)
+            written = sampled_windows(
+                self._source, self._fresh_model, max(self._own.values()), self.options.seq_len, self._options.seed,
+                self._device, self._partial, self._progress,
+            )  # fmt: skip
+            windows = {
+                purpose: mixed(written[:count], self._read.get(purpose), self._options.seed)
+                for purpose, count in self._own.items()
+            }
+            self._stages["sampling"] = meter.facts()
+        return windows["calibration"], windows.get("training", windows["calibration"])
 
     def _blockwise(self) -> str:
         """Runs the stage that goes block by block. Its name: "start" is a one-shot pass that removes nothing,
@@ -170,6 +202,7 @@ class _Run:
         name = "bqpo" if "bqpo" in training else "start" if starts_dense else "one-shot"
         self.stage = "allocation"
         rates = self._rates() if name != "start" else dict.fromkeys(self._shapes, 0.0)
+        row_bits = self._row_bits(falling=name == "start")
         self.stage = "one-shot" if name == "start" else name
         meter = Meter(self._device)
         stage = BlockwiseStage(
@@ -179,6 +212,7 @@ class _Run:
             blocks=self._model.get_submodule(self._block_path),
             tokens=torch.from_numpy(self._tokens),
             rates=rates,
+            row_bits=row_bits,
             dense=self._dense,
             options=self._options,
             device=self._device,
@@ -205,6 +239,21 @@ class _Run:
         self._stages["allocation"] = {key: value for key, value in known.items() if key != "rates"}
         return known["rates"]
 
+    def _row_bits(self, falling: bool) -> dict[str, torch.Tensor]:
+        """Widths of each linear's rows, uint8 [rows]. falling: whether a training is to bring them down."""
+        if self._allotment is None:
+            return {
+                path: torch.full((rows,), self._options.bits, dtype=torch.uint8)
+                for path, (rows, _) in self._shapes.items()
+            }
+        self.stage, meter = "sensitivities", Meter(self._device)
+        self._allotment.measure(
+            self._fresh_model, self._block_path, torch.from_numpy(self._tokens), self._options, self._device,
+            self._partial, self._progress,
+        )  # fmt: skip
+        self._stages["sensitivities"] = meter.facts()
+        return self._allotment.row_bits(falling)
+
     def _end_to_end(self, stage: str, previous: str) -> str:
         self.stage = stage
         facts = self._partial.load_json(f"{stage}-facts")
@@ -212,7 +261,7 @@ class _Run:
             meter = Meter(self._device)
             training = prepare_training(
                 stage, previous, self._fresh_model(), self._block_path, self._train_tokens, self._options,
-                self._device, self._partial, self._batch_tokens,
+                self._device, self._partial, self._batch_tokens, self._allotment,
             )  # fmt: skip
             with step_bar(stage, training.steps, self._progress, meter) as on_read:
                 clock = train(training, self._partial.checkpoint(stage), on_read)
@@ -258,8 +307,16 @@ class _Run:
     def _write(self, last: str) -> dict:
         """The checkpoint folder with its report, whole or not at all."""
         options = self._options
+        counts = {}
+        for index in range(self._count):
+            stored, prefix = self._partial.load_block(last, index), f"{self._block_path}.{index}."
+            for path, shape in self._shapes.items():
+                if path.startswith(prefix):
+                    counts[path] = stored_counts(from_stored(path, stored, shape, options))
+        facts = sizes(self._shapes, counts, options, self._allotment)
+        bits = options.bits if self._allotment is None else facts["mean_width"]
         config = QuantizationConfig(
-            bits=options.bits,
+            bits=bits,
             group_size=options.group_size,
             quant_group_size=options.quant_group_size,
             sparsity=options.sparsity,
@@ -275,13 +332,8 @@ class _Run:
             if not name.startswith(f"{self._block_path}."):
                 tensor = outside[name] if name in outside else dense_tensor(name, to_numpy(state[name]))
                 writer.add({name: tensor})
-        counts: dict[str, tuple[int, int]] = {}
         for index in range(self._count):
-            stored = self._partial.load_block(last, index)
-            writer.add(stored)
-            for path, shape in self._shapes.items():
-                if path.startswith(f"{self._block_path}.{index}."):
-                    counts[path] = stored_counts(from_stored(path, stored, shape, options))
+            writer.add(self._partial.load_block(last, index))
         writer.finish()
         write_json(folder / "config.json", {**self._source.config, "quantization_config": config.to_dict()})
         for name, content in self._source.files.items():
@@ -289,7 +341,7 @@ class _Run:
         report = {
             "out": str(self._out),
             "model": self._source.name,
-            **sizes(self._shapes, counts, options),
+            **facts,
             "bytes": sum(file.stat().st_size for file in folder.iterdir()),
             "calibration": f"{self._described}: {self._tokens.shape[0]} samples of {self._tokens.shape[1]} tokens",
             "resumed_blocks": sum(
@@ -316,5 +368,7 @@ def _details(identity: dict) -> dict:
     }
 
 
-def _digest(tokens: np.ndarray) -> str:
-    return hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
+def _digest(read: dict[str, np.ndarray], *purposes: str) -> str:
+    """Of the tokens read for the last of these purposes for which any were."""
+    tokens = next((read[purpose].tobytes() for purpose in reversed(purposes) if purpose in read), b"")
+    return hashlib.sha256(tokens).hexdigest()[:16]

@@ -9,10 +9,13 @@ from gqsac import codec
 from gqsac.compress.options import Options
 from gqsac.compress.quantize import SMALLEST_SCALE, QuantizedLinear
 from gqsac.compress.write import dense_tensor
-from gqsac.quantized_matrix import ZERO_STEPS, QuantizedMatrix, in_steps
+from gqsac.quantized_matrix import ZERO_STEPS, QuantizedMatrix
+
+# Of a QuantizedLinear, what a distillation stage goes on from.
+MASTER_TENSORS = ("row_bits", "adjusted", "scales", "zeros", "keep")
 
 
-def to_matrix(linear: QuantizedLinear, bits: int, group_size: int) -> QuantizedMatrix:
+def to_matrix(linear: QuantizedLinear, group_size: int) -> QuantizedMatrix:
     """The linear with a mask of groups of `group_size` columns.
 
     A group of which only some weights stay (2:4) is kept whole, with the others at the level of its zero, which is
@@ -20,31 +23,31 @@ def to_matrix(linear: QuantizedLinear, bits: int, group_size: int) -> QuantizedM
     """
     rows, columns = linear.adjusted.shape
     n_groups = columns // group_size
-    keep, levels = to_numpy(linear.keep), to_numpy(linear.levels)
+    row_bits, keep, levels = to_numpy(linear.row_bits), to_numpy(linear.keep), to_numpy(linear.levels)
     scales, zeros = to_numpy(linear.scales), to_numpy(linear.zeros)
     if keep.shape[1] > n_groups:
         kept = keep.reshape(levels.shape)
-        levels = np.where(kept, levels, zeros[..., None])
+        levels_of_zeros = ((zeros.astype(np.int64) << row_bits[:, None]) // ZERO_STEPS).astype(np.uint8)
+        levels = np.where(kept, levels, levels_of_zeros[..., None])
         keep = keep.reshape(rows, n_groups, group_size).any(2)
     return QuantizedMatrix(
         group_size=group_size,
         quant_group_size=columns // scales.shape[1],
-        row_bits=np.full(rows, bits, np.uint8),
+        row_bits=row_bits,
         levels=levels.reshape(rows, columns),
         scales=scales,
-        zeros=in_steps(zeros, bits),
+        zeros=zeros,
         keep=None if keep.all() else keep,
     )
 
 
 def from_matrix(matrix: QuantizedMatrix) -> QuantizedLinear:
-    """A matrix of one width as a masked linear, on the CPU."""
+    """A matrix as a masked linear, on the CPU."""
     rows, columns = matrix.rows, matrix.columns
     keep = np.ones((rows, columns // matrix.group_size), bool) if matrix.keep is None else matrix.keep
     scales = np.where(matrix.scales == 0, np.float16(SMALLEST_SCALE), matrix.scales)  # 0 where all is removed
-    zeros = (matrix.zeros.astype(np.int64) << int(matrix.row_bits[0])) // ZERO_STEPS
     levels = matrix.levels.reshape(*scales.shape, matrix.quant_group_size)
-    tensors = (levels, scales, zeros.astype(np.uint8), keep, matrix.dequantize())
+    tensors = (matrix.row_bits, levels, scales, matrix.zeros, keep, matrix.dequantize())
     return QuantizedLinear(*(torch.from_numpy(array) for array in tensors))
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from gqsac.compress.fake_quant import FrozenLinear, GroupLinear
+from gqsac.quantized_matrix import ZERO_STEPS
 
 _LARGE = 1 << 30  # parameters
 
@@ -29,11 +30,9 @@ def parameter_groups(linears: dict[str, nn.Module], rates: tuple[float, float], 
     weight_lr, scale_lr = rates
     by_rate: dict[float, list] = {}
     gains, zeros = [], []
-    bits = 4
     for linear in linears.values():
         gains.append(linear.gains)
         if isinstance(linear, GroupLinear):
-            bits = linear.bits
             by_rate.setdefault(_rounded(weight_lr * linear.initial_rms), []).append(linear.weight)
             if linear.zeros.requires_grad:
                 zeros.append(linear.zeros)
@@ -43,7 +42,7 @@ def parameter_groups(linears: dict[str, nn.Module], rates: tuple[float, float], 
     groups = [{"params": parameters, "peak": rate} for rate, parameters in by_rate.items() if rate > 0]
     groups.append({"params": gains, "peak": scale_lr})
     if zeros:
-        groups.append({"params": zeros, "peak": scale_lr * (1 << bits)})
+        groups.append({"params": zeros, "peak": scale_lr * ZERO_STEPS})
     return groups
 
 

@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from gqsac.compress.allot_widths import Allotment
 from gqsac.compress.blocks import linears_of
 from gqsac.compress.choose_masks import MaskChooser
+from gqsac.compress.choose_widths import WidthChooser
 from gqsac.compress.compiled import compile_blocks
-from gqsac.compress.end_to_end import Training
+from gqsac.compress.end_to_end import Training, micro_batch
 from gqsac.compress.fake_quant import FrozenLinear, GroupLinear
 from gqsac.compress.options import Options
 from gqsac.compress.partial import PartialFolder
-from gqsac.compress.store import from_matrix, from_stored, load_dense, stored_block, to_matrix
+from gqsac.compress.store import MASTER_TENSORS, from_matrix, from_stored, load_dense, stored_block, to_matrix
 from gqsac.compress.trainable import (
     install,
     is_large,
@@ -44,8 +46,12 @@ def prepare_training(
     device: torch.device,
     partial: PartialFolder,
     batch_tokens: int,
+    allotment: Allotment | None = None,
 ) -> Training:
-    """The stage's student, made of `model` (the uncompressed one, which it takes over) and what `previous` stored."""
+    """The stage's student, made of `model` (the uncompressed one, which it takes over) and what `previous` stored.
+
+    allotment: of widths by row, if they are chosen under a budget.
+    """
     share = 1.0 if stage == "distill" else options.distill
     teacher = None
     if share > 0:
@@ -60,14 +66,11 @@ def prepare_training(
         modules = {}
         for path, linear in linears_of(block, name, options.skip).items():
             if master is not None:
-                tensors = [
-                    torch.from_numpy(master[f"{name}.{path}.{tensor}"])
-                    for tensor in ("adjusted", "scales", "zeros", "keep")
-                ]
-                modules[path] = GroupLinear(options.bits, *tensors, linear.bias)
+                tensors = [torch.from_numpy(master[f"{name}.{path}.{tensor}"]) for tensor in MASTER_TENSORS]
+                modules[path] = GroupLinear(*tensors, linear.bias, options.zeros_between_levels)
             else:
                 matrix = from_stored(f"{name}.{path}", stored, linear.weight.shape, options)
-                modules[path] = FrozenLinear(options.bits, from_matrix(matrix), linear.bias)
+                modules[path] = FrozenLinear(from_matrix(matrix), linear.bias)
         install(block, modules)
         block.float()  # only now, so that no dense weights become f32
         load_dense(model, stored)
@@ -77,17 +80,21 @@ def prepare_training(
         load_dense(model, outside)
     model.to(device)
     linears = trainable_linears(model)
-    others, masks = [], None
+    batch = max(1, batch_tokens // tokens.shape[1])
+    others, chooser = [], None
     if stage == "distill":
         set_master_dtype(linears, options.master_dtype)
         others = [parameter.requires_grad_(True) for parameter in vectors(model)]
-        if options.removes_gradually("distill"):
-            masks = MaskChooser(linears, options, already_sparse=previous == "bqpo")
+        if allotment is not None and previous == "start" and allotment.falls:
+            contexts = torch.from_numpy(tokens)
+            at_once = micro_batch(model, batch, tokens.shape[1], device, len(blocks) if large else 0)
+            chooser = WidthChooser(model, linears, allotment, contexts, at_once, options.seed)
+        elif allotment is None and options.removes_gradually("distill"):
+            chooser = MaskChooser(linears, options, already_sparse=previous == "bqpo")
     if large:
         recompute_blocks(blocks)
     else:
         compile_blocks(blocks, device)
-    batch = max(1, batch_tokens // tokens.shape[1])
     steps = options.steps(stage)
     if steps is None and options.minutes is None:
         steps = max(1, 2 * len(tokens) // batch)  # two epochs, as in the paper
@@ -103,7 +110,7 @@ def prepare_training(
         seconds=options.seconds(stage),
         seed=options.seed,
         device=device,
-        masks=masks,
+        chooser=chooser,
         recomputed=len(blocks) if large else 0,
     )
 
@@ -129,9 +136,7 @@ def store_trained(training: Training, block_path: str, dense: list[str], options
     for index, block in enumerate(model.get_submodule(block_path)):
         name = f"{block_path}.{index}"
         inside = {path[len(name) + 1 :]: module for path, module in linears.items() if path.startswith(f"{name}.")}
-        matrices = {
-            path: to_matrix(module.export(), options.bits, options.group_size) for path, module in inside.items()
-        }
+        matrices = {path: to_matrix(module.export(), options.group_size) for path, module in inside.items()}
         partial.save_block(training.name, index, stored_block(name, block, matrices, dense))
     outside = {
         name: dense_tensor(name, parameter.detach().cpu().numpy())

@@ -10,9 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from gqsa_runtime.errors import FormatError, InputError, ModelError
-from gqsa_runtime.layouts import GROUP_WORDS
 
-from gqsac.checkpoint import Checkpoint
 from gqsac.evaluate.load import is_artifact
 from gqsac.model_folder import read_json
 
@@ -115,7 +113,7 @@ def bits_per_weight(path: str, count: str = "built") -> float:
     count: "built" is what a .gqsa file stores, or what `gqsac build` would make of a folder; "coded" is what the
     method itself needs by the usual count, as a compressed folder's report.json has it: the fair one for formats
     that no kernel here packs, such as 2:4. DENSE_BITS for a source that is not compressed. Raises FormatError
-    or ModelError where the source is damaged or does not know the count.
+    or ModelError where the source is damaged or does not know the count, UnsupportedError where it cannot be built.
     """
     if is_artifact(path):
         if count == "coded":
@@ -136,16 +134,10 @@ def bits_per_weight(path: str, count: str = "built") -> float:
         if not isinstance(coded, (int, float)) or not coded > 0:
             raise ModelError(f"{file} does not give coded_bits_per_weight; count the bits as built, or list them")
         return float(coded)
-    checkpoint = Checkpoint.open(folder)
-    weights = n_bytes = 0
-    for module in checkpoint.modules():
-        streams = checkpoint.stream_headers(module)
-        weights += streams[0].rows * streams[0].columns
-        for stream in streams:
-            n_bytes += GROUP_WORDS.stream_bytes(stream.rows, stream.nnz, stream.bits, stream.group_size)
-    if not weights:
-        raise ModelError(f"{path} says that it is compressed, but holds no compressed linear")
-    return 8 * n_bytes / weights
+    from gqsac.compiler.pipeline import BuildOptions, build
+
+    # Plans alone are made, the same for every target.
+    return build(folder, None, BuildOptions(targets=("sm_80",), dry_run=True)).counts.bits_per_weight
 
 
 def table(rows: Sequence[Row], tasks: Sequence[str] = ()) -> str:

@@ -140,7 +140,7 @@ class CpuDevice:
         self._context, self._slots = context, slots
         self._keep: list[np.ndarray] = []  # arrays that native code points into
         self._addresses: dict[tuple, int] = {}
-        self.plan = plan = program.plans["cpu"]
+        plan = self.plan = program.plans["cpu"]
         self._allocate(program, plan, tensors)
         self._use_tensors(plan, tensors)
         self._phases = {phase: self._resolve(plan, steps) for phase, steps in plan.phases.items()}

@@ -37,8 +37,9 @@ def launch_state(context: int, slots: int | np.ndarray, positions: np.ndarray) -
 class Device(Protocol):
     """What runs a program: CpuDevice and CudaDevice.
 
-    Reserved buffers: tokens i32 [chunk], targets i32 [chunk], state i32 [2 + 2 * chunk] (`launch_state`),
-    logits f32 [chunk or 1, vocab], log_probs f32 [chunk], argmax i32 [chunk]. plan: what it runs.
+    Reserved buffers: tokens i32 [prefill_chunk], state i32 [2 + 2 * prefill_chunk] (`launch_state`), targets i32
+    [score_chunk], logits f32 [score_chunk or 1, vocab], log_probs f32 [score_chunk], argmax i32 [score_chunk]. plan:
+    what it runs.
     """
 
     name: str
@@ -175,7 +176,7 @@ class Engine:
             self._keep_shared(ids[: first - 1])
             log_probs, greedy = [np.empty(0, np.float32)], [np.empty(0, bool)]
             inputs, targets = ids[:-1], ids[1:]
-            for chunk in self._chunks(inputs[self.position :]):
+            for chunk in _chunks(inputs[self.position :], self.device.plan.score_chunk):
                 start = self.position
                 self._launch(chunk, "prefill_body")
                 if self.position < first:
@@ -218,7 +219,7 @@ class Engine:
         if len(ids) == 1:
             self._launch(ids, "decode")
         else:
-            for chunk in self._chunks(ids):
+            for chunk in _chunks(ids, self.device.plan.prefill_chunk):
                 self._launch(chunk, "prefill_body")
             self.device.launch("last_logits")
 
@@ -242,10 +243,6 @@ class Engine:
         token = int(self.device.download("argmax", 1)[0])
         return token if token >= 0 else likeliest(self._logits())  # which says what is wrong with them
 
-    def _chunks(self, ids: np.ndarray):
-        size = self.program.prefill_chunk
-        return (ids[start : start + size] for start in range(0, len(ids), size))
-
     def _checked(self, tokens: abc.Sequence[int], room: int) -> np.ndarray:
         """Tokens as int32 [n], all in the vocabulary and n no more than the room."""
         ids = np.asarray(tokens)
@@ -267,3 +264,7 @@ class Engine:
                 f"expected 0 to {self.program.vocab_size - 1}"
             )
         return ids.astype(np.int32)
+
+
+def _chunks(ids: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (ids[start : start + size] for start in range(0, len(ids), size))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
+
 from gqsa_runtime import format as gqsa
 from gqsa_runtime import memory
+from gqsa_runtime.errors import FormatError
 from gqsa_runtime.operators import OPERATORS
 from gqsa_runtime.reader import ArtifactFile
 
@@ -14,8 +19,8 @@ def describe(file: ArtifactFile, context: int | None = None) -> dict:
     "plans": for each family of targets, the number of kernels, the launches of each phase, and the memory that a
     device needs. The other facts are of the first plan. "linears" counts each compressed weight matrix of the decode
     phase but the head once: weights (parameters of the dense matrix), bytes as stored, bits_per_weight from the two,
-    and sparsity, the share of weights in removed groups, None where the sizes of tensors do not tell it.
-    "dense_bytes": embeddings, heads, norms and biases.
+    sparsity, the share of weights in removed groups, and row_widths, bits -> share of the rows, both None where sizes
+    do not tell them. "dense_bytes": embeddings, heads, norms and biases.
     """
     program = file.program
     if context is None:
@@ -30,7 +35,6 @@ def describe(file: ArtifactFile, context: int | None = None) -> dict:
         "file_bytes": file.size,
         "vocab_size": program.vocab_size,
         "max_context": program.max_context,
-        "prefill_chunk": program.prefill_chunk,
         "kv_dtype": program.kv_dtype,
         "layers": len(program.kv_layers),
         "chat_template": gqsa.KEY_CHAT_TEMPLATE in file.metadata,
@@ -88,6 +92,7 @@ def _linears(file: ArtifactFile, family: str) -> dict:
     plan = file.program.plans[family]
     kernels = {kernel.name: kernel for kernel in plan.kernels}
     weights = kept = n_bytes = 0
+    rows: dict[int, int] | None = {}
     counted: set[tuple[str, ...]] = set()
     for step in plan.phases["decode"]:
         kernel = kernels[step.kernel]
@@ -104,15 +109,34 @@ def _linears(file: ArtifactFile, family: str) -> dict:
         held = {part.name: file.tensors[args[part.name]].elements for part in layout.parts}
         # The second stream of a linear adds to the first: its weights are counted there.
         weights += 0 if kernel.params.get("accumulate") else kernel.params["rows"] * kernel.params["k"]
-        n_weights = layout.n_weights(kernel.params, layout.count_groups(kernel.params, held))
+        n_groups = layout.count_groups(kernel.params, held)
+        n_weights = layout.n_weights(kernel.params, n_groups)
         kept = None if kept is None or n_weights is None else kept + n_weights
         n_bytes += sum(file.tensors[name].size for name in names)
+        widths = layout.rows_by_width(
+            kernel.params, partial(_checked, file, args, layout.rules(kernel.params, n_groups))
+        )
+        if rows is None or widths is None:
+            rows = None
+            continue
+        for width, count in widths.items():
+            rows[width] = rows.get(width, 0) + count
     return {
         "weights": weights,
         "bytes": n_bytes,
         "bits_per_weight": 8 * n_bytes / weights if weights else 0.0,
         "sparsity": None if kept is None else 1 - kept / weights if weights else 0.0,
+        "row_widths": rows and {str(width): n / sum(rows.values()) for width, n in sorted(rows.items())},
     }
+
+
+def _checked(file: ArtifactFile, args: dict[str, str], rules: dict, part: str) -> np.ndarray:
+    """A part of a linear, whose rule needs no other part."""
+    array = file.read(args[part])
+    broken = rules[part].broken(array)
+    if broken:
+        raise FormatError(f"{file.path}: tensor {args[part]} {broken}; get the file again")
+    return array
 
 
 def render(facts: dict) -> str:
@@ -124,7 +148,8 @@ def render(facts: dict) -> str:
         (
             "linears",
             f"{linears['weights'] / 1e6:,.1f} M weights in {size(linears['bytes'])}: "
-            f"{linears['bits_per_weight']:.2f} bits per weight{_removed(linears['sparsity'])}",
+            f"{linears['bits_per_weight']:.2f} bits per weight{_removed(linears['sparsity'])}"
+            f"{_by_width(linears['row_widths'])}",
         ),
         ("dense", f"{size(facts['dense_bytes'])} of embeddings, output head, norms and biases"),
         ("vocabulary", f"{facts['vocab_size']:,} tokens"),
@@ -149,6 +174,13 @@ def render(facts: dict) -> str:
 
 def _removed(sparsity: float | None) -> str:
     return "" if sparsity is None else f", {sparsity:.1%} of groups removed"
+
+
+def _by_width(row_widths: dict[str, float] | None) -> str:
+    if not row_widths:
+        return ""
+    shares = ", ".join(f"{share:.1%} of {width}" for width, share in row_widths.items())
+    return f"; rows of bits: {shares}"
 
 
 def table(rows: list[dict]) -> str:

@@ -106,6 +106,12 @@ def _check_append_attention(p: Mapping) -> str | None:
     return _check_heads(p)
 
 
+def _check_attention_halves(p: Mapping) -> str | None:
+    if p["head_dim"] % 16 or p["head_dim"] > 128:
+        return f"head_dim is {p['head_dim']}, expected a multiple of 16 up to 128"
+    return _check_heads(p)
+
+
 _HEADS = {"tokens": SIZE, "heads": SIZE, "kv_heads": SIZE, "head_dim": SIZE, "kv_dtype": ("f16", "f32")}
 _STATE = Operand("state", "i32", lambda p, t, c: state_elements(1 if p.get("tokens") == 1 else t))
 _IDS = lambda p, t, c: 1 if p["tokens"] == 1 else t  # noqa: E731
@@ -149,6 +155,17 @@ _NORM_WEIGHT = Operand("norm_weight", "f32", lambda p, t, c: p["k"], "weight", l
 _NORM_BIAS = Operand("norm_bias", "f32", lambda p, t, c: p["k"], "weight", lambda p: p["norm"] == "layer")
 
 
+TOKEN_TILES = (128,)  # tokens that matmul_records can take at once
+
+
+def _halves(access: str) -> tuple[Operand, ...]:
+    """Activations of many tokens in half precision: f16 [ceil(n_tokens / 128), k / 64, 128, 64], f32 [n_tokens]."""
+    return (
+        Operand("halves", "f16", lambda p, t, c: -(-t // 128) * 128 * p["k"], access),
+        Operand("scales", "f32", lambda p, t, c: t, access),
+    )
+
+
 def _tiles(per_tile: int):
     return lambda p, max_tokens, context: max_tokens * (p["k"] // _TILE) * per_tile
 
@@ -173,6 +190,21 @@ def _linear_records() -> Operator:
         (*fused, *weights, _STATE),
         _check_linear_records,
         RECORDS,
+    )
+
+
+def _matmul_records() -> Operator:
+    """linear_records for many tokens in half precision, whose activations come from operator halves."""
+    linear = _linear_records()
+    constants = {name: rule for name, rule in linear.constants.items() if name not in ("x_stride", *_NORMS)}
+    weights = linear.operands[[operand.name for operand in linear.operands].index("records") :]
+    return Operator(
+        "linear_records of x = halves * scales, summed in f32",
+        {**constants, "tokens": TOKEN_TILES},
+        (*_halves("in"), *weights),
+        _check_linear_records,
+        RECORDS,
+        families=("cuda",),
     )
 
 
@@ -201,6 +233,10 @@ def _check_linear_records(p: Mapping) -> str | None:
     if p["out_width"] * parts != p["rows"] or (parts == 2 and p["residual"]):
         return f"{p['rows']} rows make {p['out_width']} results by the epilogue {p['epilogue']}"
     return RECORDS.check_constants(p)
+
+
+def _check_tiles(p: Mapping) -> str | None:
+    return f"k is {p['k']}, expected a multiple of {_TILE}" if p["k"] % _TILE else None
 
 
 OPERATORS: dict[str, Operator] = {
@@ -242,6 +278,7 @@ OPERATORS: dict[str, Operator] = {
     "linear_dense": _linear(DENSE_F16),
     "linear_sparse": _linear(GROUP_WORDS),
     "linear_records": _linear_records(),
+    "matmul_records": _matmul_records(),
     "quantize": Operator(
         "per tile of 64 columns of norm(x): q = round(x / scale), |q| <= 32639; planes: high and low bytes, "
         "256 * high + low = q; ranges: {scale, sum of q}",
@@ -254,7 +291,15 @@ OPERATORS: dict[str, Operator] = {
             Operand("ranges", "f32", _tiles(2), "out"),
             _STATE,
         ),
-        lambda p: f"k is {p['k']}, expected a multiple of {_TILE}" if p["k"] % _TILE else None,
+        _check_tiles,
+    ),
+    "halves": Operator(
+        "halves = norm(x) / scale in f16 [tokens / 128, tiles, 128, 64], in the order that matmul_records wants; "
+        "scale: of each token, the power of two that brings its largest to 2^14 .. 2^15",
+        {"tokens": SIZE, "k": SIZE, "x_stride": SIZE, **_NORMS},
+        (Operand("x", "f32", _rows("x_stride", "k")), _NORM_WEIGHT, _NORM_BIAS, *_halves("out"), _STATE),
+        _check_tiles,
+        families=("cuda",),
     ),
     # rope: [context, rotary_dim] f32, a row is cos[rotary_dim / 2] then sin[rotary_dim / 2].
     "kv_append": Operator(
@@ -284,6 +329,19 @@ OPERATORS: dict[str, Operator] = {
             _STATE,
         ),
         _check_heads,
+    ),
+    "attention_halves": Operator(
+        "attention of many tokens with products of halves: q, weights and the cache",
+        {**_HEADS, "kv_dtype": ("f16",), "scale": NUMBER, "window": COUNT, "q_stride": SIZE, "out_stride": SIZE},
+        (
+            Operand("q", "f32", _rows("q_stride", "head_dim", "heads")),
+            Operand("k_cache", "param:kv_dtype", _KV),
+            Operand("v_cache", "param:kv_dtype", _KV),
+            Operand("out", "f32", _rows("out_stride", "head_dim", "heads"), "out"),
+            _STATE,
+        ),
+        _check_attention_halves,
+        families=("cuda",),
     ),
     # partials: [heads / queries, splits, queries, head_dim + 2], whatever number of heads a block takes.
     "append_attention": Operator(

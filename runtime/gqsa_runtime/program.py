@@ -3,7 +3,7 @@ steps to launch.
 
 Every activation is f32 `[n_tokens, width]`, a row per token, stored with a row stride that is a
 constant of the kernel. A kernel takes only pointers; all numbers are stamped into its code, except
-`state` = i32 [2 + 2 * prefill_chunk] {n_tokens, context, slot and position of each token}: how many tokens this
+`state` = i32 [2 + 2 * n] {n_tokens, context, slot and position of each token}: how many tokens this
 launch holds, how many positions a slot of the KV cache has, and where in the cache each token belongs. A slot
 holds one sequence; the tokens of a launch may be of any slots. `operators.OPERATORS` gives each operator's
 operands in order, and `validate` checks every argument of every step against it, so that no kernel can be
@@ -126,8 +126,14 @@ class Binary:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the targets of one family run. phases: those of PHASES, each with its steps in order."""
+    """What the targets of one family run. phases: those of PHASES, each with its steps in order.
 
+    prefill_chunk: most tokens in one launch. score_chunk: most of a launch that all_log_probs follows, whose logits
+    are all held.
+    """
+
+    prefill_chunk: int
+    score_chunk: int
     buffers: tuple[Buffer, ...]
     arena_bytes: int
     kernels: tuple[Kernel, ...]
@@ -153,6 +159,8 @@ class Plan:
     def from_raw(cls, raw: dict) -> Plan:
         """From parsed JSON."""
         return cls(
+            prefill_chunk=raw["prefill_chunk"],
+            score_chunk=raw["score_chunk"],
             buffers=tuple(Buffer(**buffer) for buffer in raw["buffers"]),
             arena_bytes=raw["arena_bytes"],
             kernels=tuple(_kernel(kernel) for kernel in raw["kernels"]),
@@ -179,7 +187,6 @@ class Program:
     model_class: str  # Hugging Face architecture, for people
     vocab_size: int
     max_context: int
-    prefill_chunk: int  # most tokens in one launch
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     kv_dtype: str  # "f16" or "f32"

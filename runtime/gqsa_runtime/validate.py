@@ -67,7 +67,7 @@ def _check_texts(program: Program) -> None:
 
 
 def _check_numbers(program: Program) -> None:
-    for name in ("vocab_size", "max_context", "prefill_chunk"):
+    for name in ("vocab_size", "max_context"):
         value = getattr(program, name)
         if not 1 <= value < 2**31:
             raise _error(f"{name} is {value}, expected 1 to {2**31 - 1}")
@@ -130,6 +130,9 @@ class _PlanChecker:
         self.buffers: dict[str, Buffer] = {buffer.name: buffer for buffer in plan.buffers}
 
     def check(self) -> None:
+        chunk, scored = self.plan.prefill_chunk, self.plan.score_chunk
+        if not 1 <= scored <= chunk < 2**31:
+            raise _error(f"prefill_chunk is {chunk}, score_chunk {scored}; expected 1 to {2**31 - 1}, scores within it")
         self._check_buffers()
         kernels = self._check_kernels()
         if set(self.plan.phases) != set(PHASES):
@@ -139,7 +142,7 @@ class _PlanChecker:
                 where = f"step {index} of {phase} for {self.family} ({step.kernel})"
                 if step.kernel not in kernels:
                     raise _error(f"{where}: there is no such kernel")
-                self._check_step(where, kernels[step.kernel], step.args)
+                self._check_step(where, kernels[step.kernel], step.args, scored if phase == "all_log_probs" else chunk)
 
     def _check_buffers(self) -> None:
         plan = self.plan
@@ -154,14 +157,14 @@ class _PlanChecker:
                 raise _error(f"buffer {buffer.name!r} has {buffer.elements} elements at byte {buffer.offset}")
             if _end(buffer) > plan.arena_bytes:
                 raise _error(f"buffer {buffer.name!r} ends at byte {_end(buffer)}, the arena has {plan.arena_bytes}")
-        chunk = self.program.prefill_chunk
+        chunk, scored = self.plan.prefill_chunk, self.plan.score_chunk
         for name, dtype, elements in (
             ("tokens", "i32", chunk),
-            ("targets", "i32", chunk),
+            ("targets", "i32", scored),
             ("state", "i32", state_elements(chunk)),
             ("logits", "f32", self.program.vocab_size),
-            ("log_probs", "f32", chunk),
-            ("argmax", "i32", chunk),
+            ("log_probs", "f32", scored),
+            ("argmax", "i32", scored),
         ):
             buffer = self.buffers.get(name)
             if buffer is None or buffer.dtype != dtype or buffer.elements < elements:
@@ -192,12 +195,13 @@ class _PlanChecker:
                 raise _error(f"kernel {kernel.name}: {wrong}")
         return kernels
 
-    def _check_step(self, where: str, kernel: Kernel, args: tuple[Argument, ...]) -> None:
+    def _check_step(self, where: str, kernel: Kernel, args: tuple[Argument, ...], n_tokens: int) -> None:
+        """n_tokens: most that a launch of the step's phase holds."""
         operands = OPERATORS[kernel.op].operands
         if len(args) != len(operands):
             raise _error(f"{where}: {len(args)} arguments, expected {len(operands)}")
         for operand, arg in zip(operands, args, strict=True):
-            self._check_arg(f"{where}, argument {operand.name!r}", kernel, operand, arg)
+            self._check_arg(f"{where}, argument {operand.name!r}", kernel, operand, arg, n_tokens)
         named = {operand.name: arg for operand, arg in zip(operands, args, strict=True)}
         layout = OPERATORS[kernel.op].layout
         if layout is not None:
@@ -223,7 +227,7 @@ class _PlanChecker:
         elif kernel.op == "log_probs" and kernel.params["vocab"] < self.program.vocab_size:
             raise _error(f"{where}: {kernel.params['vocab']} logits for {self.program.vocab_size} tokens")
 
-    def _check_arg(self, where: str, kernel: Kernel, operand: Operand, arg: Argument) -> None:
+    def _check_arg(self, where: str, kernel: Kernel, operand: Operand, arg: Argument, n_tokens: int) -> None:
         params = kernel.params
         if not operand.present(params):
             expected = "null"
@@ -240,7 +244,7 @@ class _PlanChecker:
         if arg.kind == "null":
             return
         dtype = operand.dtype_of(params)
-        needed = operand.elements(params, self.program.prefill_chunk, self.context)
+        needed = operand.elements(params, n_tokens, self.context)
         if arg.kind == "tensor":
             held = _tensor(self.tensors, where, arg.name, dtype).elements
         elif arg.kind == "buffer":

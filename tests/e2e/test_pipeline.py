@@ -80,7 +80,7 @@ def check_parity(folder, file, n_tokens=12, tolerance=1e-4, reference=None):
     """Greedy tokens, log-probabilities and logits after prompts of every length equal the reference's."""
     reference = reference or load_reference(folder)
     with Model.open(file, device="cpu", threads=1) as model:
-        assert model.program.kv_dtype == "f32" and model.program.prefill_chunk == 128
+        assert model.program.kv_dtype == "f32" and model.engine.device.plan.prefill_chunk == 128
         ids = model.tokenize(TEXT)
         for length in LENGTHS:
             model.engine.reset()

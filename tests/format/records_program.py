@@ -99,6 +99,7 @@ def plan(**changes) -> Plan:
 
     quantize = step("quantize_t8")
     fields = {
+        "prefill_chunk": CHUNK, "score_chunk": CHUNK,
         "buffers": tuple(buffers), "arena_bytes": offset, "kernels": tuple(made.values()),
         "phases": {
             "decode": (embed(1), step("linear_records_t1", "gate", out="h"), step("head_t1", "embed", out="logits")),

@@ -117,6 +117,8 @@ def test_wrong_types(changes):
         {"vocab_size": 0},
         {"max_context": -1},
         {"prefill_chunk": 2**31},
+        {"score_chunk": 0},
+        {"score_chunk": tiny.CHUNK + 1},
         {"kv_dtype": "i8"},
         {"arena_bytes": -1},
         {"kv_layers": (KVLayer(0, 16),)},
@@ -217,6 +219,19 @@ APPEND_ATTENTION = {"tokens": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "kv_
                     "scale": 0.25, "window": 0, "splits": 8}  # fmt: skip
 
 
+ATTENTION_HALVES = {"tokens": 128, "heads": 2, "kv_heads": 1, "head_dim": 16, "kv_dtype": "f16", "scale": 0.25,
+                    "window": 0, "q_stride": 32, "out_stride": 32}  # fmt: skip
+HALVES = {"tokens": 128, "k": 64, "x_stride": 64, "norm": "rms", "eps": 1e-5}
+MATMUL_RECORDS = {
+    **{
+        name: value
+        for name, value in records_program.kernels()["linear_records_t8"].params.items()
+        if name not in ("x_stride", "norm", "eps")
+    },
+    "tokens": 128,
+}
+
+
 @pytest.mark.parametrize("op", sorted(OPERATORS))
 def test_every_param_is_checked(op):
     examples = {kernel.op: kernel.params for kernel in tiny.plan().kernels}
@@ -227,6 +242,9 @@ def test_every_param_is_checked(op):
                                "out_stride": 8}  # fmt: skip
     examples |= {kernel.op: kernel.params for kernel in records_program.kernels().values()}
     examples["append_attention"] = APPEND_ATTENTION
+    examples["halves"] = HALVES
+    examples["matmul_records"] = MATMUL_RECORDS
+    examples["attention_halves"] = ATTENTION_HALVES
     good = examples[op]
     assert check_params(op, good) is None
     assert "expected" in check_params(op, {**good, "more": 1})
@@ -252,10 +270,18 @@ def test_a_family_has_its_own_operators_alone():
     )
     validate(tiny.program(**cuda_program(cuda)), infos())
     families = {op: set(operator.families) for op, operator in OPERATORS.items()}
-    assert {op for op, of in families.items() if of != {"cuda", "cpu"}} == {"append_attention"}
+    assert {op for op, of in families.items() if of != {"cuda", "cpu"}} == {
+        "append_attention", "attention_halves", "halves", "matmul_records",
+    }  # fmt: skip
 
 
 def test_params_that_do_not_fit_together():
+    assert "multiple of 64" in check_params("halves", {**HALVES, "k": 65})
+    assert "64" in check_params("matmul_records", {**MATMUL_RECORDS, "tokens": 64})
+    for head_dim in (24, 144):
+        assert "multiple of 16 up to 128" in check_params(
+            "attention_halves", {**ATTENTION_HALVES, "head_dim": head_dim}
+        )
     for head_dim in (12, 264):
         assert "multiple of 8 up to 256" in check_params("append_attention", {**APPEND_ATTENTION, "head_dim": head_dim})
     refuse("whole groups", kernels=with_param("linear_sparse_t1", k=40))

@@ -104,6 +104,7 @@ def plan(**changes) -> Plan:
     choice = step("argmax", "logits", "argmax")
     last, scores = step("last_row", "y", "last"), step("log_probs", "logits", "targets", "log_probs", "argmax")
     fields = {
+        "prefill_chunk": CHUNK, "score_chunk": CHUNK,
         "buffers": tuple(buffers), "arena_bytes": offset, "kernels": tuple(kernels),
         "phases": {
             "decode": (*body("t1"), head("t1", "y"), choice),
@@ -125,7 +126,7 @@ def cuda_plan(**changes) -> Plan:
 def program(**changes) -> Program:
     fields = {
         "name": "tiny", "model_class": "TinyForCausalLM", "vocab_size": VOCAB, "max_context": CONTEXT,
-        "prefill_chunk": CHUNK, "bos_token_id": BOS, "eos_token_ids": (EOS,), "kv_dtype": "f32",
+        "bos_token_id": BOS, "eos_token_ids": (EOS,), "kv_dtype": "f32",
         "kv_layers": (KVLayer(1, 16),), "ropes": {"main": Rope("inv_freq", 4, 1.0)}, "plans": {"cpu": plan()},
         "binaries": (Binary("x86_64_v3", "shared_object", "binary.cpu", {"": (0, 100)}),),
     }  # fmt: skip

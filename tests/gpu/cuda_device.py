@@ -90,7 +90,7 @@ class GpuKernels:
 
     def __init__(self, gpu: Gpu, kernels: dict[KernelSpec, str], target: str, change=lambda text: text):
         """change: of the headers' texts, to measure what a part of a kernel costs."""
-        self._gpu = gpu
+        self._gpu, self._target = gpu, target
         texts = {name: change(text) for name, text in headers("cuda").items()}
 
         def compile_one(item):
@@ -100,7 +100,7 @@ class GpuKernels:
         with ThreadPoolExecutor() as pool:
             binaries = list(pool.map(compile_one, kernels.items()))
         self._functions = {
-            spec: gpu.load(data, name, launch(spec, 1).shared_bytes)
+            spec: gpu.load(data, name, launch(spec, 1, target).shared_bytes)
             for (spec, name), data in zip(kernels.items(), binaries, strict=True)
         }
 
@@ -117,7 +117,7 @@ class GpuKernels:
             gpu.upload(address, root)
             copies.append((root, allocation, address))
         pointers = [None if a is None else self._locate(a, copies) for a in problem.arguments]
-        gpu.launch(self._functions[problem.spec], launch(problem.spec, max_tokens), pointers)
+        gpu.launch(self._functions[problem.spec], launch(problem.spec, max_tokens, self._target), pointers)
         gpu.synchronize()
         for root, allocation, address in copies:
             gpu.download(root, address)

@@ -563,6 +563,34 @@ def _attention_cases():
     yield case("strides_tile", 70, 5, tokens=8, **strides)
 
 
+def _attention_halves_cases():
+    def case(name, n_tokens, position, context=96, heads=4, kv_heads=2, head_dim=64, window=0, places=(), **changes):
+        width = heads * head_dim
+        params = {
+            "tokens": 128, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": head_dim**-0.5,
+            "window": window, "kv_dtype": "f16", "q_stride": width, "out_stride": width, **changes,
+        }  # fmt: skip
+        spec = KernelSpec.make("attention_halves", **params)
+        # Queries and weights are rounded to 11 bits.
+        return Case(
+            f"attention_halves/{name}", spec, _attention, n_tokens, position, max(80, n_tokens), context, 1e-3, 4e-3,
+            places=places,
+        )  # fmt: skip
+
+    for heads, kv_heads, head_dim in ((9, 3, 64), (2, 2, 80), (2, 1, 96), (2, 2, 112), (4, 1, 128), (2, 1, 16)):
+        yield case(f"h{heads}_kv{kv_heads}_d{head_dim}", 13, 21, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    for n_tokens, position in ((1, 0), (5, 0), (16, 64), (17, 63), (80, 3), (80, 0), (130, 190)):
+        context = 320 if n_tokens > 80 else 96
+        yield case(f"tokens_{n_tokens}_position_{position}", n_tokens, position, context, heads=2, kv_heads=1)
+    for window in (1, 16, 4096):
+        yield case(f"window_{window}", 70, 20, window=window)
+    wide = tuple((token // 30, 7 + token % 30) for token in range(80))  # runs that cross tiles of queries
+    for mix, places in {**MIXED_PLACES, "wide": wide}.items():
+        for window in (0, 4):
+            yield case(f"{mix}_window_{window}", len(places), 0, places=places, window=window)
+    yield case("strides", 70, 5, q_stride=300, out_stride=261)
+
+
 def _append_attention(rng, p, case):
     past = _attention(
         rng, {**p, "q_stride": p["heads"] * p["head_dim"], "out_stride": p["heads"] * p["head_dim"]}, case
@@ -614,6 +642,7 @@ CASES: tuple[Case, ...] = (
     *_dense_cases(),
     *_simple_cases(),
     *_attention_cases(),
+    *_attention_halves_cases(),
     *_append_attention_cases(),
     *cases_records.make_cases(Case, _HELPERS),
 )

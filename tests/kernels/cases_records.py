@@ -5,6 +5,7 @@ from gqsa_runtime.layouts import RECORDS
 from gqsa_runtime.layouts.records import make_plan
 
 from gqsac.compiler.kernel_spec import KernelSpec
+from tests.kernels.oracles import halves_places
 from tests.kernels.random_records import random_keep, random_matrix
 
 TILE = 64
@@ -33,6 +34,14 @@ def _linear_records(helpers, pattern, offset):
         arguments |= {
             part.name: helpers.array(RECORDS.pack(part.name, source, p), dtypes[part.dtype]) for part in RECORDS.parts
         }
+        if case.spec.op == "matmul_records":
+            # What lies behind the last token is used for nothing.
+            halves, scales = np.full(_halves_elements(case, p), np.nan), np.full(case.max_tokens, np.nan)
+            halves[halves_places(case.n_tokens, p["k"])] = rng.normal(size=(case.n_tokens, p["k"])) * 3000
+            scales[: case.n_tokens] = np.exp2(rng.integers(-14, -11, case.n_tokens))
+            return arguments | {
+                "halves": helpers.array(halves, np.float16), "scales": helpers.array(scales, np.float32), "out": out,
+            }  # fmt: skip
         several = p["tokens"] > 1
         arguments |= {"x": None, "planes": None, "ranges": None, "norm_weight": None, "norm_bias": None, "out": out}
         if several:
@@ -89,6 +98,23 @@ def _quantize(helpers):
             "norm_bias": helpers.normal(rng, p["k"]) if p["norm"] == "layer" else None,
             "planes": helpers.output(case.max_tokens * n_tiles * 2 * TILE, np.int8),
             "ranges": helpers.output(case.max_tokens * n_tiles * 2, np.float32),
+        }
+
+    return fill
+
+
+def _halves_elements(case, p):
+    return -(-case.max_tokens // 128) * 128 * p["k"]
+
+
+def _halves(helpers):
+    def fill(rng, p, case):
+        return {
+            "x": helpers.activations(rng, case, p, p["x_stride"], p["k"], scale=case.extra),
+            "norm_weight": helpers.normal(rng, p["k"]) if p["norm"] != "none" else None,
+            "norm_bias": helpers.normal(rng, p["k"]) if p["norm"] == "layer" else None,
+            "halves": helpers.output(_halves_elements(case, p), np.float16),
+            "scales": helpers.output(case.max_tokens, np.float32),
         }
 
     return fill
@@ -156,3 +182,42 @@ def make_cases(Case, helpers):
                 p = {"tokens": tokens, "k": k, "x_stride": k + 4, "norm": norm, "eps": 1e-5}
                 name = f"quantize/{norm}_k{k}{'_tile' if tokens > 1 else ''}"
                 yield Case(name, KernelSpec.make("quantize", **p), _quantize(helpers), n_tokens, 3, 16, 64)
+
+    for norm in ("none", "rms", "layer"):
+        for k, scale in ((64, 3.0), (576, 1e6), (4096, 1e-3)):
+            p = {"tokens": 128, "k": k, "x_stride": k + 4, "norm": norm, "eps": 1e-5}
+            yield Case(
+                f"halves/{norm}_k{k}", KernelSpec.make("halves", **p), _halves(helpers), 5, 3, 6, 64, extra=scale
+            )
+    p = {"tokens": 128, "k": 128, "x_stride": 128, "norm": "none", "eps": 0.0}
+    yield Case("halves/zeros", KernelSpec.make("halves", **p), _halves(helpers), 3, 3, 4, 64, extra=0.0)
+
+    def matmul(name, width=4, pattern="all", n_tokens=13, max_tokens=16, **changes):
+        p = {**base, "tokens": 128, **changes}
+        out_width = p["rows"] // (2 if p["epilogue"] == "gated" else 1)
+        p = {"out_stride": out_width, "residual_stride": out_width, "out_width": out_width, **p}
+        del p["norm"], p["eps"]
+        full_name = f"matmul_records/{name}"
+        _, plan = _source({**p, "width": width}, pattern, len(full_name))
+        spec = KernelSpec.make("matmul_records", **p, **plan.constants)
+        fill = _linear_records(helpers, pattern, 0)
+        # Weights are rounded to 11 bits, over sums of about 1.
+        return Case(full_name, spec, fill, n_tokens, 3, max_tokens, 192, 1e-3, 1e-3, width)
+
+    for width in (1, 2, 3, 4, 8, "mixed"):
+        yield matmul(f"w{width}", width)
+    for width in (2, 4, 8):
+        for pattern in ("groups", "tiles", "skewed"):
+            yield matmul(f"w{width}_{pattern}", width, pattern, k=448)
+    yield matmul("empty", pattern="empty", bias=True)
+    yield matmul("k64", k=64)
+    yield matmul("k1024_whole", k=1024, rows=16 * 9)
+    for width, pattern in ((4, "groups"), (2, "tiles"), (8, "tiles")):  # records that both halves of the tiles need
+        yield matmul(f"k2496_w{width}_{pattern}", width, pattern, k=39 * 64, n_tokens=5)
+    yield matmul("k9024", k=141 * 64, n_tokens=2)  # more records than lanes look for the middle at once
+    yield matmul("residual_aliased", residual=True)
+    yield matmul("epilogue", activation="gelu_tanh", bias=True, residual=True, residual_stride=41, out_stride=45)
+    for n_tokens in (1, 63, 64, 65, 127, 128, 129):
+        yield matmul(f"tokens_{n_tokens}", n_tokens=n_tokens, max_tokens=160, k=128, bias=True)
+    yield matmul("gated", pattern="groups", rows=72, epilogue="gated", activation="silu", k=256)
+    yield matmul("gated_mixed_bias", "mixed", rows=72, epilogue="gated", activation="gelu", bias=True, k=192)

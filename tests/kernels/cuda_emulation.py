@@ -27,9 +27,10 @@ def is_available() -> bool:
 class EmulatedKernels:
     """Kernels compiled for emulation, a shared object that is kept in `folder` under a digest of its source."""
 
-    def __init__(self, kernels: dict[KernelSpec, str], folder: Path):
-        self._names = kernels
-        self._library = ctypes.CDLL(str(_build(kernels, folder)))
+    def __init__(self, kernels: dict[KernelSpec, str], folder: Path, macros: tuple[str, ...] = (), target: str = ""):
+        """macros: defined when compiling. target: whose launches are made."""
+        self._names, self._target = kernels, target
+        self._library = ctypes.CDLL(str(_build(kernels, folder, tuple(f"-D{macro}" for macro in macros))))
         self._library.emulation_launch.restype = ctypes.c_char_p
 
     def run(self, spec: KernelSpec, arguments: list, max_tokens: int, backwards: bool = False) -> None:
@@ -38,7 +39,7 @@ class EmulatedKernels:
         backwards: the threads of a block run last to first. Raises AssertionError for a broken kernel:
         diverged barriers, a write behind the shared memory, a misaligned load.
         """
-        made = launch(spec, max_tokens)
+        made = launch(spec, max_tokens, self._target)
         pointers = (ctypes.c_void_p * len(arguments))(*[None if a is None else a.ctypes.data for a in arguments])
         function = ctypes.cast(getattr(self._library, self._names[spec]), ctypes.c_void_p)
         problem = self._library.emulation_launch(
@@ -67,11 +68,12 @@ def run_both_ways(kernels: EmulatedKernels, case) -> None:
             np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
 
 
-def _build(kernels: dict[KernelSpec, str], folder: Path) -> Path:
+def _build(kernels: dict[KernelSpec, str], folder: Path, macros: tuple[str, ...]) -> Path:
     """Path of the shared object with all kernels; compiled only if the folder does not hold it."""
+    flags = (*_FLAGS, *macros)
     sources = [render("cuda", spec, name) for spec, name in kernels.items()]
     version = subprocess.run(["g++", "--version"], check=True, capture_output=True).stdout
-    digest = hashlib.sha256(version + " ".join(_FLAGS).encode())
+    digest = hashlib.sha256(version + " ".join(flags).encode())
     for text in (*sources, *_read_all(_FOLDER), *_read_all(templates_folder() / "cuda" / "include")):
         digest.update(text.encode() + b"\0")
     library = folder / f"kernels-{digest.hexdigest()[:16]}.so"
@@ -88,7 +90,7 @@ def _build(kernels: dict[KernelSpec, str], folder: Path) -> Path:
 
     def compile_unit(unit):
         output = work / f"{unit.stem}.o"
-        _call(["g++", *_FLAGS, *includes, "-c", str(unit), "-o", str(output)])
+        _call(["g++", *flags, *includes, "-c", str(unit), "-o", str(output)])
         return str(output)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -91,6 +91,37 @@ def _embedding_records(p, a, n, places, write):
     write("out", RECORDS.unpack(a, p)[a["ids"][:n]].astype(np.float64) * p["scale"], p["out_stride"])
 
 
+def halves_places(n_tokens, k):
+    """Where each element stands in `halves`, see halved_rows.cuh: int [n_tokens, k]."""
+    token, column = np.arange(n_tokens)[:, None], np.arange(k)
+    tile, in_tile = column // 64, column % 64
+    quarter, step, half, element = in_tile // 16, in_tile % 16 // 4, in_tile % 2, in_tile % 4 // 2
+    piece = 2 * step + half
+    start = (token // 128 * (k // 64) + tile) * 128 + token % 128
+    return start * 64 + (piece ^ token % 8) * 8 + 2 * quarter + element
+
+
+def _halves(p, a, n, places, write):
+    x = _normalized(p, a, _read(a["x"], n, p["x_stride"], p["k"]))
+    largest = np.abs(x).max(1)
+    scale = np.where(largest > 0, np.exp2(np.floor(np.log2(np.maximum(largest, 2.0**-95))) - 14), 2.0**-109)
+    places_of_x = halves_places(n, p["k"])
+
+    def check_halves(actual):
+        made = actual[places_of_x].astype(np.float64)
+        np.testing.assert_allclose(made, x / scale[:, None], rtol=2**-11 + 1e-5, atol=2**-24)
+        others = np.ones(len(actual), bool)
+        others[places_of_x] = False
+        assert (actual.view(np.uint16) == a["halves"].view(np.uint16))[others].all()
+
+    return {"halves": check_halves, "scales": np.concatenate([scale.astype(np.float32), a["scales"][n:]])}
+
+
+def _matmul_records(p, a, n, places, write):
+    x = a["halves"][halves_places(n, p["k"])].astype(np.float64)
+    _finish_records(p, a, n, write, x * a["scales"][:n, None].astype(np.float64))
+
+
 def _linear_records(p, a, n, places, write):
     if p["tokens"] == 1:
         x = _normalized(p, a, _read(a["x"], n, p["x_stride"], p["k"]))
@@ -99,6 +130,10 @@ def _linear_records(p, a, n, places, write):
         planes = a["planes"][: n * 2 * p["k"]].reshape(n, n_tiles, 2, 64).astype(np.float64)
         scales = a["ranges"][: n * n_tiles * 2].reshape(n, n_tiles, 2)[..., :1].astype(np.float64)
         x = ((planes[:, :, 0] * 256 + planes[:, :, 1]) * scales).reshape(n, -1)
+    _finish_records(p, a, n, write, x)
+
+
+def _finish_records(p, a, n, write, x):
     total = x @ RECORDS.unpack(a, p).astype(np.float64).T
     if p["bias"]:
         total = total + a["bias"][: p["rows"]].astype(np.float64)
@@ -254,9 +289,12 @@ _ORACLES = {
     "embedding_records": _embedding_records,
     "linear_records": _linear_records,
     "quantize": _quantize,
+    "halves": _halves,
+    "matmul_records": _matmul_records,
     "kv_append": _kv_append,
     "append_attention": _append_attention,
     "attention": _attention,
+    "attention_halves": _attention,
     "gated_activation": _gated_activation,
     "elementwise": _elementwise,
     "last_row": _last_row,

@@ -60,9 +60,9 @@ def make_program(targets=("x86_64_v4", "x86_64_v3", "aarch64")):
         Buffer("logits", "f32", VOCAB, 128 + 12 * WIDTH),
     )
     kernels = tuple(Kernel(name, spec.op, dict(spec.params), {}) for name, spec in SPECS.items())
-    plan = Plan(buffers, 128 + 12 * WIDTH + 4 * VOCAB, kernels, {"decode": steps})
+    plan = Plan(1, 1, buffers, 128 + 12 * WIDTH + 4 * VOCAB, kernels, {"decode": steps})
     return Program(
-        name="test", model_class="Test", vocab_size=VOCAB, max_context=CONTEXT, prefill_chunk=1, bos_token_id=None,
+        name="test", model_class="Test", vocab_size=VOCAB, max_context=CONTEXT, bos_token_id=None,
         eos_token_ids=(), kv_dtype="f16", kv_layers=(KVLayer(HEADS, HEAD_DIM),),
         ropes={"main": Rope("inv_freq", HEAD_DIM, 1.0)}, plans={"cpu": plan},
         binaries=tuple(Binary(target, "shared_object", f"so.{target}", {"": (0, 0)}) for target in targets),

@@ -8,7 +8,7 @@ from gqsa_runtime.errors import GqsaError, UnsupportedError
 from gqsa_runtime.layouts.records import MASKED_WIDTHS, WIDTHS
 from gqsa_runtime.operators import OPERATORS
 
-from gqsac.compiler.cuda_launch import MAX_SHARED_BYTES, geometry, launch, splits_of
+from gqsac.compiler.cuda_launch import MAX_SHARED_BYTES, geometry, launch, own_targets, splits_of
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
 from gqsac.compiler.passes import compile_cuda as compile_pass
 from gqsac.compiler.passes.compile import CUDA_TARGETS
@@ -60,6 +60,12 @@ def _gated(**changes) -> KernelSpec:
     return _records(**{**fields, "norm": "rms" if changes.get("tokens", 1) == 1 else "none", "eps": 1e-5, **changes})
 
 
+def _matmul(like: KernelSpec) -> KernelSpec:
+    """matmul_records with the constants of a linear_records."""
+    params = {name: value for name, value in like.params if name not in ("x_stride", "norm", "eps")}
+    return KernelSpec.make("matmul_records", **{**params, "tokens": 128})
+
+
 def _append_attention(**changes) -> KernelSpec:
     params = {
         "tokens": 1, "heads": 32, "kv_heads": 8, "head_dim": 128, "scale": 0.088, "window": 0, "kv_dtype": "f16",
@@ -89,6 +95,12 @@ def _real_shapes() -> list[KernelSpec]:
         _attention(tokens=8),
         _attention(tokens=8, head_dim=256),
         *_real_records(),
+        *(_matmul(spec) for spec in (*map(_records, (*WIDTHS, 0)), _gated(), _gated(width=0, whole=False, bias=True))),
+        *(_matmul(_records(width, masked=True)) for width in (*MASKED_WIDTHS, 0)),
+        *(
+            KernelSpec.make("attention_halves", **{**dict(_attention().params), "tokens": 128, "head_dim": head_dim})
+            for head_dim in (64, 80, 128)
+        ),
         *(_append_attention(head_dim=head_dim, rotary_dim=head_dim) for head_dim in (64, 80, 128, 256)),
         *(_append_attention(heads=heads, kv_heads=kv_heads) for heads, kv_heads in ((32, 32), (14, 2), (64, 8))),
         _append_attention(kv_dtype="f32", window=4096),
@@ -157,9 +169,10 @@ def test_no_kernel_spills(binaries, target):
 @pytest.mark.parametrize("target", [target for target in CUDA_TARGETS if target.startswith("sm_")])
 def test_launches_fit_the_device(binaries, target):
     for spec, binary in _of_target(binaries, target):
-        name, made = NAMES[spec], launch(spec, 512)
+        name, made = NAMES[spec], launch(spec, 512, target)
         assert binary.registers * made.block <= _REGISTERS_PER_BLOCK, name
-        assert made.shared_bytes + binary.shared_bytes <= 99 * 1024, name
+        room = (227 if target in own_targets(spec.op) else 99) * 1024
+        assert made.shared_bytes + binary.shared_bytes <= room, name
         assert made.block % 32 == 0 and all(size >= 1 for size in made.grid), name
 
 
@@ -179,7 +192,7 @@ def test_grids_cover_every_row_and_token(max_tokens):
         grid, block = made.grid, made.block
         tokens = 1 if params.get("tokens") == 1 or spec.op in ("last_row", "argmax") else max_tokens
         assert made.shared_bytes <= MAX_SHARED_BYTES
-        assert grid[1] <= tokens or spec.op == "append_attention", "block rows without tokens"
+        assert grid[1] <= tokens or spec.op in ("append_attention", "matmul_records"), "block rows without tokens"
         if spec.op == "linear_sparse":
             assert grid[0] * block // 32 >= params["n_tasks"] and grid[1] * params["tokens"] >= tokens
         elif spec.op == "attention":
@@ -189,6 +202,12 @@ def test_grids_cover_every_row_and_token(max_tokens):
         elif spec.op == "linear_records":
             local = geometry(spec).constants["LOCAL_BLOCKS"]
             assert grid[0] * local >= params["n_blocks"] and grid[1] * params["tokens"] >= tokens
+        elif spec.op == "matmul_records":
+            for target in ("", "sm_90"):
+                x, y, _ = launch(spec, max_tokens, target).grid
+                assert x * 128 >= tokens and y * geometry(spec, target).constants["ROW_BLOCKS"] >= params["n_blocks"]
+        elif spec.op == "attention_halves":
+            assert grid[0] == params["heads"] and grid[1] * 64 >= tokens
         elif spec.op == "append_attention":
             queries = geometry(spec).constants["QUERIES"]
             assert grid[0] * queries == params["heads"] and grid[1] == params["splits"]

@@ -22,6 +22,22 @@ def test_kernel_matches_the_oracle(kernels, case):
     cuda_emulation.run_both_ways(kernels, case)
 
 
+MATMULS = [case for case in CASES if case.spec.op == "matmul_records"]
+
+
+@pytest.fixture(scope="module")
+def warp_groups(request):
+    """The matmuls as compiled where four warps multiply together."""
+    names = {case.spec: KERNEL_NAMES[case.spec] for case in MATMULS}
+    folder = request.config.cache.mkdir("cuda_emulation")
+    return cuda_emulation.EmulatedKernels(names, folder, ("GQSA_WARP_GROUPS=1",), "sm_90")
+
+
+@pytest.mark.parametrize("case", MATMULS, ids=lambda case: case.name)
+def test_warp_groups_match_the_oracle(warp_groups, case):
+    cuda_emulation.run_both_ways(warp_groups, case)
+
+
 def test_every_operator_has_cases_of_both_variants():
     only_decode = ("last_row", "argmax", "append_attention")
     seen = {(case.spec.op, dict(case.spec.params).get("tokens", 1) > 1) for case in CASES}
@@ -73,6 +89,6 @@ def test_too_little_shared_memory_is_noticed(monkeypatch, tmp_path):
     spec = _spec("linear_sparse/g16_k576_w4")
     kernels = cuda_emulation.EmulatedKernels({spec: "kernel"}, tmp_path)
     case = next(case for case in CASES if case.spec == spec)
-    monkeypatch.setattr(cuda_emulation, "launch", lambda spec, max_tokens: Launch((2, 1, 1), 128, 576 * 4 - 16))
+    monkeypatch.setattr(cuda_emulation, "launch", lambda spec, max_tokens, target: Launch((2, 1, 1), 128, 576 * 4 - 16))
     with pytest.raises(AssertionError, match="shared memory"):
         kernels.run(spec, case.build().arguments, case.max_tokens)

@@ -23,7 +23,7 @@ class FakeDevice:
     def __init__(self, program, context: int, script=None):
         self.program, self.context, self.script = program, context, script
         self.plan = program.plans["cpu"]
-        self.buffers = {b.name: np.zeros(b.elements, DTYPES[b.dtype]) for b in program.plans["cpu"].buffers}
+        self.buffers = {b.name: np.zeros(b.elements, DTYPES[b.dtype]) for b in self.plan.buffers}
         self.cache = np.full(context, -1, np.int32)
         self.launches: list[tuple[str, int, int]] = []  # (phase, n_tokens, position)
         self.closed = False
@@ -42,7 +42,7 @@ class FakeDevice:
         assert positions.tolist() == list(range(position, position + n_tokens))
         self.launches.append((phase, n_tokens, position))
         if phase in ("decode", "prefill_body"):
-            assert 1 <= n_tokens <= (1 if phase == "decode" else self.program.prefill_chunk)
+            assert 1 <= n_tokens <= (1 if phase == "decode" else self.plan.prefill_chunk)
             assert position + n_tokens <= self.context
             self.cache[position : position + n_tokens] = self.buffers["tokens"][:n_tokens]
         if phase in ("decode", "last_logits"):

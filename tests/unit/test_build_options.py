@@ -75,25 +75,26 @@ def test_decode_attention_is_one_kernel_on_cuda_alone(model):
         assert cpu.count("kv_append") == cpu.count("attention") == (2 if phase in ("decode", "prefill_body") else 0)
         assert "append_attention" not in cpu
         assert cuda.count("append_attention") == (2 if phase == "decode" else 0)
-        assert cuda.count("kv_append") == cuda.count("attention") == (2 if phase == "prefill_body" else 0)
+        assert cuda.count("kv_append") == cuda.count("attention_halves") == (2 if phase == "prefill_body" else 0)
+        assert "attention" not in cuda and "attention_halves" not in cpu
 
 
-def test_several_tokens_are_quantised_before_each_linear(tmp_path):
+@pytest.mark.parametrize(
+    "family, several", [("cuda", ["halves", "matmul_records"]), ("cpu", ["quantize", "linear_records"])]
+)
+def test_activations_of_several_tokens_are_made_before_each_linear(tmp_path, family, several):
     model = save_model(tmp_path / "model", "llama")
     summary = dry(model, rounding=Rounding(16), head_bits=8)
-    for family in ("cuda", "cpu"):
-        for phase in ("decode", "last_logits"):
-            assert ops(summary, family, phase)[-2:] == ["linear_records", "argmax"]
-        assert "quantize" not in ops(summary, family) + ops(summary, family, "last_logits")
-        assert ops(summary, family, "all_log_probs") == ["quantize", "linear_records", "log_probs"]
-        plan = summary.program.plans[family]
-        (quantize,) = [kernel for kernel in plan.kernels if kernel.op == "quantize"]
-        assert quantize.params["norm"] == "rms"  # of the norm before the head, which one token's kernel applies itself
-        one, several = sorted(
-            (kernel for kernel in plan.kernels if kernel.op == "linear_records"), key=lambda k: k.params["tokens"]
-        )
-        assert (one.params["tokens"], one.params["norm"]) == (1, "rms")
-        assert several.params["tokens"] > 1
+    for phase in ("decode", "last_logits"):
+        assert ops(summary, family, phase)[-2:] == ["linear_records", "argmax"]
+    assert several[0] not in ops(summary, family) + ops(summary, family, "last_logits")
+    assert ops(summary, family, "all_log_probs") == [*several, "log_probs"]
+    plan = summary.program.plans[family]
+    (maker,) = [kernel for kernel in plan.kernels if kernel.op == several[0]]
+    assert maker.params["norm"] == "rms"  # of the norm before the head, which one token's kernel applies itself
+    one = next(kernel for kernel in plan.kernels if kernel.op == "linear_records" and kernel.params["tokens"] == 1)
+    assert one.params["norm"] == "rms"
+    assert any(kernel.op == several[1] and kernel.params["tokens"] > 1 for kernel in plan.kernels)
 
 
 def test_a_layer_in_records_is_five_launches(tmp_path):
@@ -103,8 +104,8 @@ def test_a_layer_in_records_is_five_launches(tmp_path):
     summary = dry(model, rounding=ROUNDING)
     layer = ["linear_records", "append_attention", *["linear_records"] * 3]
     assert ops(summary, "cuda") == ["embedding_records", *layer, *layer, "linear_records", "argmax"]
-    quantized = ["quantize", "linear_records"]
-    layer = [*quantized, "kv_append", "attention", *quantized * 3]
+    halved = ["halves", "matmul_records"]
+    layer = [*halved, "kv_append", "attention_halves", *halved * 3]
     assert ops(summary, "cuda", "prefill_body") == ["embedding_records", *layer, *layer]
     exact = dry(model, rounding=ROUNDING, exact=True)
     assert {op for op in ops(exact, "cuda") if op.startswith(("linear", "embedding"))} == {
@@ -145,6 +146,7 @@ def test_inspect_tells_sparsity_where_sizes_do(tmp_path):
     n_bytes = 16 * int(plan.sizes.sum()) + 4 * (len(plan.block) + 1 + len(plan.widths) + 1 + len(plan.order))
     assert facts["linears"] == {  # neither the table nor the head, which are rounded to 8 bits
         "weights": 72 * 320, "bytes": n_bytes, "bits_per_weight": 8 * n_bytes / (72 * 320), "sparsity": None,
+        "row_widths": None,
     }  # fmt: skip
     assert "bits per weight" in render(facts) and "of groups removed" not in render(facts)
     assert json.loads(json.dumps(facts)) == facts

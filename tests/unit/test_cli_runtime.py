@@ -159,6 +159,7 @@ def test_inspect(gqsa, path):
         "bytes": stream,
         "bits_per_weight": 8 * stream / (32 * 32),
         "sparsity": 1 - 4 * 16 / (32 * 32),
+        "row_widths": None,
     }
     assert facts["plans"]["cpu"]["memory"]["context_bytes"] == 16 * (2 * 16 * 4 + 16)
     assert "kernel_list" not in facts

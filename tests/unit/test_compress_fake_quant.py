@@ -11,8 +11,10 @@ from gqsac.compress.select import protect_2_of_4, select_groups
 from gqsac.compress.store import from_matrix, to_matrix
 from gqsac.compress.trainable import set_master_dtype
 
-# bits, group size, columns that share a scale, pattern
+# bits (several: of rows in turn, with zeros between levels), group size, columns that share a scale, pattern
 CASES = [
+    ((2, 1, 4, 3, 8), 16, 64, "1xG"),
+    ((4, 2), 64, 64, "1xG"),
     (2, 16, 16, "1xG"),
     (3, 8, 32, "1xG"),
     (4, 16, 16, "1xG"),
@@ -31,14 +33,18 @@ def make(bits, group_size, quant_group_size, pattern, rows=12, columns=256):
     weight = torch.randn(rows, columns, generator=generator)
     saliency = torch.rand(rows, columns if pattern == "2:4" else columns // group_size, generator=generator)
     keep = select_groups(protect_2_of_4(saliency) if pattern == "2:4" else saliency, 0.5)
-    quantized = quantize(weight, keep, torch.eye(columns), torch.ones(columns), bits, quant_group_size)
-    linear = GroupLinear.from_quantized(quantized, bits, torch.nn.Parameter(torch.randn(rows, generator=generator)))
+    several = isinstance(bits, tuple)
+    row_bits = torch.tensor(bits, dtype=torch.uint8).repeat(rows)[:rows]
+    quantized = quantize(weight, keep, torch.eye(columns), torch.ones(columns), row_bits, quant_group_size, several)
+    bias = torch.nn.Parameter(torch.randn(rows, generator=generator))
+    linear = GroupLinear.from_quantized(quantized, bias, several)
     assert torch.equal(linear.effective_weight(), quantized.dequantize())  # it starts where one-shot ended
     with torch.no_grad():
         linear.weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.3)
         linear.gains.mul_(1 + 0.2 * torch.randn(linear.gains.shape, generator=generator))
         if bits != 8:
-            linear.zeros.add_(torch.randn(linear.zeros.shape, generator=generator))
+            moved = torch.randn(linear.zeros.shape, generator=generator) * 4
+            linear.zeros.add_(moved * (row_bits != 8)[:, None])
     return linear
 
 
@@ -56,17 +62,17 @@ def test_scales_are_rounded_as_float16_rounds_them():
     assert torch.equal(float16_scales(scales), expected)
 
 
-def stored_weight(linear, bits, group_size):
-    return torch.from_numpy(to_matrix(linear.export(), bits, group_size).dequantize())
+def stored_weight(linear, group_size):
+    return torch.from_numpy(to_matrix(linear.export(), group_size).dequantize())
 
 
 @pytest.mark.parametrize("dtype", MASTER_DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_forward_is_bit_for_bit_what_export_stores(case, dtype):
-    bits, group_size, quant_group_size, pattern = case
+    _, group_size, quant_group_size, pattern = case
     linear = make(*case)
     set_master_dtype({"it": linear}, dtype)
-    stored = stored_weight(linear, bits, group_size)
+    stored = stored_weight(linear, group_size)
     assert torch.equal(linear.effective_weight(), stored)
     assert 0.4 < (stored == 0).float().mean() < 0.9
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(1))
@@ -74,13 +80,13 @@ def test_forward_is_bit_for_bit_what_export_stores(case, dtype):
     if pattern == "2:4":
         assert ((stored.view(-1, 4) == 0).sum(1) >= 2).all()
 
-    matrix = to_matrix(linear.export(), bits, group_size)
+    matrix = to_matrix(linear.export(), group_size)
     assert matrix.quant_group_size == quant_group_size
-    frozen = FrozenLinear(bits, from_matrix(matrix), linear.bias)
+    frozen = FrozenLinear(from_matrix(matrix), linear.bias)
     assert torch.equal(frozen.effective_weight(), stored)
     with torch.no_grad():
         frozen.gains.mul_(1 + 0.2 * torch.rand(frozen.gains.shape, generator=torch.Generator().manual_seed(2)))
-    again = to_matrix(frozen.export(), bits, group_size)
+    again = to_matrix(frozen.export(), group_size)
     assert torch.equal(frozen.effective_weight(), torch.from_numpy(again.dequantize()))
     stored, stored_again = codec.pack(matrix), codec.pack(again)
     for name in stored:
@@ -93,12 +99,17 @@ def reference_weight(linear):
     def through(exact, rounded):
         return exact + (rounded - exact).detach()
 
-    top = (1 << linear.bits) - 1
+    bits = linear.row_bits[:, None].float()
+    top, unit = (2**bits - 1)[..., None], 2**bits / 16
+    # Sixteenths from one zero to the next that may be stored.
+    grain = torch.ones_like(unit) if linear.between_levels else (1 / unit).clamp(min=1)
     scales = linear.base * linear.gains
     scales = through(scales, float16_scales(scales))[..., None]
-    zeros = through(linear.zeros, linear.zeros.round().clamp(0, top))[..., None]  # it may come back into its range
+    rounded = ((linear.zeros / grain).round() * grain).clamp(torch.zeros_like(grain), 16 - grain)
+    zeros = through(linear.zeros, rounded)  # it may come back into its range
+    zeros = torch.where(bits == 8, rounded.detach(), zeros)[..., None] * unit[..., None]
     ratio = linear.weight.view(*linear.base.shape, -1) / scales
-    levels = through(ratio + zeros, torch.round(ratio + zeros)).clamp(0, top)
+    levels = through(ratio + zeros, torch.round(ratio + zeros)).clamp(torch.zeros_like(top), top)
     kept = ((levels - zeros) * scales).view(*linear.keep.shape, -1) * linear.keep[..., None]
     removed = linear.weight.view_as(kept) * ~linear.keep[..., None]
     return (kept + removed - removed.detach()).flatten(1)
@@ -108,7 +119,8 @@ def reference_weight(linear):
 def test_gradients_are_those_of_straight_through_rounding(case):
     linear = make(*case)
     upstream = torch.randn(12, 256, generator=torch.Generator().manual_seed(3))
-    parameters = [linear.weight, linear.gains] + ([linear.zeros] if linear.bits != 8 else [])
+    parameters = [linear.weight, linear.gains] + ([linear.zeros] if linear.zeros.requires_grad else [])
+    assert linear.zeros.requires_grad == (case[0] != 8)
     ours = torch.autograd.grad(linear.effective_weight(), parameters, upstream)
     expected = torch.autograd.grad(reference_weight(linear), parameters, upstream)
     for mine, theirs in zip(ours, expected, strict=True):
@@ -118,7 +130,7 @@ def test_gradients_are_those_of_straight_through_rounding(case):
 
 def test_gradients_of_frozen_levels_are_those_of_autograd():
     linear = make(4, 16, 64, "1xG")
-    frozen = FrozenLinear(4, from_matrix(to_matrix(linear.export(), 4, 16)), linear.bias)
+    frozen = FrozenLinear(from_matrix(to_matrix(linear.export(), 16)), linear.bias)
     x = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(4), requires_grad=True)
     upstream = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(5))
     ours = torch.autograd.grad(frozen(x), (x, frozen.gains), upstream)
@@ -130,7 +142,7 @@ def test_gradients_of_frozen_levels_are_those_of_autograd():
 
 def test_bf16_autocast_rounds_only_the_product():
     linear = make(4, 16, 16, "1xG")
-    frozen = FrozenLinear(4, from_matrix(to_matrix(linear.export(), 4, 16)), linear.bias)
+    frozen = FrozenLinear(from_matrix(to_matrix(linear.export(), 16)), linear.bias)
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(6))
     with torch.autocast("cpu", torch.bfloat16):
         trained, levels = linear(x), frozen(x)

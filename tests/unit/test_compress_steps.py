@@ -61,21 +61,44 @@ def test_layer_selection_removes_the_least_salient_of_all():
     assert select_groups(saliency, 0.5, "layer").tolist() == [[False] * 4, [False, False, True, True], [True] * 4]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_grids_hold_zero_and_are_float16(bits):
+def all_of(bits, rows):
+    return torch.full((rows,), bits, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("between_levels", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_grids_hold_zero_and_are_float16(bits, between_levels):
     group = torch.tensor([[0.0] * 8, [1.0, 2, 3, 4, 5, 6, 7, 8], [-1e-9] * 8, [-3.0, 0, 0, 0, 0, 0, 0, 5.0]])
-    scales, zeros = candidate_grids(group, bits)
+    scales, zeros = candidate_grids(group, all_of(bits, 4), between_levels)
     assert torch.equal(scales, scales.half().float())
     assert (scales > 0).all()
     assert torch.equal(zeros, zeros.round())
-    assert zeros.min() >= 0 and zeros.max() < 1 << bits
+    assert zeros.min() >= 0 and zeros.max() < 16
     if bits == 8:
-        assert (zeros == 128).all()
+        assert (zeros == 8).all()
+    elif not between_levels:
+        assert ((zeros * 2**bits) % 16 == 0).all()
 
 
-def dequantized(result):
-    weights = (result.levels.float() - result.zeros[..., None].float()) * result.scales[..., None].float()
-    return (weights * result.keep[..., None]).flatten(1)
+def test_grids_of_rows_are_those_of_their_widths():
+    group = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    widths = torch.tensor([1, 8, 3, 2, 4], dtype=torch.uint8)
+    for between_levels in (False, True):
+        scales, zeros = candidate_grids(group, widths, between_levels)
+        for row, bits in enumerate(widths.tolist()):
+            alone = candidate_grids(group[row : row + 1], all_of(bits, 1), between_levels)
+            assert torch.equal(scales[:, row], alone[0][:, 0]) and torch.equal(zeros[:, row], alone[1][:, 0])
+
+
+def test_a_zero_between_levels_costs_less_than_one_on_a_level():
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(5)) + 0.4
+    errors = []
+    for between_levels in (False, True):
+        rounded = quantize(
+            weight, torch.ones(64, 1, dtype=bool), torch.eye(64), torch.ones(64), all_of(2, 64), 64, between_levels
+        )
+        errors.append(float((rounded.dequantize() - weight).square().sum()))
+    assert errors[1] < 0.9 * errors[0]
 
 
 def loss(error, hessian):
@@ -88,9 +111,9 @@ def test_handing_errors_on_beats_rounding_to_nearest(bits):
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(2))
     keep = select_groups(torch.rand(40, 4, generator=torch.Generator().manual_seed(3)), 0.25)
     hessian_inverse = inverse(hessian, 0.01)
-    ours = dequantized(quantize(weight, keep, hessian_inverse, hessian.diagonal(), bits))
+    ours = quantize(weight, keep, hessian_inverse, hessian.diagonal(), all_of(bits, 40)).dequantize()
     # Uncorrelated inputs make quantize round each weight on its own, over the same candidate ranges.
-    alone = dequantized(quantize(weight, keep, torch.eye(64), torch.ones(64), bits))
+    alone = quantize(weight, keep, torch.eye(64), torch.ones(64), all_of(bits, 40)).dequantize()
     assert loss(ours - weight, hessian) < 0.7 * loss(alone - weight, hessian)
     assert torch.equal(ours.view(40, 4, 16).abs().sum(2) == 0, ~keep)
 
@@ -101,9 +124,9 @@ def test_levels_stay_in_range_and_weights_on_a_grid_are_kept():
     levels[..., 0], levels[..., 1] = 0, 15  # so that the full range is the true grid
     weight = ((levels - 7) * 0.125).flatten(1)
     everything = torch.ones(5, 2, dtype=torch.bool)
-    result = quantize(weight, everything, inverse(hessian_of(32), 0.01), torch.ones(32), 4)
+    result = quantize(weight, everything, inverse(hessian_of(32), 0.01), torch.ones(32), all_of(4, 5))
     assert result.levels.max() <= 15
-    torch.testing.assert_close(dequantized(result), weight)
+    torch.testing.assert_close(result.dequantize(), weight)
 
 
 def test_hessians_are_shared_by_siblings_and_scaled():

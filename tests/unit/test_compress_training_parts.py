@@ -48,7 +48,8 @@ def test_mask_chooser_removes_what_costs_least_and_reaches_the_target():
     for name, rows in (("a", 8), ("b", 4)):
         weight = torch.ones(rows, 64)
         keep = torch.ones(rows, 4, dtype=torch.bool)
-        linears[name] = GroupLinear(4, weight, torch.full((rows, 4), 0.1), torch.full((rows, 4), 8), keep, None)
+        row_bits = torch.full((rows,), 4, dtype=torch.uint8)
+        linears[name] = GroupLinear(row_bits, weight, torch.full((rows, 4), 0.1), torch.full((rows, 4), 8), keep, None)
         linears[name].weight.grad = torch.arange(4.0).repeat_interleave(16).expand(rows, 64).clone()
     chooser = MaskChooser(linears, checked(Options(sparsity=0.25)), already_sparse=False)
     chooser.observe()
@@ -63,7 +64,7 @@ def test_mask_chooser_removes_what_costs_least_and_reaches_the_target():
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_token_loss_and_its_gradient_are_those_of_torch(monkeypatch, share):
-    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 64)  # several chunks
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 64)  # several chunks
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 7, 20, generator=generator, requires_grad=True)
     teacher = torch.randn(2, 7, 20, generator=generator)

@@ -84,7 +84,7 @@ def test_bits_per_weight(tmp_path, checkpoints):
             n_bits += stream.nnz * (16 * stream.bits + 32) + 2 * 32 * (stream.rows + 1)
         weights += stream.rows * stream.columns
     counted = compare.bits_per_weight(str(checkpoints / "W4 S30"))
-    assert counted == pytest.approx(n_bits / weights) and 2 < counted < 8
+    assert 0.99 * n_bits / weights < counted < n_bits / weights  # stacks of linears share the ends of their tables
     reported = save_multi_stream(tmp_path / "reported", checkpoints / "fp16")
     (reported / "report.json").write_text('{"bits_per_weight": 9.5, "coded_bits_per_weight": 3.125}')
     assert compare.bits_per_weight(str(reported)) == counted

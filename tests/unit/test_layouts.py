@@ -236,3 +236,26 @@ def test_weights_in_records_are_counted_where_sizes_tell():
         params = {"rows": rows, "k": 256, **plan.constants}
         assert RECORDS.n_weights(params, (len(plan.block), int(plan.sizes.sum()))) == expected
         assert RECORDS.n_weights(params, matrix.n_groups) == 16 * matrix.n_groups
+
+
+@pytest.mark.parametrize(
+    ("name", "source"), _record_sources(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_records_tell_the_widths_of_their_rows_by_sizes_alone(name, source):
+    matrix, plan = source
+    params = {"rows": matrix.rows, "k": matrix.columns, **plan.constants}
+    found = RECORDS.rows_by_width(params, lambda part: RECORDS.pack(part, source, params))
+    empty = (np.bincount(plan.block, minlength=len(plan.widths)) == 0).any()
+    if plan.masked.any() or empty:
+        assert found is None
+    else:
+        widths, rows = np.unique(matrix.row_bits, return_counts=True)
+        assert found == dict(zip(widths.tolist(), rows.tolist(), strict=True))
+
+
+def test_mixed_rows_without_masks_are_told_apart():
+    source = record_source(60, 320, np.random.default_rng(1).choice(records.WIDTHS, 60))
+    params = {"rows": 60, "k": 320, **source[1].constants}
+    found = RECORDS.rows_by_width(params, lambda part: RECORDS.pack(part, source, params))
+    assert len(found) == 5 and sum(found.values()) == 60
+    assert all((source[0].row_bits == width).sum() == rows for width, rows in found.items())

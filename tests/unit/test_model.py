@@ -254,7 +254,7 @@ def test_damaged_contents_are_refused_with_the_path(tmp_path, opened, monkeypatc
     arrays = tiny.tensors()
     arrays["q.groups"] = np.full(4, -1, np.int32)
     refuse("'q.groups' holds column", arrays=arrays)
-    refuse("launch plan", made=tiny.program(prefill_chunk=1000))
+    refuse("launch plan", made=tiny.program(plans={"cpu": tiny.plan(prefill_chunk=1000)}))
     closed = []
     monkeypatch.setattr(fake_device.FakeDevice, "close", lambda device: closed.append(device))
     refuse("tokenizer cannot be read", **{"tokenizer.huggingface.json": "{}"})

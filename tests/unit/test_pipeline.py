@@ -110,5 +110,5 @@ def test_progress_of_a_dry_run_is_told(tmp_path, monkeypatch):
     summary = build(save_model(tmp_path / "model"), None, options, lambda *told: stages.append(told))
     assert stages == [("trace", 0, 1), ("trace", 1, 1)]
     assert summary.file_bytes is None and summary.program.max_context == 20
-    assert summary.program.prefill_chunk == pipeline.PREFILL_CHUNK
+    assert summary.program.plans["cpu"].prefill_chunk == pipeline.PREFILL_CHUNK["cpu"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -28,7 +28,7 @@ def calls(body, widths, decode=()) -> Calls:
 
 
 def place(made: Calls):
-    memory = plan_memory(made, prefill_chunk=4)
+    memory = plan_memory(made, prefill_chunk=4, score_chunk=4)
     return memory, {buffer.name: buffer for buffer in memory.buffers}
 
 

@@ -20,6 +20,10 @@ OPTIONS = (
 )
 
 
+# Targets whose cubins, which run there alone, may use all that the architecture has. (PTX must run on later ones too.)
+_ARCHITECTURES = {"sm_90": "sm_90a"}
+
+
 class CompileError(DeviceError):
     """NVRTC is missing, does not know a target, or refused a kernel."""
 
@@ -60,7 +64,7 @@ def compile_cuda(source: str, target: str, name: str, headers: dict[str, str]) -
     if created != success:
         raise CompileError(f"NVRTC could not take the source of kernel {name}: {created.name}")
     try:
-        options = [o.encode() for o in (*OPTIONS, f"--gpu-architecture={target}")]
+        options = [o.encode() for o in (*OPTIONS, f"--gpu-architecture={_ARCHITECTURES.get(target, target)}")]
         (compiled,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         log = _read(nvrtc, program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
         log = log.rstrip(b"\0").decode(errors="replace")

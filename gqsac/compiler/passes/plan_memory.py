@@ -10,17 +10,19 @@ from gqsac.compiler.passes.specialize import RESERVED, Calls, ValueRef
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """buffers with their byte offsets; arena_bytes: size of the arena they lie in."""
+    """buffers with their byte offsets; arena_bytes: size of the arena they lie in. The chunks: see program.Plan."""
 
+    prefill_chunk: int
+    score_chunk: int
     buffers: tuple[Buffer, ...]
     arena_bytes: int
 
 
-def plan_memory(calls: Calls, prefill_chunk: int) -> MemoryPlan:
+def plan_memory(calls: Calls, prefill_chunk: int, score_chunk: int) -> MemoryPlan:
     """Places buffers by greatest size first, each at the lowest offset free during its lifetime.
 
-    What decode alone touches holds one token, everything else the chunk. Reserved buffers live throughout: the
-    runtime reads and writes them between launches.
+    What decode alone touches holds one token, what scores need theirs, everything else the prefill's. Reserved buffers
+    live throughout: the runtime reads and writes them between launches.
     """
     lifetimes = _lifetimes(calls)
     forever = (-1, 1 << 30)
@@ -28,7 +30,8 @@ def plan_memory(calls: Calls, prefill_chunk: int) -> MemoryPlan:
     buffers = []
     for name in {*RESERVED, *lifetimes}:
         storage = calls.storages[name]
-        buffers.append((name, storage.dtype, storage.elements(prefill_chunk if name in in_chunks else 1)))
+        n_tokens = score_chunk if storage.scored else prefill_chunk if name in in_chunks else 1
+        buffers.append((name, storage.dtype, storage.elements(n_tokens)))
 
     def size_of(buffer) -> int:
         _, dtype, elements = buffer
@@ -46,7 +49,9 @@ def plan_memory(calls: Calls, prefill_chunk: int) -> MemoryPlan:
         placed.append((offset, offset + size, lifetime))
         results.append(Buffer(*buffer, offset))
     arena_bytes = max(end for _, end, _ in placed)
-    return MemoryPlan(tuple(sorted(results, key=lambda buffer: (buffer.offset, buffer.name))), arena_bytes)
+    return MemoryPlan(
+        prefill_chunk, score_chunk, tuple(sorted(results, key=lambda buffer: (buffer.offset, buffer.name))), arena_bytes
+    )
 
 
 def _touched(calls: Calls, phase: str) -> set[str]:

@@ -3,8 +3,8 @@
 A template `templates/cuda/<op>.cu.j2` (`templates/cpu/<op>.c.j2`) gets `name`, the kernel's C
 identifier, the spec's params by name, and its operands from the schema (gqsa_runtime.operators): for CUDA
 as `signature`, for CPUs as `arguments`, a struct. A CUDA template also gets `launch`, what the kernel must know
-of how it is launched (`cuda_launch.Geometry.constants`). Jinja only stamps constants; algorithms live in the
-headers under `include/`.
+of how it is launched (`cuda_launch.Geometry.constants`), and `launch_on`, the same by target where that
+differs. Jinja only stamps constants; algorithms live in the headers under `include/`.
 """
 
 from functools import cache
@@ -13,7 +13,7 @@ from pathlib import Path
 import jinja2
 from gqsa_runtime.operators import OPERATORS
 
-from gqsac.compiler.cuda_launch import geometry
+from gqsac.compiler.cuda_launch import geometry, own_targets
 from gqsac.compiler.kernel_spec import KernelSpec
 
 
@@ -49,6 +49,7 @@ def render(target: str, spec: KernelSpec, name: str) -> str:
     pointers = OPERATORS[spec.op].pointers(target, params)
     if target == "cuda":
         given = {"signature": _signature(pointers), "launch": geometry(spec).constants}
+        given["launch_on"] = {of: geometry(spec, of).constants for of in own_targets(spec.op)}
     else:
         given = {"arguments": _struct(pointers)}
     template = _environment().get_template(f"{target}/{spec.op}.{suffix}.j2")

@@ -2,21 +2,23 @@
 
 from gqsa_runtime.program import PHASES, Argument, Kernel, Plan, Step
 
-from gqsac.compiler.cuda_launch import launch
+from gqsac.compiler.cuda_launch import launches
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
 from gqsac.compiler.passes.plan_memory import MemoryPlan
 from gqsac.compiler.passes.specialize import Calls, ValueRef
 
 
-def schedule(calls: Calls, memory: MemoryPlan, family: str, prefill_chunk: int) -> tuple[dict[str, KernelSpec], Plan]:
+def schedule(calls: Calls, memory: MemoryPlan, family: str) -> tuple[dict[str, KernelSpec], Plan]:
     """The kernels by name, and the plan that launches them. family: "cuda" or "cpu"."""
     names = name_kernels([call.spec for phase in PHASES for call in calls.phases[phase]])
 
     def kernel(spec: KernelSpec, name: str) -> Kernel:
-        launches = {"": launch(spec, prefill_chunk)} if family == "cuda" else {}
-        return Kernel(name, spec.op, dict(spec.params), launches)
+        made = launches(spec, memory.prefill_chunk) if family == "cuda" else {}
+        return Kernel(name, spec.op, dict(spec.params), made)
 
     plan = Plan(
+        prefill_chunk=memory.prefill_chunk,
+        score_chunk=memory.score_chunk,
         buffers=memory.buffers,
         arena_bytes=memory.arena_bytes,
         kernels=tuple(kernel(spec, name) for spec, name in names.items()),

@@ -18,6 +18,7 @@ from gqsac.compiler.passes.measure_linears import StoredParts
 from gqsac.compiler.passes.pack import Packing
 
 TOKEN_TILE = 8  # tokens that share one pass over the weights: eight f32 accumulators a lane
+MATMUL_TILE = 128  # the same of the tensor cores' matmul_records
 
 # Storages beside those of the graph's values, filled or read by the runtime. "last": the last token's hidden state.
 RESERVED = ("tokens", "targets", "state", "logits", "log_probs", "argmax", "last")
@@ -29,13 +30,14 @@ NULL = Argument("null")
 class Storage:
     """Memory that kernels point into. dtype: key of program.DTYPE_BYTES. per_token, fixed: its elements.
 
-    lasting: what it holds between launches matters.
+    lasting: what it holds between launches matters. scored: only tokens whose logits are made have elements.
     """
 
     dtype: str
     per_token: int = 0
     fixed: int = 0
     lasting: bool = False
+    scored: bool = False
 
     def elements(self, n_tokens: int) -> int:
         """How many elements it has where launches hold up to n_tokens."""
@@ -66,8 +68,18 @@ class Calls:
     storages: dict[str, Storage]
 
 
-def specialize(graph: ir.Graph, packing: Packing, stored_parts: StoredParts, kv_dtype: str, family: str) -> Calls:
-    """Calls for the four phases of gqsa_runtime.program.PHASES. kv_dtype: "f16" or "f32". family: "cuda" or "cpu"."""
+def specialize(
+    graph: ir.Graph,
+    packing: Packing,
+    stored_parts: StoredParts,
+    family: str,
+    kv_dtype: str = "f16",
+    exact: bool = False,
+) -> Calls:
+    """Calls for the four phases of gqsa_runtime.program.PHASES.
+
+    family: "cuda" or "cpu". kv_dtype: "f16" or "f32". exact: products are of f32 activations.
+    """
     body, head = graph.ops[:-1], graph.ops[-1]
     # Decode never runs between the phases that pass on a prefill's values: it has storages of its own, which may lie
     # where a prefill's do.
@@ -75,11 +87,11 @@ def specialize(graph: ir.Graph, packing: Packing, stored_parts: StoredParts, kv_
     hidden_width = next(ir.width(op) for op in body if op.output == prefill[head.x].storage)
     storages = {
         "tokens": Storage("i32", per_token=1),
-        "targets": Storage("i32", per_token=1),
+        "targets": Storage("i32", per_token=1, scored=True),
         "state": Storage("i32", per_token=state_elements(1) - state_elements(0), fixed=state_elements(0)),
-        "logits": Storage("f32", per_token=graph.vocab_size),
-        "log_probs": Storage("f32", per_token=1),
-        "argmax": Storage("i32", per_token=1),
+        "logits": Storage("f32", per_token=graph.vocab_size, scored=True),
+        "log_probs": Storage("f32", per_token=1, scored=True),
+        "argmax": Storage("i32", per_token=1, scored=True),
         "last": Storage("f32", per_token=0, fixed=hidden_width),
     }
     for views in (decode, prefill):
@@ -88,12 +100,16 @@ def specialize(graph: ir.Graph, packing: Packing, stored_parts: StoredParts, kv_
                 storages[views[op.output].storage] = Storage("f32", per_token=ir.width(op))
     for op in graph.ops:
         if isinstance(op, ir.Linear) and stored_parts.linears[op.output][0].layout is RECORDS:
-            storages[f"{op.output}.planes"] = Storage("i8", per_token=2 * op.k)
-            storages[f"{op.output}.ranges"] = Storage("f32", per_token=op.k // TILE * 2)
+            if family == "cuda":
+                storages[f"{op.output}.halves"] = Storage("f16", per_token=op.k)
+                storages[f"{op.output}.scales"] = Storage("f32", per_token=1)
+            else:
+                storages[f"{op.output}.planes"] = Storage("i8", per_token=2 * op.k)
+                storages[f"{op.output}.ranges"] = Storage("f32", per_token=op.k // TILE * 2)
 
     def lower(ops, tokens: int, views: dict[str, ValueRef], **renamed: ValueRef) -> tuple[Call, ...]:
         views = views | {graph.logits: ValueRef("logits")} | renamed
-        specializer = _Specializer(graph, packing, stored_parts, kv_dtype, family, views, storages, tokens)
+        specializer = _Specializer(graph, packing, stored_parts, kv_dtype, exact, family, views, storages, tokens)
         return tuple(call for op in ops for call in specializer.calls(op))
 
     last_row = Call(
@@ -130,11 +146,12 @@ def _resolve_slices(ops: tuple[ir.Op, ...], prefix: str) -> dict[str, ValueRef]:
 
 
 class _Specializer:
-    def __init__(self, graph, packing, stored_parts, kv_dtype, family, views, storages, tokens):
+    def __init__(self, graph, packing, stored_parts, kv_dtype, exact, family, views, storages, tokens):
         self.graph: ir.Graph = graph
         self.packing: Packing = packing
         self.stored_parts: StoredParts = stored_parts
         self.kv_dtype: str = kv_dtype
+        self.exact: bool = exact
         self.views: dict[str, ValueRef] = views
         self.family: str = family
         self.storages: dict[str, Storage] = storages
@@ -145,7 +162,7 @@ class _Specializer:
         return self.storages[self.views[value].storage].elements(1)
 
     def call(self, operator: str, args, **params) -> Call:
-        spec = KernelSpec.make(operator, tokens=self.tokens, **params)
+        spec = KernelSpec.make(operator, **{"tokens": self.tokens, **params})
         resolved = tuple(self.views[arg] if isinstance(arg, str) else arg for arg in args)
         return Call(spec, (*resolved, ValueRef("state")))
 
@@ -228,7 +245,8 @@ class _Specializer:
         return calls
 
     def linear_records(self, op: ir.Linear) -> list[Call]:
-        """One token is normalised and quantised by the kernel itself; several are by a call of their own."""
+        """One token is normalised and quantised by the kernel itself; several are by a call of their own, on CUDA to
+        halves in place of integers."""
         names, constants = self.packing.linears[op.output], self.stored_parts.linears[op.output][0].constants
         norm = {"norm": "none", "eps": 0.0}
         weight = bias = NULL
@@ -238,40 +256,38 @@ class _Specializer:
             if isinstance(op.norm, ir.LayerNorm):
                 norm["norm"] = "layer"
                 bias = Argument("tensor", self.packing.vectors[op.norm.bias or f"{op.norm.output}.no_bias"])
-        calls = []
-        x: tuple = (op.x, NULL, NULL, weight, bias)
-        if self.tokens > 1:
-            integers = ValueRef(f"{op.output}.planes"), ValueRef(f"{op.output}.ranges")
-            calls.append(
-                self.call("quantize", (op.x, weight, bias, *integers), k=op.k, x_stride=self.stride(op.x), **norm)
-            )
-            x = (NULL, *integers, NULL, NULL)
-        args = (
-            *x,
+        own = (
             *(Argument("tensor", name) for name in names.parts[0]),
             Argument("tensor", names.bias) if names.bias else NULL,
             op.residual if op.residual else NULL,
             op.output,
         )
-        calls.append(
-            self.call(
-                "linear_records",
-                args,
-                rows=op.n_rows,
-                k=op.k,
-                x_stride=self.stride(op.x),
-                out_stride=self.stride(op.output),
-                out_width=op.width,
-                bias=names.bias is not None,
-                activation=op.activation,
-                residual=op.residual is not None,
-                residual_stride=self.stride(op.residual) if op.residual else 0,
-                epilogue="gated" if op.gated else "rows",
-                **norm,
-                **constants,
-            )  # fmt: skip
-        )
-        return calls
+        constants = {
+            "rows": op.n_rows,
+            "k": op.k,
+            "out_stride": self.stride(op.output),
+            "out_width": op.width,
+            "bias": names.bias is not None,
+            "activation": op.activation,
+            "residual": op.residual is not None,
+            "residual_stride": self.stride(op.residual) if op.residual else 0,
+            "epilogue": "gated" if op.gated else "rows",
+            **constants,
+        }
+        x = {"x_stride": self.stride(op.x), **norm}
+        if self.tokens == 1:
+            return [self.call("linear_records", (op.x, NULL, NULL, weight, bias, *own), **x, **constants)]
+        if self.family == "cuda":
+            made = ValueRef(f"{op.output}.halves"), ValueRef(f"{op.output}.scales")
+            return [
+                self.call("halves", (op.x, weight, bias, *made), k=op.k, **x),
+                self.call("matmul_records", (*made, *own), **{**constants, "tokens": MATMUL_TILE}),
+            ]
+        made = ValueRef(f"{op.output}.planes"), ValueRef(f"{op.output}.ranges")
+        return [
+            self.call("quantize", (op.x, weight, bias, *made), k=op.k, **x),
+            self.call("linear_records", (NULL, *made, NULL, NULL, *own), **x, **constants),
+        ]
 
     def attention(self, op: ir.Attention) -> list[Call]:
         heads = {"heads": op.heads, "kv_heads": op.kv_heads, "head_dim": op.head_dim, "kv_dtype": self.kv_dtype}
@@ -285,9 +301,11 @@ class _Specializer:
             "kv_append", (op.q, op.k, op.v, rope, *caches), rotary_dim=rotary_dim, q_stride=q_stride,
             k_stride=self.stride(op.k), v_stride=self.stride(op.v), **heads,
         )  # fmt: skip
+        on_tensor_cores = self.family == "cuda" and self.tokens > 1 and not self.exact and self.kv_dtype == "f16"
+        in_halves = on_tensor_cores and op.head_dim % 16 == 0 and op.head_dim <= 128
         attend = self.call(
-            "attention", (op.q, *caches, op.output), scale=float(op.scale), window=op.window,
-            q_stride=q_stride, out_stride=self.stride(op.output), **heads,
+            "attention_halves" if in_halves else "attention", (op.q, *caches, op.output), scale=float(op.scale),
+            window=op.window, q_stride=q_stride, out_stride=self.stride(op.output), **heads,
         )  # fmt: skip
         return [append, attend]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +76,13 @@ class Layout(ABC):
     def n_weights(self, params: Mapping, n_groups: int) -> int | None:
         """Weights that are stored; the others of rows * k are zero. None where sizes alone do not tell."""
         return params["rows"] * params["k"]
+
+    def rows_by_width(self, params: Mapping, read: Callable[[str], np.ndarray]) -> dict[int, int] | None:
+        """Width in bits -> rows that have it; None where that cannot be told without the weights.
+
+        read: gives the contents of a part by its name, which have passed their rule.
+        """
+        return None
 
     def check_constants(self, params: Mapping) -> str | None:
         """What is wrong with constants that are each in their range, or None."""

@@ -23,7 +23,7 @@ so rows may be sorted by width or paired for an epilogue.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,6 +194,26 @@ class Records(Layout):
         """See Layout."""
         return elements["starts"] - 1, elements["records"] // ALIGNMENT
 
+    def rows_by_width(self, params: Mapping, read: Callable[[str], np.ndarray]) -> dict[int, int] | None:
+        """See Layout. From the sizes of the blocks' first records: without masks each number of tiles has a remainder
+        of its own, and a byte of levels in 16 rows of a tile is 128 of a record for each bit."""
+        if params["masked_widths"]:
+            return None
+        starts, blocks = (read(part).reshape(-1).astype(np.int64) for part in ("starts", "blocks"))
+        order = read("order").reshape(-1, ROWS)[: params["n_blocks"]]
+        first = blocks[: params["n_blocks"]]
+        if (np.diff(blocks[: params["n_blocks"] + 1]) < 1).any():
+            return None  # all of a block is removed
+        sizes = (starts[first + 1] - starts[first]) * UNIT
+        n = np.arange(1, TILES + 1)
+        without_values = _HEADER + 32 * n + _padded(8 * n)
+        tiles = (sizes[:, None] % 128 == without_values % 128).argmax(1)
+        widths = (sizes - without_values[tiles]) // (128 * n[tiles])
+        if not np.isin(widths, WIDTHS).all():
+            return None
+        rows = np.bincount(widths, (order >= 0).sum(1), max(WIDTHS) + 1).astype(int)
+        return {width: int(rows[width]) for width in WIDTHS if rows[width]}
+
     def check_constants(self, params: Mapping) -> str | None:
         """See Layout."""
         k, n_blocks, record_bytes = params["k"], params["n_blocks"], params["record_bytes"]
@@ -309,6 +329,8 @@ class OrderOf(ContentRule):
 class WellFormed(ContentRule):
     """Records whose headers, masks and sizes agree with each other, with `starts` and with the constants.
 
+    The tiles of a block's records rise, and all of its records but the last have as many as fit: kernels that walk
+    several blocks side by side rely on it.
     table: the records of each block hold all tiles in order, four by four.
     """
 
@@ -317,9 +339,9 @@ class WellFormed(ContentRule):
     masked_widths: int
     fewest: int  # tiles of a record
     table: bool
-    needs = ("starts",)
+    needs = ("starts", "blocks")
 
-    def broken(self, array: np.ndarray, starts: np.ndarray) -> str | None:
+    def broken(self, array: np.ndarray, starts: np.ndarray, blocks: np.ndarray) -> str | None:
         """See ContentRule. starts has passed its own rule."""
         # As items of 16 bytes: NumPy gathers those six times as fast as rows of 16.
         pieces = array.reshape(-1).view(f"V{ALIGNMENT}")
@@ -331,10 +353,10 @@ class WellFormed(ContentRule):
             return f"holds a record with {int(n.min())} to {int(n.max())} tiles, expected {self.fewest} to {TILES}"
         if (tiles >= self.n_tiles).any():
             return f"holds tile {int(tiles.max())}, expected below {self.n_tiles}"
+        slot = np.arange(TILES)
+        here = slot < n[:, None]
         if self.table:
-            slot = np.arange(TILES)
             tile = np.arange(len(first))[:, None] % -(-self.n_tiles // TILES) * TILES + slot
-            here = slot < n[:, None]
             if (here != (tile < self.n_tiles)).any() or (tiles != tile)[here].any():
                 return "does not hold all tiles of a table's rows in order"
         allowed = np.where(masked == 1, self.masked_widths, self.widths)
@@ -358,6 +380,13 @@ class WellFormed(ContentRule):
             record = int((size != expected).argmax())
             n_bytes, of_header = ALIGNMENT * size[record], ALIGNMENT * expected[record]
             return f"holds record {record} of {n_bytes} bytes where its header makes it {of_header}"
+        goes_on = ~np.isin(np.arange(1, len(first) + 1), blocks)  # another record of the block follows
+        if (n[goes_on] != TILES).any():
+            return f"holds a record with fewer than {TILES} tiles that is not its block's last"
+        last_tile = tiles[np.arange(len(first)), n - 1]
+        falls = tiles[:, 1:] <= tiles[:, :-1]
+        if (here[:, 1:] & falls).any() or (tiles[1:, 0] <= last_tile[:-1])[goes_on[:-1]].any():
+            return "holds a block whose tiles do not rise"
         return None
 
 

@@ -6,7 +6,7 @@
 // tile and dims (tx + 16 j) * 4 .. + 3 of the output. The 16 threads of a ty are half a warp, so the
 // softmax of their queries needs shuffles only.
 #pragma once
-#include "kv_cache.cuh"
+#include "attention_runs.cuh"
 
 // C: QUERIES, KEYS; floats from row to row: STRIDE of the tiles, WEIGHT_STRIDE of the weights.
 template <class C>
@@ -15,19 +15,6 @@ struct AttentionTile {
     static constexpr int DIMS = ceil_div(C::HEAD_DIM, 4) * 4;
     static constexpr int PIECES = ceil_div(DIMS / 4, 16);  // float4 pieces of the output per query and thread
 };
-
-// End of the run that begins with token `first`: of the tokens up to `limit` that have its slot and
-// positions rising by one. All lanes of the warp call it.
-__device__ __forceinline__ int run_end(const int* state, int first, int limit) {
-    int end = limit;
-    for (int token = limit - 1 - threadIdx.x % WARP; token > first; token -= WARP)
-        if (slot_of(state, token) != slot_of(state, token - 1) ||
-            position_of(state, token) != position_of(state, token - 1) + 1)
-            end = token;
-#pragma unroll
-    for (int offset = WARP / 2; offset > 0; offset /= 2) end = min(end, __shfl_xor_sync(ALL_LANES, end, offset));
-    return end;
-}
 
 // C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache, Q_STRIDE, OUT_STRIDE and what AttentionTile needs.
 // Shared memory, floats: queries [QUERIES, STRIDE], keys and values [KEYS, STRIDE], weights [QUERIES, WEIGHT_STRIDE].
@@ -164,14 +151,8 @@ template <class C>
 __device__ __forceinline__ void attention_prefill(const float* q, const typename C::Cache::Element* k_cache,
                                                   const typename C::Cache::Element* v_cache, float* out,
                                                   const int* state) {
-    wait_for_inputs();
-    let_dependents_start();
     const int kv_head = blockIdx.x / (C::HEADS / C::KV_HEADS);
-    const int begin = blockIdx.y * C::QUERIES, end = min(begin + C::QUERIES, count_tokens(state));
-    for (int first = begin; first < end;) {
-        const int next = run_end(state, first, end);
-        if (first > begin) __syncthreads();  // the last run's tiles may still be read
-        attend_run<C>(q, k_cache + kv_head * C::HEAD_DIM, v_cache + kv_head * C::HEAD_DIM, out, state, first, next - 1);
-        first = next;
-    }
+    by_runs<C::QUERIES>(state, [&](int first, int last) {
+        attend_run<C>(q, k_cache + kv_head * C::HEAD_DIM, v_cache + kv_head * C::HEAD_DIM, out, state, first, last);
+    });
 }

@@ -61,6 +61,16 @@ __device__ __forceinline__ float block_sum(float value, float* partials) {
     return segment_sum(lane < warps ? partials[lane] : 0.0f);
 }
 
+// Its largest value, which must not be negative; NaN counts for nothing.
+__device__ __forceinline__ float block_max(float value, float* partials) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    value = segment_max(value);
+    __syncthreads();
+    if (lane == 0) partials[warp] = value;
+    __syncthreads();
+    return segment_max(lane < warps ? partials[lane] : 0.0f);
+}
+
 template <int KIND>
 __device__ __forceinline__ float activate(float x) {
     if (KIND == RELU) return fmaxf(x, 0.0f);

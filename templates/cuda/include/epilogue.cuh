@@ -2,6 +2,9 @@
 #pragma once
 #include "common.cuh"
 
+// Every row by itself, or activation(row r) * row r + ROWS / 2.
+enum Epilogue { ROWS_ALONE, GATED };
+
 // Loaded while the row's weights are on their way, so that its latency hides behind theirs.
 struct Addends {
     float before;  // bias, and what out holds if the stream accumulates

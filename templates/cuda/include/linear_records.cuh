@@ -17,8 +17,6 @@ constexpr int BESIDE_EACH_OTHER = 2;
 constexpr int BESIDE_EACH_OTHER = 1;
 #endif
 
-enum Epilogue { ROWS_ALONE, GATED };
-
 // The records of this warp, in order and in pairs: copied ahead into its ring, taken one pair by one.
 template <class C>
 struct RecordStream {

@@ -8,7 +8,7 @@
 #include "cuda_shim.h"
 #else
 
-#define GQSA_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#define GQSA_DYNAMIC_SHARED(type, name) extern __shared__ __align__(1024) type name[]
 
 __device__ __forceinline__ float half_to_float(unsigned short bits) {
     float value;
@@ -109,17 +109,140 @@ __device__ __forceinline__ void mma_16(int* d, unsigned a0, unsigned a1, unsigne
                  : "r"(a0), "r"(a1), "r"(b0));
 }
 
+// D += A B over halves, A [16, 16], B [16, 8], D f32 [16, 8]; lane = 4 * pair + quarter. a[0], a[1]: rows pair and
+// pair + 8, columns 2 * quarter, + 1; a[2], a[3]: the same of columns 8 + them. b0, b1: rows 2 * quarter, + 1 and
+// 8 + them of B's column `pair`. d as for mma_32.
+__device__ __forceinline__ void mma_halves(float* d, const unsigned* a, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same by four warps together, on sm_90a: each has its own 16 rows of A, in the fragments a of four steps of 16, by all
+// 128 tokens of B, which bulk copies have put into shared memory: rows of 128 bytes (64 halves of a token), 16-byte
+// piece p of row r in place p ^ r % 8, from a multiple of 1024 bytes on. Done when group_wait returns. All in one
+// statement: whatever the compiler put between two multiplications would make them wait for each other.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define GQSA_WARP_GROUPS 1
+#define GQSA_SUMS \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+
+__device__ __forceinline__ void group_multiply(float (&d)[16][4], const unsigned (&a)[4][4], const void* tokens) {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(tokens));
+    // Eight rows are 1024 bytes apart; 128-byte swizzle. A step is 32 bytes of a row.
+    const unsigned long long matrix = (address & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
+    asm volatile(
+        "{\n.reg .b64 matrix;\nmov.b64 matrix, %80;\n"
+        "wgmma.fence.sync.aligned;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " GQSA_SUMS "{%64, %65, %66, %67}, matrix, 1, 1, 1, 0;\n"
+        "add.s64 matrix, matrix, 2;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " GQSA_SUMS "{%68, %69, %70, %71}, matrix, 1, 1, 1, 0;\n"
+        "add.s64 matrix, matrix, 2;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " GQSA_SUMS "{%72, %73, %74, %75}, matrix, 1, 1, 1, 0;\n"
+        "add.s64 matrix, matrix, 2;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " GQSA_SUMS "{%76, %77, %78, %79}, matrix, 1, 1, 1, 0;\n"
+        "wgmma.commit_group.sync.aligned;\n}"
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]),
+          "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]), "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),
+          "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
+          "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]),
+          "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
+        : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]),
+          "r"(a[1][0]), "r"(a[1][1]), "r"(a[1][2]), "r"(a[1][3]),
+          "r"(a[2][0]), "r"(a[2][1]), "r"(a[2][2]), "r"(a[2][3]),
+          "r"(a[3][0]), "r"(a[3][1]), "r"(a[3][2]), "r"(a[3][3]),
+          "l"(matrix)
+        : "memory");
+}
+
+// Not as a choice for each register, which would cost whoever needs no zeros.
+__device__ __forceinline__ void clear(unsigned (&a)[4][4]) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) asm volatile("mov.b32 %0, 0;" : "=r"(a[i / 4][i % 4]));
+}
+
+// next: what has been made meanwhile, lest the compiler make it afterwards.
+__device__ __forceinline__ void group_wait(unsigned (&next)[4][4]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;"
+                 : "+r"(next[0][0]), "+r"(next[0][1]), "+r"(next[0][2]), "+r"(next[0][3]),
+                   "+r"(next[1][0]), "+r"(next[1][1]), "+r"(next[1][2]), "+r"(next[1][3]),
+                   "+r"(next[2][0]), "+r"(next[2][1]), "+r"(next[2][2]), "+r"(next[2][3]),
+                   "+r"(next[3][0]), "+r"(next[3][1]), "+r"(next[3][2]), "+r"(next[3][3])
+                 :
+                 : "memory");
+}
+#else
+#define GQSA_WARP_GROUPS 0
+#endif
+
+// Four matrices of 8 rows of 16 bytes from shared memory: lane l points at row l % 8 of matrix l / 8, and gets word
+// l % 4 of row l / 4 of each.
+__device__ __forceinline__ void load_matrices(unsigned (&to)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))));
+}
+
+// The same, transposed: element l % 4 * 2 and the next of column l / 4.
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&to)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))));
+}
+
+// Arithmetic on two halves in a word, rounded once.
+__device__ __forceinline__ unsigned multiply_add_halves(unsigned a, unsigned b, unsigned c) {
+    unsigned result;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+
+__device__ __forceinline__ unsigned multiply_halves(unsigned a, unsigned b) {
+    unsigned result;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+
+// Two floats as halves, the first in the low half of the word.
+__device__ __forceinline__ unsigned to_halves(float low, float high) {
+    unsigned result;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+}
+
 // Copies to shared memory that a warp starts and meets later; see copy_ring.cuh.
 __device__ __forceinline__ unsigned shared_address(const void* p) {
     return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
 
+__device__ __forceinline__ void copy_16(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int LATER>
+__device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}
+
 #if __CUDA_ARCH__ >= 900
 #define GQSA_BULK_COPY 1
 
-__device__ __forceinline__ void barrier_init(void* barrier) {
-    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+// A phase ends when `count` threads have arrived and what they expect has been copied.
+__device__ __forceinline__ void barrier_init(void* barrier, int count = 1) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(void* barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 // One thread: `bytes` (a multiple of 16) from global to shared memory; the barrier's phase ends when they are there.
@@ -142,17 +265,6 @@ __device__ __forceinline__ void barrier_wait(void* barrier, int parity) {
 }
 #else
 #define GQSA_BULK_COPY 0
-
-__device__ __forceinline__ void copy_16(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int LATER>
-__device__ __forceinline__ void copy_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
-}
 #endif
 
 #endif  // GQSA_HOST_EMULATION

@@ -155,13 +155,43 @@ __device__ __forceinline__ constexpr bool one_kind(int widths, int masked_widths
     return (widths & (widths - 1)) == 0 && (masked_widths & (masked_widths - 1)) == 0 && !(widths && masked_widths);
 }
 
-// Reads a record. C: WIDTHS, MASKED_WIDTHS (bit w is set where records of w bits occur; code for others is not made) and WHOLE (all
-// records have four tiles). body(kind, n, fields, load) is called once; kind is a Groups<W> to tell the width by,
-// load(t) gives the groups of tile t and is called for each t < n in turn.
+// Calls whole(Groups<W>()) or masked(Groups<W>()), by a record's kind. C: WIDTHS, MASKED_WIDTHS (bit w is set where
+// records of w bits occur; code for others is not made).
+template <class C, class Whole, class Masked>
+__device__ __forceinline__ void by_kind(unsigned kind, Whole whole, Masked masked) {
+    const int width = kind & 0xff;
+    if (C::MASKED_WIDTHS && (!C::WIDTHS || (kind >> 16 & 0xff))) {
+        constexpr int ALONE = one_kind(C::MASKED_WIDTHS, 0);
+        if ((C::MASKED_WIDTHS & 1 << 4) && (ALONE || width == 4)) masked(Groups<4>());
+        if ((C::MASKED_WIDTHS & 1 << 2) && (ALONE || width == 2)) masked(Groups<2>());
+        if ((C::MASKED_WIDTHS & 1 << 8) && (ALONE || width == 8)) masked(Groups<8>());
+        return;
+    }
+    constexpr int ALONE = one_kind(C::WIDTHS, 0);
+    if ((C::WIDTHS & 1 << 4) && (ALONE || width == 4)) whole(Groups<4>());
+    if ((C::WIDTHS & 1 << 3) && (ALONE || width == 3)) whole(Groups<3>());
+    if ((C::WIDTHS & 1 << 2) && (ALONE || width == 2)) whole(Groups<2>());
+    if ((C::WIDTHS & 1 << 1) && (ALONE || width == 1)) whole(Groups<1>());
+    if ((C::WIDTHS & 1 << 8) && (ALONE || width == 8)) whole(Groups<8>());
+}
+
+// A record's kind, for by_kind and tiles_of. C as there, and WHOLE: all records have four tiles.
+template <class C>
+__device__ __forceinline__ unsigned kind_of(Record record) {
+    return C::WHOLE && one_kind(C::WIDTHS, C::MASKED_WIDTHS) ? 0 : record.kind();
+}
+
+template <class C>
+__device__ __forceinline__ int tiles_of(unsigned kind) {
+    return C::WHOLE ? TILES : kind >> 8 & 0xff;
+}
+
+// Reads a record. body(kind, n, fields, load) is called once; kind is a Groups<W> to tell the width by, load(t) gives
+// the groups of tile t and is called for each t < n in turn.
 template <class C, class Body>
 __device__ __forceinline__ void with_record(Record record, int lane, Body body) {
-    const unsigned kind = C::WHOLE && one_kind(C::WIDTHS, C::MASKED_WIDTHS) ? 0 : record.kind();
-    const int width = kind & 0xff, n = C::WHOLE ? TILES : kind >> 8 & 0xff;
+    const unsigned kind = kind_of<C>(record);
+    const int n = tiles_of<C>(kind);
     const auto whole = [&](auto of_width) {
         using G = decltype(of_width);
         const unsigned char* const steps = record.bytes + 16;
@@ -185,19 +215,7 @@ __device__ __forceinline__ void with_record(Record record, int lane, Body body) 
             return groups;
         });
     };
-    if (C::MASKED_WIDTHS && (!C::WIDTHS || (kind >> 16 & 0xff))) {
-        constexpr int ALONE = one_kind(C::MASKED_WIDTHS, 0);
-        if ((C::MASKED_WIDTHS & 1 << 4) && (ALONE || width == 4)) masked(Groups<4>());
-        if ((C::MASKED_WIDTHS & 1 << 2) && (ALONE || width == 2)) masked(Groups<2>());
-        if ((C::MASKED_WIDTHS & 1 << 8) && (ALONE || width == 8)) masked(Groups<8>());
-        return;
-    }
-    constexpr int ALONE = one_kind(C::WIDTHS, 0);
-    if ((C::WIDTHS & 1 << 4) && (ALONE || width == 4)) whole(Groups<4>());
-    if ((C::WIDTHS & 1 << 3) && (ALONE || width == 3)) whole(Groups<3>());
-    if ((C::WIDTHS & 1 << 2) && (ALONE || width == 2)) whole(Groups<2>());
-    if ((C::WIDTHS & 1 << 1) && (ALONE || width == 1)) whole(Groups<1>());
-    if ((C::WIDTHS & 1 << 8) && (ALONE || width == 8)) whole(Groups<8>());
+    by_kind<C>(kind, whole, masked);
 }
 
 // Element (row, column) of a matrix in whole records of one width, 4 or 8 bits, whose rows stand in order.

@@ -38,6 +38,7 @@ namespace emulation {
 void* dynamic_shared();
 void block_barrier();
 void warp_barrier();
+void wait_for_others();  // lets other threads run before it returns
 unsigned exchange(unsigned value, int source, bool relative);  // value of lane source, or own lane ^ source
 void gather(const unsigned* values, int count, unsigned (*all)[8]);  // of the warp's lanes, [32][8]
 void check_alignment(const void* address, std::size_t bytes);
@@ -64,10 +65,22 @@ inline T __shfl_sync(unsigned, T value, int lane) {
     return shuffle(value, lane, false);
 }
 
+inline unsigned __ballot_sync(unsigned, bool value) {
+    unsigned mine = value, all[32][8], bits = 0;
+    emulation::gather(&mine, 1, all);
+    for (int lane = 0; lane < 32; ++lane) bits |= all[lane][0] << lane;
+    return bits;
+}
+
 inline float __uint_as_float(unsigned bits) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
+}
+inline unsigned __float_as_uint(float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
 }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline int min(int a, int b) { return a < b ? a : b; }
@@ -131,6 +144,117 @@ inline void mma_32(int* d, unsigned a0, unsigned a1, unsigned a2, unsigned a3, u
 inline void mma_16(int* d, unsigned a0, unsigned a1, unsigned b0) {
     const unsigned a[2] = {a0, a1};
     mma<1>(d, a, &b0);
+}
+
+inline _Float16 half_of(unsigned word, int i) {
+    const unsigned short bits = word >> 16 * i;
+    _Float16 value;
+    std::memcpy(&value, &bits, 2);
+    return value;
+}
+template <class F>
+inline unsigned of_halves(F value) {
+    unsigned word = 0;
+    for (int i = 0; i < 2; ++i) {
+        const _Float16 half = value(i);
+        unsigned short bits;
+        std::memcpy(&bits, &half, 2);
+        word |= static_cast<unsigned>(bits) << 16 * i;
+    }
+    return word;
+}
+// Products and sums of halves are exact as doubles.
+inline unsigned multiply_add_halves(unsigned a, unsigned b, unsigned c) {
+    return of_halves([&](int i) {
+        return static_cast<_Float16>(static_cast<double>(half_of(a, i)) * half_of(b, i) + half_of(c, i));
+    });
+}
+inline unsigned multiply_halves(unsigned a, unsigned b) {
+    return of_halves([&](int i) { return static_cast<_Float16>(static_cast<double>(half_of(a, i)) * half_of(b, i)); });
+}
+inline unsigned to_halves(float low, float high) {
+    return of_halves([&](int i) { return static_cast<_Float16>(i ? high : low); });
+}
+inline void mma_halves(float* d, const unsigned* a, unsigned b0, unsigned b1) {
+    const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    unsigned all[32][8];
+    emulation::gather(mine, 6, all);
+    const int lane = threadIdx.x % 32, pair = lane / 4, quarter = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+        const int row = i / 2, column = 2 * quarter + i % 2;
+        double sum = d[i];
+        for (int h = 0; h < 2; ++h)
+            for (int q = 0; q < 4; ++q)
+                for (int e = 0; e < 2; ++e)
+                    sum += static_cast<double>(half_of(all[pair * 4 + q][2 * h + row], e)) *
+                           half_of(all[column * 4 + q][4 + h], e);
+        d[i] = static_cast<float>(sum);
+    }
+}
+// TRANSPOSED: of each matrix.
+template <bool TRANSPOSED>
+inline void load_four_matrices(unsigned (&to)[4], const void* row) {
+    emulation::check_alignment(row, 16);
+    unsigned mine[4], all[32][8];
+    std::memcpy(mine, row, 16);
+    emulation::gather(mine, 4, all);
+    const int lane = threadIdx.x % 32, line = lane / 4, word = lane % 4;
+    for (int m = 0; m < 4; ++m) {
+        if (!TRANSPOSED) {
+            to[m] = all[m * 8 + line][word];
+        } else {
+            to[m] = of_halves([&](int i) { return half_of(all[m * 8 + 2 * word + i][line / 2], line % 2); });
+        }
+    }
+}
+inline void load_matrices(unsigned (&to)[4], const void* row) { load_four_matrices<false>(to, row); }
+inline void load_matrices_transposed(unsigned (&to)[4], const void* row) { load_four_matrices<true>(to, row); }
+
+// Warp groups are tested where the test asks for them.
+#ifndef GQSA_WARP_GROUPS
+#define GQSA_WARP_GROUPS 0
+#endif
+inline void group_wait(unsigned (&)[4][4]) {}
+inline void clear(unsigned (&a)[4][4]) { std::memset(a, 0, sizeof a); }
+// A barrier: how many must arrive, how many have not, and how often all have, from the low bits up.
+inline void barrier_init(void* barrier, int count = 1) {
+    emulation::check_alignment(barrier, 8);
+    *static_cast<unsigned long long*>(barrier) = count | count << 16;
+}
+inline void barrier_arrive(void* barrier) {
+    unsigned long long& state = *static_cast<unsigned long long*>(barrier);
+    state -= 1 << 16;
+    if ((state >> 16 & 0xffff) == 0) state += (state & 0xffff) << 16 | 1ull << 32;
+}
+inline void barrier_wait(void* barrier, int parity) {
+    while ((*static_cast<unsigned long long*>(barrier) >> 32 & 1) == parity) emulation::wait_for_others();
+}
+inline void bulk_copy(void* to, const void* from, int bytes, void* barrier) {
+    emulation::check_alignment(to, 16);
+    emulation::check_alignment(from, 16);
+    std::memcpy(to, from, bytes);
+    barrier_arrive(barrier);
+}
+inline void group_multiply(float (&d)[16][4], const unsigned (&a)[4][4], const void* tokens) {
+    emulation::check_alignment(tokens, 1024);
+    const int lane = threadIdx.x % 32, pair = lane / 4, quarter = lane % 4;
+    for (int step = 0; step < 4; ++step) {
+        unsigned all[32][8];
+        emulation::gather(a[step], 4, all);
+        for (int i = 0; i < 64; ++i) {
+            const int row = i % 4 / 2, token = i / 4 * 8 + 2 * quarter + i % 2;
+            double sum = d[i / 4][i % 4];
+            for (int h = 0; h < 2; ++h) {
+                unsigned piece[4];
+                const int place = (2 * step + h) ^ token % 8;
+                std::memcpy(piece, static_cast<const char*>(tokens) + token * 128 + place * 16, 16);
+                for (int q = 0; q < 4; ++q)
+                    for (int e = 0; e < 2; ++e)
+                        sum += static_cast<double>(half_of(all[pair * 4 + q][2 * h + row], e)) * half_of(piece[q], e);
+            }
+            d[i / 4][i % 4] = static_cast<float>(sum);
+        }
+    }
 }
 
 #define GQSA_BULK_COPY 0

@@ -18,8 +18,8 @@ Dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace {
 
 constexpr int WARP = 32;
-constexpr std::size_t STACK_BYTES = 128 * 1024, SHARED_BYTES = 164 * 1024, GUARD_BYTES = 4096;
-enum State { READY, AT_WARP_BARRIER, AT_BLOCK_BARRIER, DONE };
+constexpr std::size_t STACK_BYTES = 128 * 1024, SHARED_BYTES = 227 * 1024, GUARD_BYTES = 4096;
+enum State { READY, AT_WARP_BARRIER, AT_BLOCK_BARRIER, POLLING, DONE };
 
 struct Fiber {
     State state;
@@ -35,7 +35,7 @@ struct Kernel {
     int count;
 } kernel;
 
-alignas(64) unsigned char shared[SHARED_BYTES + GUARD_BYTES];
+alignas(1024) unsigned char shared[SHARED_BYTES + GUARD_BYTES];
 std::vector<Fiber> fibers;
 std::vector<unsigned> slots;  // [2, threads]: values on exchange, of even and odd exchanges
 std::vector<unsigned> wide_slots;  // [2, threads, 8]: the same for fragments
@@ -81,7 +81,7 @@ void yield(State state) {
     fiber.state = state;
     if (state == AT_BLOCK_BARRIER) {
         release_block();
-    } else {
+    } else if (state == AT_WARP_BARRIER) {
         const int first = current / WARP * WARP;
         int waiting = 0;
         for (int i = first; i < first + WARP; ++i) waiting += fibers[i].state == AT_WARP_BARRIER;
@@ -114,8 +114,8 @@ bool run_warp(int warp, bool backwards) {
     for (int i = 0; i < WARP; ++i) {
         const int thread = warp * WARP + (backwards ? WARP - 1 - i : i);
         if (fibers[thread].state != READY) continue;
-        progress = true;
         resume(thread);
+        progress |= fibers[thread].state != POLLING;
     }
     return progress;
 }
@@ -126,6 +126,8 @@ void run_block(bool backwards, std::size_t shared_bytes) {
     live = threads;
     while (live > 0) {
         bool progress = false;
+        for (Fiber& fiber : fibers)
+            if (fiber.state == POLLING) fiber.state = READY;
         for (int i = 0; i < threads / WARP; ++i)
             while (run_warp(backwards ? threads / WARP - 1 - i : i, backwards)) progress = true;
         if (!progress) {
@@ -147,6 +149,7 @@ namespace emulation {
 void* dynamic_shared() { return shared; }
 void block_barrier() { yield(AT_BLOCK_BARRIER); }
 void warp_barrier() { yield(AT_WARP_BARRIER); }
+void wait_for_others() { yield(POLLING); }
 
 unsigned exchange(unsigned value, int source, bool relative) {
     // Two sets of slots: a lane can be one exchange ahead of those that still read the last one.
