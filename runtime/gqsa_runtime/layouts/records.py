@@ -204,7 +204,7 @@ class Records(Layout):
         first = blocks[: params["n_blocks"]]
         if (np.diff(blocks[: params["n_blocks"] + 1]) < 1).any():
             return None  # all of a block is removed
-        sizes = (starts[first + 1] - starts[first]) * UNIT
+        sizes = (starts[first + 1] - starts[first]) * ALIGNMENT
         n = np.arange(1, TILES + 1)
         without_values = _HEADER + 32 * n + _padded(8 * n)
         tiles = (sizes[:, None] % 128 == without_values % 128).argmax(1)
