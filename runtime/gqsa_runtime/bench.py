@@ -154,7 +154,7 @@ def _prefill(model: Model, length: int, repeats: int) -> dict:
 
 
 def _profile(model: Model, context: int, prompt: int) -> list[dict]:
-    chunk = min(model.program.prefill_chunk, prompt)
+    chunk = min(model.device.plan.prefill_chunk, prompt)
     rows = []
     for held, n_tokens in ((context, 1), (prompt - chunk, chunk)):
         model.engine.reset()

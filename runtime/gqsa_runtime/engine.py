@@ -158,7 +158,7 @@ class Engine:
         The cache stays as it is. Raises InputError as prefill does.
         """
         with self._alone():
-            ids = self._checked(tokens, min(self.context - self.position, self.program.prefill_chunk))
+            ids = self._checked(tokens, min(self.context - self.position, self.device.plan.prefill_chunk))
             phase = "decode" if len(ids) == 1 else "prefill_body"
             self._upload(ids)
             return phase, self.device.step_seconds(phase, repeats)
