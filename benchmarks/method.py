@@ -154,19 +154,10 @@ def run_configuration(name: str, options: dict, source: Source, score, results: 
     results.add(
         config=name, done=True, seconds=report["seconds"], bits_per_weight=report["bits_per_weight"],
         coded_bits_per_weight=report["coded_bits_per_weight"], stages=facts, blocks=blocks, curves=curves,
-        **({"row_widths": mean_shares(report["row_widths"])} if "row_widths" in report else {}),
+        **({"row_widths": report["all_row_widths"]} if "all_row_widths" in report else {}),
     )  # fmt: skip
     if not args.keep:
         shutil.rmtree(out)
-
-
-def mean_shares(row_widths: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Width -> mean over the linears of the share of their rows."""
-    widths = sorted({width for shares in row_widths.values() for width in shares}, key=int)
-    return {
-        width: round(sum(shares.get(width, 0.0) for shares in row_widths.values()) / len(row_widths), 4)
-        for width in widths
-    }
 
 
 def divided(whole: float, shares: dict[str, float]) -> tuple[float, ...]:

@@ -55,7 +55,8 @@ def sizes(
     linear by itself. coded_bits_per_weight: what the method itself needs, by the usual count: the kept weights, a
     float16 scale and a zero for each quantisation group of which something is kept, and one bit for each group if any
     is removed, or two bits for each kept weight of 2:4. sparsity: share of the weights removed, by linear. With a
-    target also mean_width, bits of a weight's level, and row_widths: by linear, width -> share of its rows.
+    target also mean_width, bits of a weight's level, row_widths: by linear, width -> share of its rows, and
+    all_row_widths: the same of all rows together.
     """
     parameters = sum(rows * columns for rows, columns in shapes.values())
     groups = parameters // options.group_size
@@ -78,6 +79,7 @@ def sizes(
         by_rows = {
             "mean_width": round(levels / parameters, 4),
             "row_widths": {path: _shares(widths) for path, widths in row_bits.items()},
+            "all_row_widths": _shares(np.concatenate(list(row_bits.values()))),
         }
     return {
         "linears": len(shapes),
@@ -126,18 +128,9 @@ def summary(report: dict) -> str:
 def _widths_in_words(report: dict) -> str:
     if "row_widths" not in report:
         return f"{report['options']['bits']} bits"
-    shares = ", ".join(f"{share:.0%} {width}" for width, share in _share_of_weights(report).items())
-    return f"rows of {' '.join(_widths_of(report))} bits ({shares})"
-
-
-def _widths_of(report: dict) -> list[str]:
-    return sorted({width for shares in report["row_widths"].values() for width in shares}, key=int)
-
-
-def _share_of_weights(report: dict) -> dict[str, float]:
-    """Width -> mean over linears of the share of their rows."""
-    linears = report["row_widths"].values()
-    return {w: sum(shares.get(w, 0.0) for shares in linears) / len(linears) for w in _widths_of(report)}
+    widths = report["all_row_widths"]
+    shares = ", ".join(f"{share:.0%} {width}" for width, share in widths.items())
+    return f"rows of {' '.join(widths)} bits ({shares})"
 
 
 def _outcome(facts: dict) -> str:
@@ -189,7 +182,7 @@ def _plot_sparsity(axes, report: dict) -> None:
 
 
 def _plot_widths(axes, report: dict) -> None:
-    linears, widths = list(report["row_widths"]), _widths_of(report)
+    linears, widths = list(report["row_widths"]), list(report["all_row_widths"])
     below = np.zeros(len(linears))
     for number, width in enumerate(widths):
         shares = np.array([report["row_widths"][path].get(width, 0.0) for path in linears])

@@ -163,6 +163,9 @@ def test_no_kernel_spills(binaries, target):
         several = spec.op == "linear_records" and spec["tokens"] > 1
         # 512 threads leave 128 registers, and ptxas wants a few more there for eight tokens.
         allowed = 256 if several and target in ("sm_100", "sm_120") else 0
+        # The same 128 registers, for masks of three widths in one matrix.
+        if spec.op == "matmul_records" and spec["masked_widths"].bit_count() > 1 and target == "sm_90":
+            allowed = 32
         assert binary.spill_bytes <= allowed and binary.stack_bytes <= allowed, f"{NAMES[spec]}: {binary.log}"
 
 

@@ -105,6 +105,10 @@ def test_the_target_is_met_as_build_counts(tmp_path, llama, text, stages):
     }
     assert config["bits"] == pytest.approx(np.concatenate(list(weights.values())).mean(), abs=1e-3)
     assert report["row_widths"].keys() == widths.keys()
+    rows = np.concatenate(list(widths.values()))
+    assert report["all_row_widths"] == {
+        str(width): pytest.approx((rows == width).mean(), abs=1e-5) for width in np.unique(rows)
+    }
     for path, shares in report["row_widths"].items():
         assert {int(width): share for width, share in shares.items()} == pytest.approx(
             {w: float((widths[path] == w).mean()) for w in set(widths[path].tolist())}, abs=1e-4

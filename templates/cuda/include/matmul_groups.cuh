@@ -64,8 +64,7 @@ struct MatmulHalf {
 
     // Fragments of a tile; zeros where the row block does not hold it, for the other warps may.
     __device__ __forceinline__ void take(int tile, unsigned (&a)[4][4]) {
-        if (rows.current < rows.count && rows.slot == rows.first_slot) {
-            rows.first_slot = 0;
+        if (rows.current < rows.count && rows.slot == 0) {
             fetch_record();  // into the place that was left before
             barrier_wait(arrived + rows.current % 2, rows.current / 2 & 1);
         }
@@ -96,6 +95,7 @@ struct MatmulHalf {
             return ++tile < last;
         };
         if (first >= last) return;
+        if (rows.count > 0) barrier_wait(arrived, 0);  // the first record may be taken from its middle on
         unsigned even[4][4], odd[4][4] = {};
         take(first, even);
         while (step(even, odd) && step(odd, even)) {

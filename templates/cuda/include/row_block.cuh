@@ -10,14 +10,13 @@ struct RowBlock {
     const int* starts;             // of the block's records
     int count, current, fetched;   // how many, the one under way, the next to copy
     int slot, offset;              // of the tile under way: which of its record, its first value behind the first tile's
-    int first_slot;                // that is taken of the record under way, 0 but behind skip_to
 
     // block: of the linear's n_blocks; there is nothing in one behind them.
     __device__ __forceinline__ void open(const signed char* records_, const int* starts_, const int* blocks, int block,
                                          int n_blocks) {
         const int begin = block < n_blocks ? blocks[block] : 0, end = block < n_blocks ? blocks[block + 1] : 0;
         records = reinterpret_cast<const unsigned char*>(records_), starts = starts_ + begin;
-        count = end - begin, current = fetched = slot = offset = first_slot = 0;
+        count = end - begin, current = fetched = slot = offset = 0;
     }
 
     // Forgets the records that begin with this tile or one behind it. All lanes of the warp call it.
@@ -41,7 +40,7 @@ struct RowBlock {
                 offset *= 2 * (record.kind() & 0xff);  // bytes of a group
             }
         }
-        starts += n_skipped, count -= n_skipped, first_slot = slot;
+        starts += n_skipped, count -= n_skipped;
     }
 
     // Whether there is another record and its place is free.
