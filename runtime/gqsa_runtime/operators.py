@@ -118,6 +118,14 @@ _IDS = lambda p, t, c: 1 if p["tokens"] == 1 else t  # noqa: E731
 _KV = lambda p, t, c: c * p["kv_heads"] * p["head_dim"]  # noqa: E731  [slots, context, kv_heads, head_dim]
 _WIDTH = lambda p, t, c: p["width"]  # noqa: E731
 
+_ATTENTION = (
+    Operand("q", "f32", _rows("q_stride", "head_dim", "heads")),
+    Operand("k_cache", "param:kv_dtype", _KV),
+    Operand("v_cache", "param:kv_dtype", _KV),
+    Operand("out", "f32", _rows("out_stride", "head_dim", "heads"), "out"),
+    _STATE,
+)
+
 
 def _linear(layout: Layout) -> Operator:
     """A linear whose weights are stored in a layout. Where the content decides a part's size, the reader
@@ -321,25 +329,13 @@ OPERATORS: dict[str, Operator] = {
         "causal softmax(scale * q k^T) v over cache rows 0 .. position[t] of slot[t], with a window > 0 the last "
         "`window` of them; head h reads KV head h // (heads / kv_heads)",
         {**_HEADS, "scale": NUMBER, "window": COUNT, "q_stride": SIZE, "out_stride": SIZE},
-        (
-            Operand("q", "f32", _rows("q_stride", "head_dim", "heads")),
-            Operand("k_cache", "param:kv_dtype", _KV),
-            Operand("v_cache", "param:kv_dtype", _KV),
-            Operand("out", "f32", _rows("out_stride", "head_dim", "heads"), "out"),
-            _STATE,
-        ),
+        _ATTENTION,
         _check_heads,
     ),
     "attention_halves": Operator(
         "attention of many tokens with products of halves: q, weights and the cache",
         {**_HEADS, "kv_dtype": ("f16",), "scale": NUMBER, "window": COUNT, "q_stride": SIZE, "out_stride": SIZE},
-        (
-            Operand("q", "f32", _rows("q_stride", "head_dim", "heads")),
-            Operand("k_cache", "param:kv_dtype", _KV),
-            Operand("v_cache", "param:kv_dtype", _KV),
-            Operand("out", "f32", _rows("out_stride", "head_dim", "heads"), "out"),
-            _STATE,
-        ),
+        _ATTENTION,
         _check_attention_halves,
         families=("cuda",),
     ),

@@ -39,20 +39,12 @@ __device__ __forceinline__ void argmax(const float* logits, int* token) {
     if (4 * FOURS + threadIdx.x < C::VOCAB) take(logits[4 * FOURS + threadIdx.x], 4 * FOURS + threadIdx.x);
     if (nan) best = INFINITE;
 
-    const auto merge_lanes = [&] {
-#pragma unroll
-        for (int offset = WARP / 2; offset > 0; offset /= 2) {
-            const float other = __shfl_xor_sync(ALL_LANES, best, offset);
-            const int other_index = __shfl_xor_sync(ALL_LANES, index, offset);
-            if (other > best || (other == best && other_index < index)) best = other, index = other_index;
-        }
-    };
-    merge_lanes();
+    take_largest(best, index);
     if (lane == 0) largest[warp] = best, indices[warp] = index;
     __syncthreads();
     if (warp > 0) return;
     best = lane < C::THREADS / WARP ? largest[lane] : -INFINITE;
     index = lane < C::THREADS / WARP ? indices[lane] : C::VOCAB;
-    merge_lanes();
+    take_largest(best, index);
     if (lane == 0) *token = best > -INFINITE && best < INFINITE ? index : -1;
 }

@@ -51,6 +51,16 @@ __device__ __forceinline__ float segment_max(float value) {
     return value;
 }
 
+// The largest of the warp's values and the lowest index that goes with it, in every lane.
+__device__ __forceinline__ void take_largest(float& value, int& index) {
+#pragma unroll
+    for (int offset = WARP / 2; offset > 0; offset /= 2) {
+        const float other = __shfl_xor_sync(ALL_LANES, value, offset);
+        const int other_index = __shfl_xor_sync(ALL_LANES, index, offset);
+        if (other > value || (other == value && other_index < index)) value = other, index = other_index;
+    }
+}
+
 // Sum over the block, the same bits in every thread. `partials` holds one float per warp.
 __device__ __forceinline__ float block_sum(float value, float* partials) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;

@@ -19,20 +19,12 @@ __device__ __forceinline__ void log_probs(const float* logits, const int* target
     int index = C::VOCAB;
     for (int i = threadIdx.x; i < C::VOCAB; i += blockDim.x)
         if (logits[i] > best) best = logits[i], index = i;
-    const auto merge_lanes = [&] {
-#pragma unroll
-        for (int offset = WARP / 2; offset > 0; offset /= 2) {
-            const float other = __shfl_xor_sync(ALL_LANES, best, offset);
-            const int other_index = __shfl_xor_sync(ALL_LANES, index, offset);
-            if (other > best || (other == best && other_index < index)) best = other, index = other_index;
-        }
-    };
-    merge_lanes();
+    take_largest(best, index);
     if (lane == 0) partials[warp] = best, indices[warp] = index;
     __syncthreads();
     best = lane < warps ? partials[lane] : LOWEST;
     index = lane < warps ? indices[lane] : C::VOCAB;
-    merge_lanes();
+    take_largest(best, index);
 
     float sum = 0.0f;
     for (int i = threadIdx.x; i < C::VOCAB; i += blockDim.x) sum += expf(logits[i] - best);
