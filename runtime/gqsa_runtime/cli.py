@@ -196,25 +196,35 @@ def read_text(path: str, what: str) -> str:
 @click.option("--raw", is_flag=True, help="Continue the prompt itself, without the file's chat template.")
 @_sampling_options(temperature=0.0)
 @_model_options
+@click.option(
+    "--session",
+    type=click.Path(dir_okay=False),
+    help="File of a prompt that was read before: what this one shares with it is not read again. Made, or made anew.",
+)
 @click.option("--stats", is_flag=True, help="Tell counts and speeds on standard error.")
-def run(file, prompt, raw, device, context, threads, stats, **sampling) -> None:
+def run(file, prompt, raw, device, context, threads, session, stats, **sampling) -> None:
     """Answers one prompt, as a chat message if the file has a chat template, and exits.
 
     \b
     Examples:
       gqsa run model.gqsa --prompt "Name three rivers."
       echo "Once upon a time" | gqsa run model.gqsa --raw --temperature 0.8 --seed 1
+      gqsa run model.gqsa --raw --session book.session < book-and-question.txt
     """
     if prompt is None:
         if sys.stdin.isatty():
             _tell("reading the prompt from standard input; end it with Ctrl-D")
         prompt = read_text("-", "prompt")
     with _open_model(file, device, context, threads, sampling) as model:
+        if session is not None and os.path.exists(session):
+            _tell(f"{session}: {model.load_session(session)} tokens are in the cache")
         if model.has_chat_template and not raw:
             pieces = model.chat([{"role": "user", "content": prompt}], **sampling)
         else:
             pieces = model.generate(prompt, **sampling)
         _write(pieces)
+        if session is not None:
+            model.save_session(session)
         if stats:
             _tell_stats(model)
 

@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from gqsa_runtime.errors import DeviceError
-from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Plan, Program, Step
+from gqsa_runtime.program import DTYPE_BYTES, NUMPY_DTYPES, Argument, Binary, Plan, Program, Step
 from gqsa_runtime.rope import rope_table
+from gqsa_runtime.session import cache_shapes
 from gqsa_runtime.stopwatch import Stopwatch
 
 ALIGNMENT = 64  # of everything in the arena: a cache line
@@ -25,7 +26,6 @@ _BANDWIDTH_BYTES = 1 << 28  # read to measure the bandwidth: more than a cache h
 # Chooses a binary by its target's name, e.g. x86_64_v3 on a machine with AVX-512. For tests and comparisons.
 TARGET_VARIABLE = "GQSA_CPU_TARGET"
 
-NUMPY_DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i16": np.int16, "i8": np.int8}
 
 # The flags of /proc/cpuinfo that a target's code relies on; the best target comes first.
 _V3 = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"])
@@ -168,6 +168,14 @@ class CpuDevice:
             raise ValueError(f"buffer {buffer!r} holds {array.size} elements, not {count}")
         return array[:count].copy()
 
+    def download_rows(self, cache: str, layer: int, count: int) -> np.ndarray:
+        """See engine.Device."""
+        return self._caches[cache, layer][:count].copy()
+
+    def upload_rows(self, cache: str, layer: int, rows: np.ndarray) -> None:
+        """See engine.Device."""
+        self._caches[cache, layer][: len(rows)] = rows
+
     def bandwidth(self) -> float:
         """Bytes per second that as many threads as the pool has read from memory together, the best of 10 passes:
         others that use the bus only take from it.
@@ -197,7 +205,7 @@ class CpuDevice:
         """Ends the threads and frees the memory. Safe to call twice."""
         if self._pool:
             self._library.gqsa_pool_destroy(self._pool)
-        self._pool, self._phases, self._buffers, self._addresses = None, {}, {}, {}
+        self._pool, self._phases, self._buffers, self._caches, self._addresses = None, {}, {}, {}, {}
         self._keep.clear()
 
     def __del__(self):
@@ -231,6 +239,10 @@ class CpuDevice:
         for name, rope in program.ropes.items():
             table = rope_table(tensors[rope.inv_freq].reshape(-1), rope.scaling, context)
             places["rope", name].view(np.float32)[:] = table.reshape(-1)
+        self._caches = {  # of slot 0
+            (cache, layer): places[cache, layer].view(NUMPY_DTYPES[program.kv_dtype]).reshape(-1, width)[:context]
+            for cache, layer, width in cache_shapes(program)
+        }
         arena = places["arena", None]
         self._buffers = {
             b.name: arena[b.offset : b.offset + b.elements * DTYPE_BYTES[b.dtype]].view(NUMPY_DTYPES[b.dtype])

@@ -13,7 +13,7 @@ import numpy as np
 from gqsa_runtime import cuda_errors
 from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.errors import DeviceError
-from gqsa_runtime.program import DTYPE_BYTES, Argument, Binary, Launch, Program, Step
+from gqsa_runtime.program import DTYPE_BYTES, NUMPY_DTYPES, Argument, Binary, Launch, Program, Step
 from gqsa_runtime.rope import rope_table
 from gqsa_runtime.stopwatch import Stopwatch
 
@@ -26,8 +26,6 @@ _STEPS_TIMED = 32  # launches in a graph that times a kernel, at least
 
 # Buffers that the host fills or reads between launches, beside the logits.
 _HOST_BUFFERS = ("tokens", "targets", "state", "log_probs", "argmax")
-
-NUMPY_DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i8": np.int8}
 
 
 def probe(program: Program, ordinal: int = 0) -> tuple[bool, str]:
@@ -207,6 +205,22 @@ class CudaDevice:
         call("cuStreamSynchronize", self._stream)
         self._on_their_way.clear()
         return values.copy() if values is pinned else values
+
+    def download_rows(self, cache: str, layer: int, count: int) -> np.ndarray:
+        """See engine.Device."""
+        kv = self._program.kv_layers[layer]
+        rows = np.empty((count, kv.kv_heads * kv.head_dim), NUMPY_DTYPES[self._program.kv_dtype])
+        if rows.size:
+            self._set_current()
+            call("cuMemcpyDtoHAsync", rows.ctypes.data, self._addresses[cache, layer], rows.nbytes, self._stream)
+            call("cuStreamSynchronize", self._stream)
+        return rows
+
+    def upload_rows(self, cache: str, layer: int, rows: np.ndarray) -> None:
+        """See engine.Device."""
+        if rows.size:
+            self._set_current()
+            self._copy(self._addresses[cache, layer], np.ascontiguousarray(rows))
 
     def bandwidth(self) -> float:
         """Bytes per second that a copy within the GPU's memory moves, read and written, the median of 20."""

@@ -19,6 +19,7 @@ from gqsa_runtime.operators import state_elements
 from gqsa_runtime.program import Plan, Program
 from gqsa_runtime.sampling import likeliest
 from gqsa_runtime.sequence import Sequence
+from gqsa_runtime.session import Session, cache_shapes
 
 _Read = TypeVar("_Read")
 
@@ -59,6 +60,12 @@ class Device(Protocol):
 
     def step_seconds(self, phase: str, repeats: int) -> list[float]:
         """Seconds of each step of a phase, each kind of kernel by itself; leaves no sound activations behind."""
+
+    def download_rows(self, cache: str, layer: int, count: int) -> np.ndarray:
+        """The first `count` positions of slot 0 of a layer's "k_cache" or "v_cache", [count, kv_heads * head_dim]."""
+
+    def upload_rows(self, cache: str, layer: int, rows: np.ndarray) -> None:
+        """Copies rows, as download_rows gives them, to the first positions of slot 0."""
 
     def close(self) -> None:
         """Frees all that the device holds."""
@@ -188,6 +195,21 @@ class Engine:
                 log_probs.append(self.device.download("log_probs", len(chunk))[scored])
                 greedy.append((self.device.download("argmax", len(chunk)) == expected)[scored])
             return ScoreResult(np.concatenate(log_probs).astype(np.float32, copy=False), np.concatenate(greedy))
+
+    def save(self) -> Session:
+        """What the KV cache holds, copied."""
+        with self._alone():
+            n_tokens = len(self._tokens)
+            rows = [self.device.download_rows(cache, layer, n_tokens) for cache, layer, _ in cache_shapes(self.program)]
+            return Session(np.array(self._tokens, np.int32), rows)
+
+    def restore(self, session: Session) -> None:
+        """Makes the KV cache hold a session that was read for this program and context."""
+        with self._alone():
+            self._tokens.clear()
+            for (cache, layer, _), rows in zip(cache_shapes(self.program), session.rows, strict=True):
+                self.device.upload_rows(cache, layer, rows)
+            self._tokens.extend(session.tokens.tolist())
 
     def close(self) -> None:
         """Closes the device, once it has finished what it runs: a long prompt ends after its next chunk."""

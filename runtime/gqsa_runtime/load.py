@@ -81,13 +81,11 @@ def choose_device(program: Program, device: str) -> tuple[str, int, str]:
     if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdecimal())):
         raise InputError(f"the device is {device!r}, expected auto, cpu, cuda or cuda:N")
     ordinal = int(number) if number else 0
-    if kind == "cpu":
-        return "cpu", 0, "cpu, as asked"
-    if kind == "cuda":
-        usable, why = _probe("cuda", program, ordinal)
+    if kind != "auto":
+        usable, why = _probe(kind, program, ordinal)
         if not usable:
             raise DeviceError(why)
-        return "cuda", ordinal, f"{device}, as asked: {why}"
+        return kind, ordinal, "cpu, as asked" if kind == "cpu" else f"{device}, as asked: {why}"
     usable, why_gpu = _probe("cuda", program, 0)
     if usable:
         return "cuda", 0, f"cuda: {why_gpu}"

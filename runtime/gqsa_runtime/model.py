@@ -20,6 +20,7 @@ from gqsa_runtime.program import Program
 from gqsa_runtime.reader import ArtifactFile, TensorInfo
 from gqsa_runtime.sampling import SamplingOptions, sample
 from gqsa_runtime.sequence import Sequence as TokenSequence
+from gqsa_runtime.session import read_session, write_session
 from gqsa_runtime.stopwatch import Stopwatch
 from gqsa_runtime.tokenizer import StopFilter, TextStream, Tokenizer
 from gqsa_runtime.turns import Turns
@@ -77,12 +78,14 @@ class Model:
         family: str = "cpu",
         tensors: Mapping[str, TensorInfo] | None = None,
         open_seconds: Mapping[str, float] | None = None,
+        digest: bytes = bytes(32),
     ):
         self.program, self.tokenizer, self.device, self.context = program, tokenizer, device, context
         self.engine = Engine(program, device, context)
         self.device_reason, self.context_reason = device_reason, context_reason
         self.family, self.tensors = family, dict(tensors or {})
         self.open_seconds = dict(open_seconds or {})
+        self._digest = digest  # of the file
         self.stats = GenerationStats()
         self._chat_source, self._chat_template = chat_template, None
         self._turns = Turns()
@@ -141,6 +144,7 @@ class Model:
             opened.family,
             file.tensors,
             clock.seconds,
+            file.digest,
         )
 
     def __enter__(self):
@@ -250,6 +254,28 @@ class Model:
         ids = self.tokenize(text) if isinstance(text, str) else text
         with self._turns.turn(wait):
             return self.engine.score(ids, first)
+
+    def save_session(self, path: str | os.PathLike, wait: bool = True) -> int:
+        """Writes what the KV cache holds, the last prompt and its answer, to a file; returns the number of its tokens.
+
+        A prompt that begins like it is read from there on, after `load_session` in any process. The file appears whole
+        or not at all. Raises InputError where it cannot be written.
+        """
+        with self._turns.turn(wait):
+            session = self.engine.save()
+            write_session(path, self._digest, session)
+            return len(session.tokens)
+
+    def load_session(self, path: str | os.PathLike, wait: bool = True) -> int:
+        """Makes the KV cache hold what `save_session` wrote; returns the number of its tokens.
+
+        Raises InputError where the file cannot be read or is longer than the context, FormatError where it is damaged
+        or of another model file; then the cache is as it was.
+        """
+        with self._turns.turn(wait):
+            session = read_session(path, self._digest, self.program, self.context)
+            self.engine.restore(session)
+            return len(session.tokens)
 
     def _in_turn(self, pieces: Iterator[str], wait: bool) -> Iterator[str]:
         """The pieces of a generation, each made while it is this one's turn."""

@@ -18,9 +18,12 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.format import MAX_PROGRAM_CHARACTERS, canonical_json
 
+NUMPY_DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i16": np.int16, "i8": np.int8}
 DTYPE_BYTES = {"f32": 4, "f16": 2, "i32": 4, "i16": 2, "i8": 1}
 
 # Phases: prefill_body then last_logits make a prompt's next-token logits; prefill_body then

@@ -50,7 +50,8 @@ class ArtifactFile:
     """An open .gqsa file whose header has passed every check.
 
     program: the launch plan, not yet validated (see `validate.validate`). Any number of threads may `read`.
-    metadata: key -> int, bool or str. tensors: name -> TensorInfo in file order, without the digests.
+    metadata: key -> int, bool or str. tensors: name -> TensorInfo in file order, without the digests. digest: SHA-256
+    of the digests of the header and of every tensor, which tells files of different contents apart.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -120,6 +121,7 @@ class ArtifactFile:
                 f"expected i8 [{len(names)}, {_DIGEST_BYTES}]; rebuild the file"
             )
         table = _read_exactly(self._file, self.path, info.offset, info.size).tobytes()
+        self.digest = hashlib.sha256(table).digest()
         rows = [table[start : start + _DIGEST_BYTES] for start in range(0, len(table), _DIGEST_BYTES)]
         if rows[0] != header_digest:
             raise FormatError(

@@ -260,3 +260,17 @@ def test_x86_targets_follow_the_cpu_flags(monkeypatch):
 def test_thread_count_must_be_positive():
     with pytest.raises(DeviceError, match="0 threads"):
         open_device(threads=0)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_rows_of_the_cache_bring_a_sequence_to_another_device(slots):
+    tensors, tokens = make_tensors(), np.random.default_rng(3).integers(0, VOCAB, CONTEXT)
+    first = open_device(tensors, slots=slots)
+    decode(first, tokens[:9])
+    rows = {cache: first.download_rows(cache, 0, 9) for cache in ("k_cache", "v_cache")}
+    expected = decode(first, tokens[9:12], 9)
+    second = open_device(tensors)
+    for cache, values in rows.items():
+        assert values.shape == (9, WIDTH) and values.any()
+        second.upload_rows(cache, 0, values)
+    assert decode(second, tokens[9:12], 9).tobytes() == expected.tobytes()

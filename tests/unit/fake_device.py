@@ -72,6 +72,18 @@ class FakeDevice:
     def step_seconds(self, phase, repeats):
         return [1e-6 * repeats] * len(self.program.plans["cpu"].phases[phase])
 
+    def download_rows(self, cache, layer, count):
+        rows = np.zeros((count, self._row_width(layer)), np.float32)
+        rows[:, 0] = self.cache[:count]
+        return rows
+
+    def upload_rows(self, cache, layer, rows):
+        assert rows.shape == (len(rows), self._row_width(layer)) and rows.dtype == np.float32
+        self.cache[: len(rows)] = rows[:, 0]
+
+    def _row_width(self, layer):
+        return self.program.kv_layers[layer].kv_heads * self.program.kv_layers[layer].head_dim
+
     def close(self):
         self.closed = True
 

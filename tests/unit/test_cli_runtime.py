@@ -67,6 +67,19 @@ def test_run_reads_the_prompt_from_stdin(gqsa, path):
     assert gqsa("run", path, "--raw", stdin="Once", answer=" upon", prompt="Once").stdout == " upon\n"
 
 
+def test_a_session_is_made_and_gone_on_from(gqsa, path, tmp_path):
+    session = tmp_path / "once.session"
+    arguments = ("run", path, "--raw", "--prompt", "Once", "--stats", "--session", str(session))
+    first = gqsa(*arguments, answer=" upon", prompt="Once")
+    assert first.exit_code == 0 and "(0 kept)" in first.stderr and session.exists()
+    again = gqsa(*arguments, answer=" upon", prompt="Once")
+    assert (again.exit_code, again.stdout) == (0, first.stdout)
+    assert "tokens are in the cache" in again.stderr and "(0 kept)" not in again.stderr
+    session.write_bytes(session.read_bytes()[:-1])
+    damaged = gqsa(*arguments, answer=" upon", prompt="Once")
+    assert damaged.exit_code == 1 and "is damaged" in damaged.stderr and damaged.stdout == ""
+
+
 def test_run_uses_the_chat_template_unless_raw(gqsa, path):
     prompt = "<s>[user]Hi\n[assistant]"
     assert gqsa("run", path, "-p", "Hi", "--context", "32", answer="Yo", prompt=prompt).stdout == "Yo\n"

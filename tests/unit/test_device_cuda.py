@@ -7,9 +7,10 @@ import pytest
 from gqsa_runtime import device_cuda
 from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.errors import FormatError
-from gqsa_runtime.program import Binary
+from gqsa_runtime.program import NUMPY_DTYPES, Binary
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.rope import rope_table
+from gqsa_runtime.session import cache_shapes
 
 from tests.format import tiny
 from tests.format.tiny import CONTEXT
@@ -53,6 +54,9 @@ class HostDriver:
         ctypes.memset(address, value, count)
 
     def cuMemcpyHtoDAsync(self, target, source, n_bytes, stream):
+        ctypes.memmove(target, source, n_bytes)
+
+    def cuMemcpyDtoHAsync(self, target, source, n_bytes, stream):
         ctypes.memmove(target, source, n_bytes)
 
     def cuEventElapsedTime(self, start, end):
@@ -142,3 +146,17 @@ def test_steps_are_timed_kernel_by_kernel(tmp_path, host):
         assert device.bandwidth() == pytest.approx(2 * 2**29 / 3.2e-3)
         assert host.calls.count("cuEventCreate") == host.calls.count("cuEventDestroy")
         device.close()
+
+
+def test_rows_of_the_cache_come_and_go(tmp_path, host):
+    with open_file(tmp_path) as file:
+        device = make_device(file, slots=2)
+        rng = np.random.default_rng(0)
+        shapes, dtype = cache_shapes(file.program), NUMPY_DTYPES[file.program.kv_dtype]
+        held = {(cache, layer): rng.standard_normal((5, width)).astype(dtype) for cache, layer, width in shapes}
+        for place, rows in held.items():
+            device.upload_rows(*place, rows)
+        for place, rows in held.items():
+            np.testing.assert_array_equal(device.download_rows(*place, 3), rows[:3])
+            np.testing.assert_array_equal(device.download_rows(*place, 7)[5:], 0)
+            assert device.download_rows(*place, 0).shape == (0, rows.shape[1])

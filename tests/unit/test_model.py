@@ -217,6 +217,9 @@ def test_nothing_to_run_on(path, opened, monkeypatch):
     monkeypatch.setattr(load, "_probe", lambda kind, program, ordinal: (False, f"no {kind}"))
     with pytest.raises(DeviceError, match="GPU: no cuda. CPU: no cpu"):
         Model.open(path)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(DeviceError, match=f"^no {device}$"):
+            Model.open(path, device=device)
 
 
 def test_a_gpu_comes_first(path, monkeypatch):
