@@ -160,12 +160,11 @@ def _plot(report: dict, file: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axes, report)
-    options = report["options"]
-    figure.suptitle(
-        f"{report['model']}\n{_widths_in_words(report)}, {options['pattern']}, groups of {options['group_size']}, "
-        f"{report['bits_per_weight']:.2f} bits per weight",
-        fontsize="medium",
-    )
+    options, bits = report["options"], f"{report['bits_per_weight']:.2f} bits per weight"
+    what = f"{_widths_in_words(report)}, {options['pattern']}, groups of {options['group_size']}, {bits}"
+    if "row_widths" in report:  # longer, and nothing is removed
+        what = f"{_widths_in_words(report)}\n{bits}"
+    figure.suptitle(f"{report['model']}\n{what}", fontsize="medium")
     figure.savefig(file, dpi=100, metadata={"Software": None})
 
 
@@ -182,12 +181,14 @@ def _plot_sparsity(axes, report: dict) -> None:
 
 
 def _plot_widths(axes, report: dict) -> None:
+    from matplotlib import colormaps
+
     linears, widths = list(report["row_widths"]), list(report["all_row_widths"])
-    below = np.zeros(len(linears))
+    below, colors = np.zeros(len(linears)), colormaps["viridis"].resampled(len(widths))
     for number, width in enumerate(widths):
         shares = np.array([report["row_widths"][path].get(width, 0.0) for path in linears])
-        color = 0.15 + 0.7 * number / max(1, len(widths) - 1)
-        axes.bar(range(len(linears)), shares, 1.0, below, label=f"{width} bits", color=(0.1, color, 1 - color / 2))
+        label = f"{width} bit" + "s" * (width != "1")
+        axes.bar(range(len(linears)), shares, 1.0, below, label=label, color=colors(number))
         below += shares
     axes.set(xlabel="linear, in the model's order", ylabel="share of the rows", title="Widths of rows", ylim=(0, 1.15))
     axes.legend(fontsize="small", ncols=len(widths), loc="upper center")
