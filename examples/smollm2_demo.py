@@ -59,13 +59,14 @@ def measure(started: float) -> None:
     reference = ask("eval", "ppl", GGUF, *windows)
     facts = ask("inspect", ARTIFACT)
     speed = ask("bench", ARTIFACT, "--device", "cpu", "--at", "128", "--prompts", "128")
-    decode, bits = speed["decode"][0], facts["linears"]["bits_per_weight"]
+    decode, prompt, bits = speed["decode"][0], speed["prefill"][0], facts["linears"]["bits_per_weight"]
     report = json.loads((MODEL / "report.json").read_text())
     sparsity = 1 - report["kept_groups"] / report["groups"]
     print(f"file                 {ARTIFACT.stat().st_size / 1e6:.1f} MB, for {len(facts['targets'])} targets")
     print(f"bits per weight      {bits:.2f} (linears), {sparsity:.0%} of groups removed")
     print(f"perplexity           {ours['perplexity']:.2f}; dequantised source model {reference['perplexity']:.2f}")
-    print(f"decode               {decode['decode_tokens_per_s']:.0f} tokens/s at context {decode['context']}")
+    print(f"decode               {decode['tokens_per_s']:.0f} tokens/s at context {decode['context']}")
+    print(f"prompt               {prompt['tokens_per_s']:.0f} tokens/s over {prompt['prompt']} tokens")
     print(f"whole demo           {time.perf_counter() - started:.0f} s")
     print(f"\nTry: {Path(sys.executable).parent / 'gqsac'} chat {ARTIFACT}")
 
