@@ -20,8 +20,8 @@ GGUF = FOLDER / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = FOLDER / "smollm2"
 ARTIFACT = FOLDER / "smollm2.gqsa"
 TEXT = ROOT / "examples/data/hound_of_the_baskervilles.txt"
-# A tenth of the groups is the most at which so short a correction still answers well.
-METHOD = ["--sparsity", "0.1", "--stages", "bqpo", "--samples", "16", "--seq-len", "512", "--epochs", "3"]
+# Widths by row, without training: what two minutes on two cores do best with so many bits (docs/results.md).
+METHOD = ["--target-bpw", "4", "--samples", "16", "--seq-len", "512"]
 QUESTION = "What is the capital of France?"
 
 
@@ -61,9 +61,9 @@ def measure(started: float) -> None:
     speed = ask("bench", ARTIFACT, "--device", "cpu", "--at", "128", "--prompts", "128")
     decode, prompt, bits = speed["decode"][0], speed["prefill"][0], facts["linears"]["bits_per_weight"]
     report = json.loads((MODEL / "report.json").read_text())
-    sparsity = 1 - report["kept_groups"] / report["groups"]
+    widths = ", ".join(f"{share:.0%} {width}" for width, share in report["all_row_widths"].items())
     print(f"file                 {ARTIFACT.stat().st_size / 1e6:.1f} MB, for {len(facts['targets'])} targets")
-    print(f"bits per weight      {bits:.2f} (linears), {sparsity:.0%} of groups removed")
+    print(f"bits per weight      {bits:.2f} (linears), rows of bits: {widths}")
     print(f"perplexity           {ours['perplexity']:.2f}; dequantised source model {reference['perplexity']:.2f}")
     print(f"decode               {decode['tokens_per_s']:.0f} tokens/s at context {decode['context']}")
     print(f"prompt               {prompt['tokens_per_s']:.0f} tokens/s over {prompt['prompt']} tokens")
