@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from gqsa_runtime.errors import InputError, ModelError
-from gqsa_runtime.perplexity import windows
 
 from gqsac.evaluate.load import is_artifact, load_for_evaluation
-from gqsac.evaluate.perplexity import made_for
+from gqsac.evaluate.perplexity import cut, made_for
 from gqsac.evaluate.score_torch import torch_device
 
 _LOGITS_AT_ONCE = 1 << 26  # f32 elements of each model's logits that are held at a time
@@ -55,16 +54,8 @@ def divergence(
             f"the model has a vocabulary of {sizes[0]} tokens and the reference one of {sizes[1]}; expected the model "
             "that it was compressed from"
         )
-    for one in (model, reference):
-        context = made_for(one)
-        if context is not None and window > context:
-            raise InputError(
-                f"the window is {window} tokens, but a model has a context of {context}; use a window of at most that"
-            )
-    if max_windows is not None and max_windows < 1:
-        raise InputError(f"the number of windows is {max_windows}, expected at least 1")
-    tokens = torch.as_tensor(token_ids, dtype=torch.int64)
-    cuts = list(windows(len(tokens), window, stride))[:max_windows]
+    known = [context for context in map(made_for, (model, reference)) if context is not None]
+    tokens, cuts = cut(token_ids, window, stride, max_windows, min(known, default=None), "a model")
     kls, sums = [], torch.zeros(3, dtype=torch.float64)  # flips, log-likelihoods of model and reference
     for start, stop, first_scored in progress(cuts) if progress else cuts:
         piece = tokens[start:stop].to(model.device)

@@ -13,6 +13,26 @@ from gqsa_runtime.perplexity import PerplexityResult, windows
 _LOGITS_AT_ONCE = 1 << 26  # f32 elements of logits that are held at a time
 
 
+def cut(
+    token_ids, window: int, stride: int | None, max_windows: int | None, context: int | None, who: str = "the model"
+) -> tuple[torch.Tensor, list[tuple[int, int, int]]]:
+    """(tokens, int64 [n]; the windows to score, see gqsa_runtime.perplexity.windows) of a text.
+
+    context: tokens that a window may have, None where nobody knows. who: has it. Raises InputError where the numbers
+    make no window or one that is too long.
+    """
+    tokens = torch.as_tensor(token_ids, dtype=torch.int64)
+    if tokens.ndim != 1:
+        raise InputError(f"token_ids has shape {list(tokens.shape)}, expected one text as a flat list")
+    if context is not None and window > context:
+        raise InputError(
+            f"the window is {window} tokens, but {who} has a context of {context}; use a window of at most that"
+        )
+    if max_windows is not None and max_windows < 1:
+        raise InputError(f"the number of windows is {max_windows}, expected at least 1")
+    return tokens, list(windows(len(tokens), window, stride))[:max_windows]
+
+
 @torch.no_grad()
 def perplexity(
     model,
@@ -31,17 +51,7 @@ def perplexity(
     Log-probabilities are computed in f32 and summed in f64. Raises InputError where the numbers make no window or
     one that is too long, ModelError where the model's logits are not finite.
     """
-    tokens = torch.as_tensor(token_ids, dtype=torch.int64)
-    if tokens.ndim != 1:
-        raise InputError(f"token_ids has shape {list(tokens.shape)}, expected one text as a flat list")
-    context = context or made_for(model)
-    if context is not None and window > context:
-        raise InputError(
-            f"the window is {window} tokens, but the model has a context of {context}; use a window of at most that"
-        )
-    if max_windows is not None and max_windows < 1:
-        raise InputError(f"the number of windows is {max_windows}, expected at least 1")
-    cuts = list(windows(len(tokens), window, stride))[:max_windows]
+    tokens, cuts = cut(token_ids, window, stride, max_windows, context or made_for(model))
     total, n_scored, began_s = 0.0, 0, time.perf_counter()
     for start, stop, first_scored in progress(cuts) if progress else cuts:
         piece = tokens[start:stop].to(model.device)
