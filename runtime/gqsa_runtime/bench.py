@@ -19,7 +19,7 @@ DEFAULT_CONTEXTS = (128, 1024, 2048)
 DEFAULT_PROMPTS = (128, 512, 2048)
 _FIRST_PROMPT_TOKENS = 8
 _PROFILE_REPEATS = 20
-_ATTENTION = ("attention", "append_attention")
+_ATTENTION = ("attention", "append_attention", "attention_halves")
 
 
 def bench(
