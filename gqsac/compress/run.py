@@ -307,23 +307,6 @@ class _Run:
     def _write(self, last: str) -> dict:
         """The checkpoint folder with its report, whole or not at all."""
         options = self._options
-        counts = {}
-        for index in range(self._count):
-            stored, prefix = self._partial.load_block(last, index), f"{self._block_path}.{index}."
-            for path, shape in self._shapes.items():
-                if path.startswith(prefix):
-                    counts[path] = stored_counts(from_stored(path, stored, shape, options))
-        facts = sizes(self._shapes, counts, options, self._allotment)
-        bits = options.bits if self._allotment is None else facts["mean_width"]
-        config = QuantizationConfig(
-            bits=bits,
-            group_size=options.group_size,
-            quant_group_size=options.quant_group_size,
-            sparsity=options.sparsity,
-            skip=options.skip,
-            shapes=self._shapes,
-            details={"name": self._source.name, "gqsac": gqsac.__version__, **_details(self._identity)},
-        )
         folder = self._partial.new_model_folder()
         writer = ShardWriter(folder)
         outside = self._outside(last)
@@ -332,9 +315,24 @@ class _Run:
             if not name.startswith(f"{self._block_path}."):
                 tensor = outside[name] if name in outside else dense_tensor(name, to_numpy(state[name]))
                 writer.add({name: tensor})
+        counts = {}
         for index in range(self._count):
-            writer.add(self._partial.load_block(last, index))
+            stored, prefix = self._partial.load_block(last, index), f"{self._block_path}.{index}."
+            writer.add(stored)
+            for path, shape in self._shapes.items():
+                if path.startswith(prefix):
+                    counts[path] = stored_counts(from_stored(path, stored, shape, options))
         writer.finish()
+        facts = sizes(self._shapes, counts, options, self._allotment)
+        config = QuantizationConfig(
+            bits=options.bits if self._allotment is None else facts["mean_width"],
+            group_size=options.group_size,
+            quant_group_size=options.quant_group_size,
+            sparsity=options.sparsity,
+            skip=options.skip,
+            shapes=self._shapes,
+            details={"name": self._source.name, "gqsac": gqsac.__version__, **_details(self._identity)},
+        )
         write_json(folder / "config.json", {**self._source.config, "quantization_config": config.to_dict()})
         for name, content in self._source.files.items():
             (folder / name).write_bytes(content)
