@@ -41,12 +41,12 @@ class Geometry:
 
 def own_targets(op: str) -> tuple[str, ...]:
     """Targets on which an operator's work is cut in a way of their own."""
-    return ("sm_90",) if op in _BY_TARGET else ()
+    return _OWN_TARGETS.get(op, ())
 
 
 def geometry(spec: KernelSpec, target: str = "") -> Geometry:
     """How a kernel's work is cut on a target, "" for all without a way of their own."""
-    made = _GEOMETRIES[spec.op](dict(spec.params), *((target,) if spec.op in _BY_TARGET else ()))
+    made = _GEOMETRIES[spec.op](dict(spec.params), *((target,) if own_targets(spec.op) else ()))
     return Geometry(made.grid, made.block, made.shared_bytes, {"MAX_BLOCK": made.block, **made.constants})
 
 
@@ -69,10 +69,11 @@ def launch(spec: KernelSpec, max_tokens: int, target: str = "") -> Launch:
             f"a launch of {spec.op} over {max_tokens} tokens needs {y} block rows, CUDA allows {_MAX_GRID_Y}; "
             "build with a smaller prefill chunk"
         )
-    if made.shared_bytes > (SM_90_BYTES if target else MAX_SHARED_BYTES):
+    most = SM_90_BYTES if target else MAX_SHARED_BYTES
+    if made.shared_bytes > most:
         raise UnsupportedError(
             f"{spec.op} with {params} needs {made.shared_bytes} bytes of shared memory, "
-            f"every supported GPU offers only {MAX_SHARED_BYTES}; such a model cannot be built for CUDA"
+            f"{target or 'every supported GPU'} offers only {most}; such a model cannot be built for CUDA"
         )
     return Launch((x, y, 1), made.block, made.shared_bytes)
 
@@ -228,7 +229,7 @@ def _last_row(p):
     return Geometry(lambda n_tokens: (_ceil_div(p["width"], _POINTWISE_BLOCK), 1), _POINTWISE_BLOCK)
 
 
-_BY_TARGET = ("matmul_records",)
+_OWN_TARGETS = {"matmul_records": ("sm_90",)}
 _GEOMETRIES: dict[str, Callable[..., Geometry]] = {
     "embedding": _pointwise,
     "rms_norm": _rms_norm,

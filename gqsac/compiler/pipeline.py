@@ -37,11 +37,10 @@ from gqsac.errors import InputError
 from gqsac.model_info import bos_token_id, chat_template, eos_token_ids, model_name, tokenizer_json
 from gqsac.rounding import RoundedCheckpoint, Rounding
 
-# Tokens of one prefill launch: enough to keep a GPU busy, few enough that [chunk, vocab] logits for
-# scoring stay under 70 MB for a vocabulary of 128k.
 # Family -> most tokens of a launch: what fills the tensor cores of a GPU; on a CPU, what a caller waits for at most.
 PREFILL_CHUNK = {"cuda": 512, "cpu": 128}
-SCORE_CHUNK = 128  # whose logits are held at once
+# Tokens whose logits are held at once: 70 MB for a vocabulary of 128k.
+SCORE_CHUNK = 128
 KV_DTYPES = ("f16", "f32")
 HEAD_BITS = (4, 8, 16)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from gqsa_runtime.layouts.records import ROWS, TILE
+from gqsa_runtime.operators import MATMUL_TOKENS
 
 MULTIPROCESSORS = 132  # blocks in a wave: one for each of the largest GPU's. Another number only rounds otherwise
 MAX_STAGES = 2  # of a warp's ring: with more in flight, activations wait behind weights
@@ -10,7 +11,7 @@ MAX_BYTES = 98 * 1024  # fits every target, and two kernels side by side on thos
 # Two blocks share a multiprocessor of the largest GPU, never three: each gets one block of a kernel.
 MIN_BYTES = 76 * 1024
 SM_90_BYTES = 226 * 1024  # that a block can have there
-_STAGE_BYTES, _BARRIER_BYTES = 128 * TILE * 2, 512
+_STAGE_BYTES, _BARRIER_BYTES = MATMUL_TOKENS * TILE * 2, 512
 MAX_LOCAL = 24  # row blocks whose sums a block holds
 
 
@@ -44,14 +45,14 @@ def matmul_launch(p, target: str) -> RecordsLaunch:
 
     On sm_90 two halves of the warps share a block's rows, each with activations and records of its own.
     """
-    halves, budget, most = (2, SM_90_BYTES, 4) if target == "sm_90" else (1, MAX_BYTES, 3)
+    halves, budget, least, most = (2, SM_90_BYTES, 2, 4) if target == "sm_90" else (1, MAX_BYTES, 3, 3)
 
     def stages(row_blocks: int) -> int:
         """How many stages of activations fit beside two records for each warp."""
         left = budget - _BARRIER_BYTES - halves * row_blocks * 2 * p["record_bytes"]
         return min(most, left // (halves * _STAGE_BYTES))
 
-    row_blocks = next(n for n in (8, 4) if n == 4 or stages(n) >= (2 if target == "sm_90" else 3))
+    row_blocks = next(n for n in (8, 4) if n == 4 or stages(n) >= least)
     records_at = halves * stages(row_blocks) * _STAGE_BYTES
     barriers_at = records_at + halves * row_blocks * 2 * p["record_bytes"]
     constants = {

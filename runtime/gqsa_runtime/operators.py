@@ -163,13 +163,13 @@ _NORM_WEIGHT = Operand("norm_weight", "f32", lambda p, t, c: p["k"], "weight", l
 _NORM_BIAS = Operand("norm_bias", "f32", lambda p, t, c: p["k"], "weight", lambda p: p["norm"] == "layer")
 
 
-TOKEN_TILES = (128,)  # tokens that matmul_records can take at once
+MATMUL_TOKENS = 128  # that a block of matmul_records takes
 
 
 def _halves(access: str) -> tuple[Operand, ...]:
     """Activations of many tokens in half precision: f16 [ceil(n_tokens / 128), k / 64, 128, 64], f32 [n_tokens]."""
     return (
-        Operand("halves", "f16", lambda p, t, c: -(-t // 128) * 128 * p["k"], access),
+        Operand("halves", "f16", lambda p, t, c: -(-t // MATMUL_TOKENS) * MATMUL_TOKENS * p["k"], access),
         Operand("scales", "f32", lambda p, t, c: t, access),
     )
 
@@ -208,7 +208,7 @@ def _matmul_records() -> Operator:
     weights = linear.operands[[operand.name for operand in linear.operands].index("records") :]
     return Operator(
         "linear_records of x = halves * scales, summed in f32",
-        {**constants, "tokens": TOKEN_TILES},
+        {**constants, "tokens": (MATMUL_TOKENS,)},
         (*_halves("in"), *weights),
         _check_linear_records,
         RECORDS,

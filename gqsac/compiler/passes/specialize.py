@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gqsa_runtime.layouts import RECORDS
 from gqsa_runtime.layouts.records import TILE
-from gqsa_runtime.operators import state_elements
+from gqsa_runtime.operators import MATMUL_TOKENS, OPERATORS, state_elements
 from gqsa_runtime.program import Argument
 
 from gqsac.compiler import ir
@@ -18,7 +18,6 @@ from gqsac.compiler.passes.measure_linears import StoredParts
 from gqsac.compiler.passes.pack import Packing
 
 TOKEN_TILE = 8  # tokens that share one pass over the weights: eight f32 accumulators a lane
-MATMUL_TILE = 128  # the same of the tensor cores' matmul_records
 
 # Storages beside those of the graph's values, filled or read by the runtime. "last": the last token's hidden state.
 RESERVED = ("tokens", "targets", "state", "logits", "log_probs", "argmax", "last")
@@ -281,7 +280,7 @@ class _Specializer:
             made = ValueRef(f"{op.output}.halves"), ValueRef(f"{op.output}.scales")
             return [
                 self.call("halves", (op.x, weight, bias, *made), k=op.k, **x),
-                self.call("matmul_records", (*made, *own), **{**constants, "tokens": MATMUL_TILE}),
+                self.call("matmul_records", (*made, *own), **{**constants, "tokens": MATMUL_TOKENS}),
             ]
         made = ValueRef(f"{op.output}.planes"), ValueRef(f"{op.output}.ranges")
         return [
@@ -294,7 +293,7 @@ class _Specializer:
         caches = (Argument("k_cache", op.layer), Argument("v_cache", op.layer))
         rope = Argument("rope", op.rope) if op.rope is not None else NULL
         rotary_dim = self.graph.ropes[op.rope].rotary_dim if op.rope is not None else 0
-        if self.family == "cuda" and self.tokens == 1 and op.head_dim % 8 == 0 and op.head_dim <= 256:
+        if self.family == "cuda" and self.tokens == 1 and OPERATORS["append_attention"].check(heads) is None:
             return [self.append_attention(op, rope, caches, rotary_dim, heads)]
         q_stride = self.stride(op.q)
         append = self.call(
@@ -302,7 +301,7 @@ class _Specializer:
             k_stride=self.stride(op.k), v_stride=self.stride(op.v), **heads,
         )  # fmt: skip
         on_tensor_cores = self.family == "cuda" and self.tokens > 1 and not self.exact and self.kv_dtype == "f16"
-        in_halves = on_tensor_cores and op.head_dim % 16 == 0 and op.head_dim <= 128
+        in_halves = on_tensor_cores and OPERATORS["attention_halves"].check(heads) is None
         attend = self.call(
             "attention_halves" if in_halves else "attention", (op.q, *caches, op.output), scale=float(op.scale),
             window=op.window, q_stride=q_stride, out_stride=self.stride(op.output), **heads,
