@@ -9,19 +9,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from gqsa_runtime.errors import UnsupportedError
-from gqsa_runtime.program import Launch
+from gqsa_runtime.program import DTYPE_BYTES, Launch
 
 from gqsac.compiler.kernel_spec import KernelSpec
-from gqsac.compiler.records_launch import SM_90_BYTES, matmul_launch, records_launch
+from gqsac.compiler.records_launch import (
+    MIN_BYTES,
+    MULTIPROCESSORS,
+    SM_90_BYTES,
+    SM_90_HALF_BYTES,
+    matmul_launch,
+    records_launch,
+)
 
 WARP = 32
 MAX_SHARED_BYTES = 98 * 1024  # leaves sm_86, sm_89 and sm_120 their reserve
 _MAX_GRID_Y = 65535
 _POINTWISE_BLOCK = 128
 _NORM_BLOCK = 512
+_ARGMAX_BLOCK = 1024
 _MAX_WARP_NORM_WIDTH = 512  # wider rows take a block
 _ATTENTION_DECODE_BLOCK = 512
 _ATTENTION_PREFILL_BLOCK = 256
+_RUN_KEYS = 256  # fewest cached rows worth a run of the context, when one token attends
 _DENSE_BLOCK = 256
 
 
@@ -130,8 +139,8 @@ def _linear_dense(p):
     return Geometry(lambda n_tokens: (grid, _ceil_div(n_tokens, p["tokens"])), _DENSE_BLOCK, shared_bytes, constants)
 
 
-def _linear_records(p):
-    made = records_launch(p)
+def _linear_records(p, target: str):
+    made = records_launch(p, target)
     return Geometry(
         lambda n_tokens: (made.blocks, _ceil_div(n_tokens, p["tokens"])),
         made.threads,
@@ -179,8 +188,8 @@ def _attention_halves(p):
 
 
 def splits_of(heads: int, kv_heads: int) -> int:
-    """Most runs of the context in a decode step: enough blocks for the largest GPU twice over."""
-    return max(1, min(64, 2 * 132 // (heads // _queries(heads, kv_heads))))
+    """Most runs of the context in a decode step: as many blocks as the largest GPU has multiprocessors."""
+    return max(1, MULTIPROCESSORS // (heads // _queries(heads, kv_heads)))
 
 
 def _queries(heads: int, kv_heads: int) -> int:
@@ -189,12 +198,27 @@ def _queries(heads: int, kv_heads: int) -> int:
     return max(n for n in (1, 2, 3, 4) if group % n == 0)
 
 
-def _append_attention(p):
-    warps, head_dim, queries = 8, p["head_dim"], _queries(p["heads"], p["kv_heads"])
+def _append_attention(p, target: str):
+    head_dim, queries = p["head_dim"], _queries(p["heads"], p["kv_heads"])
     partial = head_dim + 2
-    constants = {"QUERIES": queries, "KEYS": 128, "WARPS": warps, "PARTIAL": partial}
-    shared_bytes = (queries * head_dim + warps * queries * partial) * 4
-    return Geometry(lambda n_tokens: (p["heads"] // queries, p["splits"]), warps * WARP, shared_bytes, constants)
+    own = target == "sm_90"
+    warps, stages, element_bytes = 16 if own and queries == 1 else 8, 2, DTYPE_BYTES[p["kv_dtype"]]
+    # Lanes of 8 elements each: a power of two of them share a key.
+    keys_at_once = WARP // (1 << (head_dim // 8 - 1).bit_length())
+    merged_at = (queries + 2) * head_dim * 4
+    ring_at = merged_at + _ceil_div(warps * queries * partial * 4, 16) * 16
+    key_bytes = warps * stages * 2 * keys_at_once * head_dim * element_bytes
+    room = (SM_90_HALF_BYTES if own else MAX_SHARED_BYTES) - ring_at
+    unroll = max(1, min(8 // element_bytes, room // key_bytes))
+    constants = {
+        "QUERIES": queries, "KEYS": _RUN_KEYS, "WARPS": warps, "UNROLL": unroll, "STAGES": stages, "PARTIAL": partial,
+        "MERGED_AT": merged_at, "RING_AT": ring_at,
+    }  # fmt: skip
+    blocks, shared_bytes = p["heads"] // queries * p["splits"], ring_at + unroll * key_bytes
+    if own:
+        # Like the linears around it one block on each multiprocessor, beside one other: see records_launch.
+        blocks, shared_bytes = max(blocks, MULTIPROCESSORS), max(shared_bytes, MIN_BYTES)
+    return Geometry(lambda n_tokens: (blocks, 1), warps * WARP, shared_bytes, constants)
 
 
 def _pointwise(p):
@@ -229,7 +253,7 @@ def _last_row(p):
     return Geometry(lambda n_tokens: (_ceil_div(p["width"], _POINTWISE_BLOCK), 1), _POINTWISE_BLOCK)
 
 
-_OWN_TARGETS = {"matmul_records": ("sm_90",)}
+_OWN_TARGETS = dict.fromkeys(("append_attention", "linear_records", "matmul_records"), ("sm_90",))
 _GEOMETRIES: dict[str, Callable[..., Geometry]] = {
     "embedding": _pointwise,
     "rms_norm": _rms_norm,
@@ -248,6 +272,6 @@ _GEOMETRIES: dict[str, Callable[..., Geometry]] = {
     "gated_activation": _pointwise,
     "elementwise": _pointwise,
     "last_row": _last_row,
-    "argmax": lambda p: Geometry(lambda n_tokens: (1, 1), _NORM_BLOCK),
+    "argmax": lambda p: Geometry(lambda n_tokens: (1, 1), _ARGMAX_BLOCK),
     "log_probs": _block_per_token,
 }

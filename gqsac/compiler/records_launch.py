@@ -6,8 +6,11 @@ from gqsa_runtime.layouts.records import ROWS, TILE
 from gqsa_runtime.operators import MATMUL_TOKENS
 
 MULTIPROCESSORS = 132  # blocks in a wave: one for each of the largest GPU's. Another number only rounds otherwise
-MAX_STAGES = 2  # of a warp's ring: with more in flight, activations wait behind weights
-MAX_BYTES = 98 * 1024  # fits every target, and two kernels side by side on those where one starts early
+WARPS = tuple(range(16, 2, -2))  # of a block, the first that has room for two stages
+LEFT_TO_COPY = 2  # records of a warp, when the next kernel may start: where a ring holds more than that
+MAX_STAGES = 4  # of a warp's ring: with more in flight, activations wait behind weights
+MAX_BYTES = 98 * 1024  # fits every target
+SM_90_HALF_BYTES = 112 * 1024  # the same for two kernels side by side on sm_90
 # Two blocks share a multiprocessor of the largest GPU, never three: each gets one block of a kernel.
 MIN_BYTES = 76 * 1024
 SM_90_BYTES = 226 * 1024  # that a block can have there
@@ -25,19 +28,20 @@ class RecordsLaunch:
     constants: dict[str, int]
 
 
-def records_launch(p) -> RecordsLaunch:
-    """The launch of linear_records with the constants p."""
-    pair_bytes = 2 * p["record_bytes"]
+def records_launch(p, target: str) -> RecordsLaunch:
+    """The launch of linear_records with the constants p on a target."""
+    budget = SM_90_HALF_BYTES if target == "sm_90" else MAX_BYTES
     # The same number for any number of tokens, or sums would have another order.
-    warps = next((n for n in (16, 8, 4) if _places(p, 1, 1, n)[1] + n * pair_bytes <= MAX_BYTES), 2)
+    warps = next((n for n in WARPS if _places(p, 1, 1, n)[1] + 2 * n * p["record_bytes"] <= budget), 2)
     tokens = p["tokens"]
     waves = -(-p["n_blocks"] // (MULTIPROCESSORS * (MAX_LOCAL if tokens == 1 else 2)))
     blocks = MULTIPROCESSORS * waves
     local = -(-p["n_blocks"] // blocks)
     places, at = _places(p, tokens, local, warps)
-    stages = max(1, min(MAX_STAGES, (MAX_BYTES - at) // (warps * pair_bytes)))
+    stages = max(1, min(MAX_STAGES, (budget - at) // (warps * p["record_bytes"])))
     constants = {"WARPS": warps, "STAGES": stages, "BLOCKS": blocks, "LOCAL_BLOCKS": local, **places, "RING_AT": at}
-    return RecordsLaunch(blocks, warps * 32, max(at + warps * stages * pair_bytes, MIN_BYTES), constants)
+    constants["LEFT_TO_COPY"] = LEFT_TO_COPY if stages > 2 and tokens == 1 else 0
+    return RecordsLaunch(blocks, warps * 32, max(at + warps * stages * p["record_bytes"], MIN_BYTES), constants)
 
 
 def matmul_launch(p, target: str) -> RecordsLaunch:
@@ -74,7 +78,7 @@ def _places(p, tokens: int, local: int, warps: int) -> tuple[dict[str, int], int
         ("RANGES_AT", p["k"] // TILE * 8 if tokens == 1 else 0),
         ("PARTIALS_AT", 128),
         ("SUMS_AT", local * warps * ROWS * tokens * 4),
-        ("BLOCKS_AT", (local + 1) * 4),
+        ("BLOCKS_AT", (local + 2) * 4),
         ("PHASES_AT", warps * MAX_STAGES * 8),
     ):
         places[name] = at

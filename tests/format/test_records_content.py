@@ -271,6 +271,22 @@ def test_tables_hold_every_tile_where_kernels_look_for_it(tmp_path):
     refuse(arrays, in_order, tmp_path, "embed.records")
 
 
+def test_blocks_of_whole_linears_hold_every_tile():
+    """Where a kernel is told that all are there it finds a block's records by arithmetic."""
+    matrix = random_matrix(32, 512, 4)
+    plan = make_plan(matrix.row_bits, 512)
+    params = {"rows": 32, "k": 512, "epilogue": "rows", **plan.constants}
+    assert params["whole"] and params["n_blocks"] == 2
+    rule = RECORDS.rules(params, (4, int(plan.sizes.sum())))["blocks"]
+    blocks = np.array([0, 2, 4], np.int32)
+    assert rule.broken(blocks) is None
+    assert "by 2 at a time" in rule.broken(np.array([0, 1, 4], np.int32))
+    # Half of each block's tiles are gone, and still every record has four.
+    keep = np.zeros((32, 32), bool)
+    keep[:, :16] = True
+    assert not make_plan(matrix.row_bits, 512, keep).constants["whole"]
+
+
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("part", PARTS)
 def test_numbers_of_elements(name, part):

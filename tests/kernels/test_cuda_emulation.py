@@ -4,6 +4,7 @@ import pytest
 from gqsa_runtime.operators import OPERATORS
 from gqsa_runtime.program import Launch
 
+from gqsac.compiler.cuda_launch import own_targets
 from gqsac.compiler.kernel_spec import KernelSpec
 from gqsac.compiler.passes import render
 from tests.kernels import cuda_emulation
@@ -22,20 +23,22 @@ def test_kernel_matches_the_oracle(kernels, case):
     cuda_emulation.run_both_ways(kernels, case)
 
 
-MATMULS = [case for case in CASES if case.spec.op == "matmul_records"]
+OWN_CASES = [
+    case for case in CASES if "sm_90" in own_targets(case.spec.op) and dict(case.spec.params).get("tokens") != 8
+]
 
 
 @pytest.fixture(scope="module")
-def warp_groups(request):
-    """The matmuls as compiled where four warps multiply together."""
-    names = {case.spec: KERNEL_NAMES[case.spec] for case in MATMULS}
+def kernels_of_sm_90(request):
+    """Kernels that are cut in their own way there, matmuls as they are where four warps multiply together."""
+    names = {case.spec: KERNEL_NAMES[case.spec] for case in OWN_CASES}
     folder = request.config.cache.mkdir("cuda_emulation")
-    return cuda_emulation.EmulatedKernels(names, folder, ("GQSA_WARP_GROUPS=1",), "sm_90")
+    return cuda_emulation.EmulatedKernels(names, folder, ("GQSA_WARP_GROUPS=1", "GQSA_SM_90=1"), "sm_90")
 
 
-@pytest.mark.parametrize("case", MATMULS, ids=lambda case: case.name)
-def test_warp_groups_match_the_oracle(warp_groups, case):
-    cuda_emulation.run_both_ways(warp_groups, case)
+@pytest.mark.parametrize("case", OWN_CASES, ids=lambda case: case.name)
+def test_a_cut_of_its_own_matches_the_oracle(kernels_of_sm_90, case):
+    cuda_emulation.run_both_ways(kernels_of_sm_90, case)
 
 
 def test_every_operator_has_cases_of_both_variants():

@@ -76,7 +76,8 @@ class Plan:
             "widths": sum(1 << width for width in whole),
             "masked_widths": sum(1 << width for width in masked),
             "record_bytes": int(self.sizes.max(initial=1)) * ALIGNMENT,
-            "whole": bool((self.tiles >= 0).all()),
+            "whole": bool((self.tiles >= 0).all())
+            and len(self.block) * TILES == len(self.widths) * (self.columns // TILE),
         }
 
 
@@ -158,7 +159,8 @@ class Records(Layout):
     """records i8 [bytes], starts i32 [records + 1] in multiples of 16 bytes, blocks i32 [n_blocks + 1] records.
 
     order i32 [n_blocks * 16], see `Plan`. widths, masked_widths: bit `w` is set where whole (masked) records
-    of w bits occur. record_bytes: of the largest. whole: all have four tiles. pack's source: (QuantizedMatrix, Plan).
+    of w bits occur. record_bytes: of the largest. whole: all have four
+    tiles, and no block lacks a tile. pack's source: (QuantizedMatrix, Plan).
     """
 
     op = "linear_records"
@@ -238,7 +240,9 @@ class Records(Layout):
         return {
             "starts": Starts(size, params["record_bytes"] // ALIGNMENT),
             "records": WellFormed(n_tiles, *widths, TILES if params["whole"] else 1, use == "table"),
-            "blocks": RisesBy(-(-n_tiles // TILES), n_records) if use == "table" else RisesTo(n_records),
+            "blocks": RisesBy(-(-n_tiles // TILES), n_records)
+            if use == "table" or params["whole"]
+            else RisesTo(n_records),
             "order": OrderOf(params["rows"], use),
         }
 

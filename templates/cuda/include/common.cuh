@@ -8,6 +8,14 @@ constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr float LOWEST = -3.402823466e38f;  // finite: LOWEST - LOWEST is 0, not NaN
 
+// Blocks that a multiprocessor must have registers for. Kernels of one token leave half of them to the next kernel,
+// which then starts early. Other architectures than Hopper would spill for it.
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
+constexpr int BESIDE_EACH_OTHER = 2;
+#else
+constexpr int BESIDE_EACH_OTHER = 1;
+#endif
+
 enum Activation { NONE, RELU, SILU, GELU, GELU_TANH };
 
 // state: i32 [2 + 2 * max_tokens] {n_tokens, context, then slot and position of each token}. Kernels read it
@@ -84,7 +92,7 @@ __device__ __forceinline__ float block_max(float value, float* partials) {
 template <int KIND>
 __device__ __forceinline__ float activate(float x) {
     if (KIND == RELU) return fmaxf(x, 0.0f);
-    if (KIND == SILU) return x / (1.0f + expf(-x));
+    if (KIND == SILU) return __fdividef(x, 1.0f + expf(-x));
     if (KIND == GELU) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
     if (KIND == GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
     return x;

@@ -28,7 +28,7 @@ struct CopyRing {
     __device__ __forceinline__ void fetch(int stage, const unsigned char* from, int bytes) {
         unsigned char* const to = stages + stage * BYTES;
 #if GQSA_BULK_COPY
-        if (threadIdx.x % WARP == 0 && bytes > 0) bulk_copy(to, from, bytes, phases + stage);
+        if (is_elected() && bytes > 0) bulk_copy(to, from, bytes, phases + stage);
 #else
         for (int i = threadIdx.x % WARP * 16; i < bytes; i += WARP * 16) copy_16(to + i, from + i);
         copy_commit();

@@ -1,71 +1,75 @@
 // y = W x over records (see records.cuh), for one token and for several.
 //
-// A block takes consecutive row blocks; records 2 p and 2 p + 1 of the linear belong to warp p % WARPS. A warp streams
-// its records through its own ring of copies, keeps the sums of the current row block in registers and puts them
-// into shared memory where a row block ends; the block adds the warps up in order at the end. So the order of
-// every sum is a matter of constants: neither the grid nor the number of tokens changes a bit of a result.
+// A block takes consecutive row blocks; record r of the linear belongs to warp r % WARPS. A warp streams its records
+// through its own ring of copies, keeps the sums of the current row block in registers and puts them into shared memory
+// where a row block ends; the block adds the warps up in order at the end. So the order of every sum is a matter of
+// constants: neither the grid nor the number of tokens changes a bit of a result.
 #pragma once
 #include "copy_ring.cuh"
 #include "epilogue.cuh"
 #include "quantized_rows.cuh"
 
-// Kernels of one token leave half of a multiprocessor's registers to the next kernel, which then starts early. Other
-// architectures than Hopper would spill for it.
-#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
-constexpr int BESIDE_EACH_OTHER = 2;
-#else
-constexpr int BESIDE_EACH_OTHER = 1;
-#endif
+// Records of a row block where each holds all of its tiles, else 0.
+template <class C>
+constexpr int RECORDS_OF_BLOCK = C::WHOLE ? C::K / (TILE * TILES) : 0;
 
-// The records of this warp, in order and in pairs: copied ahead into its ring, taken one pair by one.
+// The records of this warp, in order: copied ahead into its ring, taken one by one.
 template <class C>
 struct RecordStream {
-    CopyRing<2 * C::RECORD_BYTES, C::STAGES> ring;
+    // All of one size: where they begin needs no look at a table.
+    static constexpr bool EQUAL = C::WHOLE && !C::MASKED_WIDTHS && one_kind(C::WIDTHS, 0);
+
+    CopyRing<C::RECORD_BYTES, C::STAGES> ring;
     const unsigned char* records;
     const int* starts;
-    int begin, end;           // records of the block; a pair's one outside is not copied
-    int next;                 // pair to fetch
-    int start, middle, stop;  // of its records, loaded a turn before they are needed
-    int filled, taken, turn;  // stages, and how often all were taken
-    unsigned middles;         // units before the second record of each stage, 16 bits each
-    static_assert(C::STAGES <= 2 && C::RECORD_BYTES / 16 < 1 << 16, "middles hold two stages");
+    int end;          // of the block's records
+    int next;         // record to fetch
+    int start, stop;  // of its bytes, in units of 16; loaded a turn before they are needed
+    int stage, turn;  // what is taken next, and how often all stages were
 
-    __device__ __forceinline__ void open(int begin_, int end_) {
-        begin = begin_, end = begin_ < end_ ? end_ : 0;
-        const int first = begin / 2;
-        next = first + (static_cast<int>(threadIdx.x / WARP) - first % C::WARPS + C::WARPS) % C::WARPS;
-        filled = taken = turn = 0, middles = 0;
+    // Starts the first copies. Returns the warp's first record.
+    __device__ __forceinline__ int open(int begin, int end_) {
+        end = end_;
+        const int first = begin + (static_cast<int>(threadIdx.x / WARP) + C::WARPS - begin % C::WARPS) % C::WARPS;
+        next = first, stage = turn = 0;
         ring.init();
+        int all_starts[C::STAGES], all_stops[C::STAGES];
+#pragma unroll
+        for (int s = 0; s < C::STAGES; ++s) {
+            look_up();
+            all_starts[s] = start, all_stops[s] = stop;
+            next += C::WARPS;
+        }
+#pragma unroll
+        for (int s = 0; s < C::STAGES; ++s) copy(s, first + s * C::WARPS, all_starts[s], all_stops[s]);
         look_up();
+        return first;
     }
 
-    __device__ __forceinline__ bool is_over(int pair) const { return 2 * pair >= end; }
+    __device__ __forceinline__ const unsigned char* take() { return ring.wait(stage, turn); }
 
-    __device__ __forceinline__ void fetch() {
-        ring.fetch(filled, records + static_cast<long long>(start) * 16, is_over(next) ? 0 : (stop - start) * 16);
-        middles = middles & ~(0xffffu << 16 * filled) | static_cast<unsigned>(middle - start) << 16 * filled;
-        filled = filled + 1 == C::STAGES ? 0 : filled + 1;
+    // The record that was taken is read no more.
+    __device__ __forceinline__ void go_on() {
+        __syncwarp();
+        copy(stage, next, start, stop);
         next += C::WARPS;
         look_up();
-    }
-
-    // second: bytes of the pair before its second record.
-    __device__ __forceinline__ const unsigned char* take(int& second) {
-        const unsigned char* const bytes = ring.wait(taken, turn);
-        second = (middles >> 16 * taken & 0xffff) * 16;
-        if (++taken == C::STAGES) taken = 0, ++turn;
-        return bytes;
+        if (++stage == C::STAGES) stage = 0, ++turn;
     }
 
 private:
+    __device__ __forceinline__ void copy(int to, int record, int from, int behind) {
+        if (EQUAL) from = record * (C::RECORD_BYTES / 16), behind = from + C::RECORD_BYTES / 16;
+        ring.fetch(to, records + static_cast<long long>(from) * 16, record < end ? (behind - from) * 16 : 0);
+    }
+
     __device__ __forceinline__ void look_up() {
-        if (is_over(next)) return;
-        start = starts[max(2 * next, begin)], middle = starts[2 * next + 1], stop = starts[min(2 * next + 2, end)];
+        if (!EQUAL && next < end) start = starts[next], stop = starts[next + 1];
     }
 };
 
 // C: K, N_BLOCKS, WIDTHS, MASKED_WIDTHS, RECORD_BYTES, WARPS, STAGES, BLOCKS (of the grid, along x), LOCAL_BLOCKS
-// (most row blocks of a block), NORM, EPS, EPILOGUE, places in shared memory (PLANES_AT, RANGES_AT, SUMS_AT, BLOCKS_AT, RING_AT, PHASES_AT) and
+// (most row blocks of a block), LEFT_TO_COPY (records of a warp, when the next kernel may start; 0: at once), NORM, EPS, EPILOGUE, places in shared memory (PLANES_AT, RANGES_AT, SUMS_AT, BLOCKS_AT, RING_AT, PHASES_AT) and
 // what epilogue.cuh needs. TOKENS: in one tile (blockIdx.y); from 2 on x comes as planes and ranges.
 template <class C, int TOKENS>
 struct LinearRecords {
@@ -91,19 +95,24 @@ struct LinearRecords {
         if (blockIdx.x >= C::BLOCKS) return;
         const int first_block = boundary(blockIdx.x), n_local = boundary(blockIdx.x + 1) - first_block;
 
-        let_dependents_start();
+        if (!C::LEFT_TO_COPY) let_dependents_start();
         // Weights are no kernel's output: the first are on their way before the inputs are waited for.
         RecordStream<C> stream;
         stream.records = reinterpret_cast<const unsigned char*>(records);
         stream.starts = starts;
-        stream.ring.stages = shared + C::RING_AT + warp * (C::STAGES * 2 * C::RECORD_BYTES);
-        stream.ring.phases = reinterpret_cast<unsigned long long*>(shared + C::PHASES_AT) + warp * C::STAGES;
-        stream.open(blocks[first_block], blocks[first_block + n_local]);
-        int pair = stream.next;
-#pragma unroll
-        for (int s = 0; s < C::STAGES; ++s) stream.fetch();
-        for (int i = threadIdx.x; i <= n_local; i += C::WARPS * WARP) bounds[i] = blocks[first_block + i];
-        for (int i = threadIdx.x; i < n_local * C::WARPS * 16 * TOKENS; i += C::WARPS * WARP) sums[i] = 0.0f;
+        stream.ring.stages = shared + held(C::RING_AT + warp * (C::STAGES * C::RECORD_BYTES));
+        stream.ring.phases = reinterpret_cast<unsigned long long*>(shared + held(C::PHASES_AT + warp * (C::STAGES * 8)));
+        const auto begins = [&](int block) {
+            return C::WHOLE ? (first_block + block) * RECORDS_OF_BLOCK<C> : blocks[first_block + block];
+        };
+        int record = stream.open(begins(0), begins(n_local));
+        // Where it has many records to go, the next kernel's beginning would only take turns with it.
+        const auto let_start = [&] {
+            if (C::LEFT_TO_COPY && stream.next + C::LEFT_TO_COPY * C::WARPS >= stream.end) let_dependents_start();
+        };
+        let_start();
+        if (!C::WHOLE)
+            for (int i = threadIdx.x; i <= n_local; i += C::WARPS * WARP) bounds[i] = begins(i);
         RowQuantizer<C> quantizer;
         if (TOKENS == 1) quantizer.prefetch(norm_weight, norm_bias);
         // One token: a thread's first result is looked up ahead. Several need the registers.
@@ -122,42 +131,26 @@ struct LinearRecords {
         __syncthreads();
         const float factor = TOKENS == 1 ? quantizer.factor(partials) : 1.0f;
 
+        const Lane me(lane);
         float y[TEAMS][SLOTS][2] = {};
-        int local = 0, bound = bounds[1];
-        const auto move_on = [&](int record) {
-            while (record >= bound) {
-                flush(y, sums, local, warp, lane);
-                bound = bounds[++local + 1];
-            }
+        float* const own_sums = sums + held(warp * (16 * TOKENS));
+        int local = 0, bound = C::WHOLE ? begins(1) : bounds[1];
+        // A warp has sums of every row block, zeros where none of the records is its own.
+        const auto end_block = [&] {
+            flush(y, own_sums + local * (C::WARPS * 16 * TOKENS), me);
+            ++local, bound = C::WHOLE ? bound + RECORDS_OF_BLOCK<C> : bounds[local + 1];
         };
-        const auto add_one = [&](int record, const float (&products)[2]) {
-            move_on(record);
-            y[0][0][0] += products[0], y[0][0][1] += products[1];
-        };
-        const auto add_several = [&](int record, const unsigned char* bytes) {
-            move_on(record);
-            multiply_several({bytes}, lane, planes, ranges, n_tokens, y);
-        };
-        for (; !stream.is_over(pair); pair += C::WARPS) {
-            int second;
-            const unsigned char* const bytes = stream.take(second);
-            const bool has_both = 2 * pair >= stream.begin && 2 * pair + 1 < stream.end;
-            const int first = max(2 * pair, stream.begin);
-            if constexpr (TOKENS == 1) {
-                float a[2] = {}, b[2] = {};
-                // Both before either is added: the one's arithmetic may fill the other's waiting.
-                multiply_one({bytes}, lane, own_planes, own_ranges, factor, a);
-                if (has_both) multiply_one({bytes + second}, lane, own_planes, own_ranges, factor, b);
-                add_one(first, a);
-                if (has_both) add_one(first + 1, b);
-            } else {
-#pragma unroll 1
-                for (int i = 0; i < 1 + has_both; ++i) add_several(first + i, bytes + i * second);
-            }
-            __syncwarp();
-            stream.fetch();
+        for (; record < stream.end; record += C::WARPS) {
+            const Record bytes = {stream.take()};
+            while (record >= bound) end_block();
+            if constexpr (TOKENS == 1)
+                multiply_one(bytes, me, own_planes, own_ranges, factor, y[0][0]);
+            else
+                multiply_several(bytes, lane, planes, ranges, n_tokens, y);
+            stream.go_on();
+            let_start();
         }
-        if (local < n_local) flush(y, sums, local, warp, lane);
+        while (local < n_local) end_block();
         __syncthreads();
         constexpr int THREADS = C::WARPS * WARP;
         for (int i = threadIdx.x; i < n_local * Result::HEIGHT * n_tokens; i += THREADS) {
@@ -176,33 +169,40 @@ struct LinearRecords {
         return static_cast<int>(static_cast<unsigned long long>(block) * C::N_BLOCKS / C::BLOCKS);
     }
 
+    // What a lane is to a record. Held: the compiler would work it all out again for each record.
+    struct Lane {
+        int lane, slot, quarter, piece, place;
+
+        __device__ __forceinline__ explicit Lane(int lane_)
+            : lane(held(lane_)), slot(held(lane_ / 8)), quarter(held(lane_ % 4)), piece(held(lane_ / 4 % 2 * 4 + lane_ % 4)),
+              place(held(lane_ % 4 * 8 + lane_ / 4)) {}
+    };
+
     // One token. Each tile slot has its own two of the eight columns of B, so the slots' sums end in different
-    // lanes: lane (pair, quarter) gets slot `quarter`, high plane in elements 0 and 2, low plane in 1 and 3.
-    // products: what the record adds to the lane's sums of its row block.
-    static __device__ __forceinline__ void multiply_one(Record record, int lane, const unsigned* planes,
-                                                        const float2* ranges, float factor, float (&products)[2]) {
-        const int pair = lane / 4, quarter = lane % 4, slot = pair / 2;
-        with_record<C>(record, lane, [&](auto of_width, int n, const unsigned char* fields, auto load) {
+    // lanes: lane (pair, quarter) gets slot `quarter`, high plane in elements 0 and 2, low plane in 1 and 3. It adds to
+    // its sums y of the row block.
+    static __device__ __forceinline__ void multiply_one(Record record, const Lane& me, const unsigned* planes,
+                                                        const float2* ranges, float factor, float (&y)[2]) {
+        with_record<C>(record, me.lane, [&](auto of_width, int n, const unsigned char* fields, auto load) {
             using G = decltype(of_width);
             uint4 four = {0, 0, 0, 0};
-            if (slot < n) four = reinterpret_cast<const uint4*>(planes)[record.tile(slot) * 8 + pair % 2 * 4 + quarter];
+            if (C::WHOLE || me.slot < n) four = reinterpret_cast<const uint4*>(planes)[record.tile(me.slot) * 8 + me.piece];
             int sums[G::CLASSES][4];
             G::clear(sums);
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
                 if (t >= n) break;
-                const bool mine = slot == t;
+                const bool mine = me.slot == t;
                 const unsigned words[4] = {mine ? four.x : 0, mine ? four.y : 0, mine ? four.z : 0, mine ? four.w : 0};
                 load(t).multiply(words, sums);
             }
-            if (quarter >= n) return;
-            float2 range = ranges[record.tile(quarter)];
+            if (!C::WHOLE && me.quarter >= n) return;
+            float2 range = ranges[record.tile(me.quarter)];
             range.x *= factor;
-            const Steps steps(fields, n, quarter, pair);
+            const Steps steps(fields, n, me.place);
 #pragma unroll
             for (int r = 0; r < 2; ++r)
-                products[r] =
-                    steps.template product<G::WIDTH_>(r, G::total(sums, 2 * r), G::total(sums, 2 * r + 1), range);
+                y[r] += steps.template product<G::WIDTH_>(r, G::total(sums, 2 * r), G::total(sums, 2 * r + 1), range);
         });
     }
 
@@ -218,7 +218,7 @@ struct LinearRecords {
                 if (t >= n) break;
                 const G groups = load(t);
                 const int tile = record.tile(t);
-                const Steps steps(fields, n, t, pair);
+                const Steps steps(fields, n, t * 8 + pair);
 #pragma unroll
                 for (int team = 0; team < TEAMS; ++team) {
                     one_after_another();
@@ -241,33 +241,34 @@ struct LinearRecords {
     }
 
     // The warp's sums of a finished row block go to shared memory; slots are added in one order for any TOKENS.
-    static __device__ __forceinline__ void flush(float (*y)[SLOTS][2], float* sums, int local, int warp, int lane) {
-        const int pair = lane / 4, quarter = lane % 4;
-        float* const to = sums + (local * C::WARPS + warp) * 16 * TOKENS;
+    static __device__ __forceinline__ void flush(float (*y)[SLOTS][2], float* to, const Lane& me) {
 #pragma unroll
-        for (int team = 0; team < TEAMS; ++team)
+        for (int team = 0; team < TEAMS; ++team) {
+            if constexpr (TOKENS == 1) {
+                // Lanes of even quarters go on with row pair, the others with row pair + 8.
+                const bool odd = me.quarter % 2;
+                float sum = odd ? y[0][0][1] : y[0][0][0];
+                sum += __shfl_xor_sync(ALL_LANES, odd ? y[0][0][0] : y[0][0][1], 1);
+                sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+                if (me.quarter < 2) to[me.place] = sum;
+            } else {
+                const int pair = me.lane / 4, quarter = me.quarter;
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                float sum;
-                if constexpr (TOKENS == 1) {
-                    sum = y[team][0][r];
-                    sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-                    sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-                    if (quarter == 0) to[pair + 8 * r] = sum;
-                } else {
-                    sum = (y[team][0][r] + y[team][1][r]) + (y[team][2][r] + y[team][3][r]);
+                for (int r = 0; r < 2; ++r) {
+                    const float sum = (y[team][0][r] + y[team][1][r]) + (y[team][2][r] + y[team][3][r]);
                     if (team * 4 + quarter < TOKENS) to[(pair + 8 * r) * TOKENS + team * 4 + quarter] = sum;
                 }
-#pragma unroll
-                for (int s = 0; s < SLOTS; ++s) y[team][s][r] = 0.0f;
             }
+#pragma unroll
+            for (int s = 0; s < SLOTS; ++s) y[team][s][0] = y[team][s][1] = 0.0f;
+        }
     }
 
     static __device__ __forceinline__ float add_warps(const float* sums, int local, int row, int token) {
-        float sum = 0.0f;
+        float sum[2] = {};  // of every other warp, so that one addition need not wait for the last
 #pragma unroll
-        for (int w = 0; w < C::WARPS; ++w) sum += sums[((local * C::WARPS + w) * 16 + row) * TOKENS + token];
-        return sum;
+        for (int w = 0; w < C::WARPS; ++w) sum[w % 2] += sums[((local * C::WARPS + w) * 16 + row) * TOKENS + token];
+        return sum[0] + sum[1];
     }
 
     // One element of out. What it needs beside the sums is loaded as soon as it can be.

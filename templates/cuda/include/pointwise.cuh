@@ -12,12 +12,13 @@ __device__ __forceinline__ bool locate(const int* state, int& token, int& column
     return token < count_tokens<TOKENS>(state) && column < WIDTH;
 }
 
+// A step that follows on the device may be given -1, where no token could be chosen: its result is dropped.
 // C: WIDTH, SOURCE_POSITIONS, POSITION_OFFSET, SCALE, OUT_STRIDE. table: [vocab, WIDTH] halves.
 template <class C, int TOKENS>
 __device__ __forceinline__ void embedding(const int* ids, const unsigned short* table, float* out, const int* state) {
     int token, column;
     if (!locate<C::WIDTH, TOKENS>(state, token, column)) return;
-    const size_t row = C::SOURCE_POSITIONS ? position_of(state, token) + C::POSITION_OFFSET : ids[token];
+    const size_t row = C::SOURCE_POSITIONS ? position_of(state, token) + C::POSITION_OFFSET : max(ids[token], 0);
     out[(size_t)token * C::OUT_STRIDE + column] = half_to_float(table[row * C::WIDTH + column]) * C::SCALE;
 }
 

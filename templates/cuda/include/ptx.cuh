@@ -8,6 +8,13 @@
 #include "cuda_shim.h"
 #else
 
+// A cubin for sm_90, which is compiled as sm_90a: what has a launch of its own there.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define GQSA_SM_90 1
+#else
+#define GQSA_SM_90 0
+#endif
+
 #define GQSA_DYNAMIC_SHARED(type, name) extern __shared__ __align__(1024) type name[]
 
 __device__ __forceinline__ float half_to_float(unsigned short bits) {
@@ -22,10 +29,16 @@ __device__ __forceinline__ unsigned short float_to_half(float value) {
     return bits;
 }
 
-__device__ __forceinline__ int round_to_int(float value) {
-    int nearest;
-    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(nearest) : "f"(value));
-    return nearest;
+// Byte I of each of four words, the first one's lowest.
+template <int I>
+__device__ __forceinline__ unsigned four_bytes(unsigned a, unsigned b, unsigned c, unsigned d) {
+    return __byte_perm(__byte_perm(a, b, I | 4 + I << 4), __byte_perm(c, d, I | 4 + I << 4), 0x5410);
+}
+
+// The value, kept in a register: the compiler can't know how it was made, and so not make it again.
+__device__ __forceinline__ int held(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
 }
 
 // Nothing is loaded before it that stands behind it, where the assembler would rather spill than wait.
@@ -122,7 +135,7 @@ __device__ __forceinline__ void mma_halves(float* d, const unsigned* a, unsigned
 // 128 tokens of B, which bulk copies have put into shared memory: rows of 128 bytes (64 halves of a token), 16-byte
 // piece p of row r in place p ^ r % 8, from a multiple of 1024 bytes on. Done when group_wait returns. All in one
 // statement: whatever the compiler put between two multiplications would make them wait for each other.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if GQSA_SM_90
 #define GQSA_WARP_GROUPS 1
 #define GQSA_SUMS \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -243,6 +256,14 @@ __device__ __forceinline__ void barrier_init(void* barrier, int count = 1) {
 
 __device__ __forceinline__ void barrier_arrive(void* barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// True in one of the warp's lanes, all of which call it. The assembler knows that it is only one: it gives a bulk copy's
+// operands to the uniform registers at once, where it would else go through the lanes in a loop.
+__device__ __forceinline__ bool is_elected() {
+    unsigned elected;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+    return elected;
 }
 
 // One thread: `bytes` (a multiple of 16) from global to shared memory; the barrier's phase ends when they are there.

@@ -51,11 +51,11 @@ struct RowQuantizer {
             measure([&](auto add) {
 #pragma unroll
                 for (int j = 0; j < HELD; ++j)
-                    if (index(j) < PIECES) add(held[j]);
+                    if (PIECES % THREADS == 0 || index(j) < PIECES) add(held[j]);
             }, partials);
 #pragma unroll
             for (int j = 0; j < HELD; ++j)
-                if (index(j) / WARP * WARP < PIECES) store(index(j), held[j], weight[j], planes, ranges);
+                if (PIECES % THREADS == 0 || index(j) / WARP * WARP < PIECES) store(index(j), held[j], weight[j], planes, ranges);
         } else {
             measure([&](auto add) {
                 for (int j = 0; j < PER_THREAD; ++j)
@@ -78,7 +78,7 @@ struct RowQuantizer {
     __device__ __forceinline__ float factor(const float* partials) const {
         if (C::NORM != RMS_NORM) return 1.0f;
         const int lane = threadIdx.x % WARP;
-        return 1.0f / sqrtf(segment_sum(lane < C::WARPS ? partials[lane] : 0.0f) / C::K + C::EPS);
+        return rsqrtf(segment_sum(lane < C::WARPS ? partials[lane] : 0.0f) * (1.0f / C::K) + C::EPS);
     }
 
 private:
@@ -87,7 +87,7 @@ private:
     // Zeros behind the row.
     static __device__ __forceinline__ Piece read(const float* from, int i, bool aligned) {
         Piece piece = {};
-        if (i >= PIECES) return piece;
+        if (PIECES % THREADS > 0 && i >= PIECES) return piece;
         if (aligned) {
 #pragma unroll
             for (int e = 0; e < PIECE; e += 4) {
@@ -134,21 +134,28 @@ private:
             most = fmaxf(most, fabsf(v));
         }
         most = segment_max<LANES>(most);
-        const float inverse = most > 0.0f ? Q_MAX / most : 0.0f;
-        int sum = 0;
-        unsigned high[2] = {}, low[2] = {};
+        // Approximate by less than a step is wide; the scale below goes with the integers, not with the inverse.
+        const float inverse = most > 0.0f ? __fdividef(Q_MAX, most) : 0.0f;
+        // 1.5 * 2^23 has room for nothing behind the point: the sum's low 16 bits are the nearest integer q.
+        constexpr float ROUND = 12582912.0f;
+        constexpr unsigned ROUND_BITS = 0x4b400000u;
+        unsigned q[PIECE], sum = 0, high[2], low[2];
 #pragma unroll
         for (int e = 0; e < PIECE; ++e) {
-            const int q = round_to_int(piece.v[e] * inverse);
-            sum += q;
-            high[e / 4] |= (q + 128 >> 8 & 0xff) << 8 * (e % 4);
-            low[e / 4] |= (q & 0xff) << 8 * (e % 4);  // q - 256 * high, as a byte
+            q[e] = __float_as_uint(fmaf(piece.v[e], inverse, ROUND));
+            sum += q[e] - ROUND_BITS;
         }
-        sum = segment_sum_int<LANES>(sum);
-        if (i < PIECES) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const unsigned* const four = q + 4 * i;
+            high[i] = four_bytes<1>(four[0] + 128, four[1] + 128, four[2] + 128, four[3] + 128);
+            low[i] = four_bytes<0>(four[0], four[1], four[2], four[3]);  // q - 256 * high, as bytes
+        }
+        const int q_sum = segment_sum_int<LANES>(static_cast<int>(sum));
+        if (PIECES % THREADS == 0 || i < PIECES) {
             uint2* const to = reinterpret_cast<uint2*>(planes) + i / LANES * (2 * LANES) + i % LANES;
             to[0] = {high[0], high[1]}, to[LANES] = {low[0], low[1]};
-            if (i % LANES == 0) ranges[i / LANES] = {most / Q_MAX, static_cast<float>(sum)};
+            if (i % LANES == 0) ranges[i / LANES] = {most * (1.0f / Q_MAX), static_cast<float>(q_sum)};
         }
     }
 };

@@ -125,14 +125,14 @@ private:
     }
 };
 
-// Scales and zeros of one tile slot of a record, for rows pair and pair + 8.
+// Scales and zeros of one tile slot of a record, for rows pair and pair + 8. place: 8 * slot + pair.
 struct Steps {
     float scale[2];
     int zero[2];
 
-    __device__ __forceinline__ Steps(const unsigned char* fields, int n_tiles, int slot, int pair) {
-        const unsigned both = reinterpret_cast<const unsigned*>(fields)[slot * 8 + pair];
-        const unsigned nibbles = fields[32 * n_tiles + slot * 8 + pair];
+    __device__ __forceinline__ Steps(const unsigned char* fields, int n_tiles, int place) {
+        const unsigned both = reinterpret_cast<const unsigned*>(fields)[place];
+        const unsigned nibbles = fields[32 * n_tiles + place];
         scale[0] = half_to_float(both & 0xffff), scale[1] = half_to_float(both >> 16);
         zero[0] = nibbles & 15, zero[1] = nibbles >> 4;
     }
@@ -218,14 +218,18 @@ __device__ __forceinline__ void with_record(Record record, int lane, Body body) 
     by_kind<C>(kind, whole, masked);
 }
 
-// Element (row, column) of a matrix in whole records of one width, 4 or 8 bits, whose rows stand in order.
-template <int WIDTH>
+// Element (row, column) of a matrix [rows, K] in whole records of one width, 4 or 8 bits, whose rows stand in order.
+template <int WIDTH, int K>
 __device__ __forceinline__ float record_element(const signed char* records, const int* starts, const int* blocks,
                                                 int row, int column) {
+    // Where all records are of one size, nothing needs to be looked up.
+    constexpr bool EQUAL = K % (TILE * TILES) == 0;
+    constexpr int UNITS = (16 + fields_bytes(TILES) + TILES * 128 * WIDTH) / 16;
     const int tile = column / TILE, slot = tile % TILES, half = row % 16 / 8, pair = row % 8;
-    const long long start = starts[blocks[row / 16] + tile / TILES];
+    const long long start = EQUAL ? (row / 16 * (K / (TILE * TILES)) + tile / TILES) * static_cast<long long>(UNITS)
+                                  : starts[blocks[row / 16] + tile / TILES];
     const auto* const record = reinterpret_cast<const unsigned char*>(records) + start * 16;
-    const int n = record[9], lane = pair * 4 + column % TILE / 16, i = column % 16;
+    const int n = EQUAL ? TILES : record[9], lane = pair * 4 + column % TILE / 16, i = column % 16;
     const unsigned char* const fields = record + 16;
     const unsigned char* const values = fields + fields_bytes(n) + slot * (128 * WIDTH);
     const int level = WIDTH == 8 ? values[(half * WARP + lane) * 16 + i]

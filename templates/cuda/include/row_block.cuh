@@ -88,7 +88,7 @@ struct RowBlock {
 private:
     // How many records begin before a tile.
     __device__ __forceinline__ int count_before(int tile, int lane) const {
-        if (C::WHOLE && count * TILES == C::K / TILE) return ceil_div(tile, TILES);  // all tiles are there
+        if (C::WHOLE) return ceil_div(tile, TILES);  // all tiles are there
         int n = 0;
         for (int i = 0; i < count; i += WARP) {
             bool before = false;

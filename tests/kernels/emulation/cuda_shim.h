@@ -107,7 +107,10 @@ inline T load_streaming(const T* address) {
     emulation::check_alignment(address, sizeof(T));
     return *address;
 }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline void one_after_another() {}
+inline int held(int value) { return value; }
 inline void prefetch_l2(const void*) {}
 inline void __threadfence() {}
 inline int atomicAdd(int* address, int value) {
@@ -116,7 +119,13 @@ inline int atomicAdd(int* address, int value) {
     return before;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int round_to_int(float value) { return static_cast<int>(std::nearbyint(value)); }
+template <int I>
+inline unsigned four_bytes(unsigned a, unsigned b, unsigned c, unsigned d) {
+    const unsigned words[4] = {a, b, c, d};
+    unsigned bytes = 0;
+    for (int i = 0; i < 4; ++i) bytes |= (words[i] >> 8 * I & 0xff) << 8 * i;
+    return bytes;
+}
 
 // One mma: each lane shows its fragments and multiplies what its four elements of D need.
 template <int HALVES>
@@ -210,9 +219,12 @@ inline void load_four_matrices(unsigned (&to)[4], const void* row) {
 inline void load_matrices(unsigned (&to)[4], const void* row) { load_four_matrices<false>(to, row); }
 inline void load_matrices_transposed(unsigned (&to)[4], const void* row) { load_four_matrices<true>(to, row); }
 
-// Warp groups are tested where the test asks for them.
+// What sm_90 has of its own is tested where the test asks for it.
 #ifndef GQSA_WARP_GROUPS
 #define GQSA_WARP_GROUPS 0
+#endif
+#ifndef GQSA_SM_90
+#define GQSA_SM_90 0
 #endif
 inline void group_wait(unsigned (&)[4][4]) {}
 inline void clear(unsigned (&a)[4][4]) { std::memset(a, 0, sizeof a); }

@@ -12,8 +12,10 @@ struct linear_records_t1_r22016_k4096_constants {
     static constexpr bool BIAS = 0, RESIDUAL = 0, ACCUMULATE = false;
     static constexpr float EPS = 1e-05f;
     // How it is launched, and where things are in shared memory.
+#if GQSA_SM_90
+    static constexpr int MAX_BLOCK = 512;
     static constexpr int WARPS = 16;
-    static constexpr int STAGES = 1;
+    static constexpr int STAGES = 2;
     static constexpr int BLOCKS = 132;
     static constexpr int LOCAL_BLOCKS = 11;
     static constexpr int PLANES_AT = 0;
@@ -21,11 +23,27 @@ struct linear_records_t1_r22016_k4096_constants {
     static constexpr int PARTIALS_AT = 8704;
     static constexpr int SUMS_AT = 8832;
     static constexpr int BLOCKS_AT = 20096;
-    static constexpr int PHASES_AT = 20144;
-    static constexpr int RING_AT = 20400;
+    static constexpr int PHASES_AT = 20160;
+    static constexpr int RING_AT = 20672;
+    static constexpr int LEFT_TO_COPY = 0;
+#else
+    static constexpr int MAX_BLOCK = 512;
+    static constexpr int WARPS = 16;
+    static constexpr int STAGES = 2;
+    static constexpr int BLOCKS = 132;
+    static constexpr int LOCAL_BLOCKS = 11;
+    static constexpr int PLANES_AT = 0;
+    static constexpr int RANGES_AT = 8192;
+    static constexpr int PARTIALS_AT = 8704;
+    static constexpr int SUMS_AT = 8832;
+    static constexpr int BLOCKS_AT = 20096;
+    static constexpr int PHASES_AT = 20160;
+    static constexpr int RING_AT = 20672;
+    static constexpr int LEFT_TO_COPY = 0;
+#endif
 };
 
-extern "C" __global__ void __launch_bounds__(512, BESIDE_EACH_OTHER)
+extern "C" __global__ void __launch_bounds__(linear_records_t1_r22016_k4096_constants::MAX_BLOCK, BESIDE_EACH_OTHER)
 linear_records_t1_r22016_k4096(
     const float* x, const signed char* planes, const float* ranges, const float* norm_weight,
     const float* norm_bias, const signed char* records, const int* starts, const int* blocks, const int* order,
