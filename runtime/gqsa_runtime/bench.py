@@ -115,14 +115,13 @@ def _first_token(model: Model) -> float:
 
 
 def _decode(model: Model, length: int, n_decode: int, repeats: int) -> dict:
-    prompt, steps = _random_tokens(model, length), _random_tokens(model, n_decode, 1)
-    seconds = []
+    prompt, seconds = _random_tokens(model, length), []
     for turn in range(repeats + 1):
         sequence = TokenSequence()  # of the prompt only the last token runs again
-        model.engine.extend_greedy(sequence, prompt)
-        for token in steps:
+        token = model.engine.extend_greedy(sequence, prompt)
+        for _ in range(n_decode):
             began_s = time.perf_counter()
-            model.engine.extend_greedy(sequence, [int(token)])
+            token = model.engine.extend_greedy(sequence, [token])
             if turn:  # the first round warms up
                 seconds.append(time.perf_counter() - began_s)
     median_s = statistics.median(seconds)

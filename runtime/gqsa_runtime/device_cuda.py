@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from gqsa_runtime import cuda_errors
 from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.errors import DeviceError
+from gqsa_runtime.greedy_steps import CHOSEN, ROW, STATE, TOKEN, GreedySteps
+from gqsa_runtime.operators import state_elements
 from gqsa_runtime.program import DTYPE_BYTES, NUMPY_DTYPES, Argument, Binary, Launch, Program, Step
 from gqsa_runtime.rope import rope_table
 from gqsa_runtime.stopwatch import Stopwatch
@@ -23,6 +27,9 @@ ALIGNMENT = 256  # of everything in the arena, as cuMemAlloc aligns
 TARGET_VARIABLE = "GQSA_CUDA_TARGET"
 
 _STEPS_TIMED = 32  # launches in a graph that times a kernel, at least
+
+# Elements of a decode step's inputs: they wait on the host for the launch, whose graph may take them along.
+_STEP_INPUTS = {"tokens": 1, "state": state_elements(1)}
 
 # Buffers that the host fills or reads between launches, beside the logits.
 _HOST_BUFFERS = ("tokens", "targets", "state", "log_probs", "argmax")
@@ -38,6 +45,7 @@ def probe(program: Program, ordinal: int = 0) -> tuple[bool, str]:
     return True, f"{gpu.name} runs the file's {binary.target} kernels"
 
 
+@functools.cache
 def _driver():
     try:
         from cuda.bindings import driver
@@ -155,6 +163,10 @@ class CudaDevice:
         self._memory = self._host_memory = self._stream = None
         self._pinned: dict[str, np.ndarray] = {}  # host memory of the buffers that pass between launches
         self._on_their_way: set[str] = set()  # buffers whose pinned memory the stream may still read
+        self._beginnings = {name: np.zeros(count, np.int32) for name, count in _STEP_INPUTS.items()}  # of buffers
+        self._to_copy: set[str] = set()  # buffers whose beginning the device has not yet
+        self._steps: GreedySteps | None = None  # where the plan chooses tokens
+        self._stepped = False  # whether the last launch was such a step
         self._modules: list = []
         self._graphs: dict[str, object] = {}
         self._context = call("cuDevicePrimaryCtxRetain", self._gpu.device)
@@ -167,7 +179,10 @@ class CudaDevice:
                 self._functions = self._load(binaries(self._binary))
             with self._clock.stage("graphs"):
                 for phase, steps in self.plan.phases.items():
-                    self._graphs[phase] = self._capture(steps)
+                    if phase != "decode" or not self.plan.chooses:
+                        self._graphs[phase] = self._capture(steps)
+                if self.plan.chooses:
+                    self._make_steps()
             self._fill(tensors, context)
         except BaseException:
             self.close()
@@ -179,6 +194,13 @@ class CudaDevice:
         values = np.ascontiguousarray(values, NUMPY_DTYPES[dtype])
         if values.size > elements:
             raise ValueError(f"{values.size} values do not fit buffer {buffer!r} of {elements}")
+        if buffer in self._beginnings:
+            beginning = self._beginnings[buffer]
+            beginning[: values.size] = values[: beginning.size]
+            if values.size <= beginning.size:
+                self._to_copy.add(buffer)
+                return
+            self._to_copy.discard(buffer)
         self._set_current()
         if buffer in self._pinned and buffer not in self._on_their_way:
             # Pinned memory needs no copy by the driver, but must stay as it is until the stream has taken it.
@@ -191,7 +213,26 @@ class CudaDevice:
     def launch(self, phase: str) -> None:
         """Starts a phase; the next download waits for it."""
         self._set_current()
+        self._stepped = phase == "decode" and self._steps is not None
+        if self._stepped:
+            self._to_copy.clear()
+            self._steps.start(int(self._beginnings["tokens"][0]), self._beginnings["state"])
+            return
+        if self._steps is not None:
+            self._steps.forget()
+        self._copy_beginnings()
         call("cuGraphLaunch", self._graphs[phase], self._stream)
+
+    def _copy_beginnings(self) -> None:
+        for buffer in self._to_copy:
+            beginning = self._beginnings[buffer]
+            call("cuMemcpyHtoDAsync", self._buffers[buffer][0], beginning.ctypes.data, beginning.nbytes, self._stream)
+        self._to_copy.clear()
+
+    def _synchronize(self) -> None:
+        self._set_current()
+        call("cuStreamSynchronize", self._stream)
+        self._on_their_way.clear()
 
     def download(self, buffer: str, count: int) -> np.ndarray:
         """The first `count` elements of a buffer, after all work before has finished."""
@@ -199,11 +240,12 @@ class CudaDevice:
         if count > elements:
             raise ValueError(f"buffer {buffer!r} holds {elements} elements, not {count}")
         self._set_current()
+        if self._stepped and buffer == "argmax" and count == 1:
+            return np.array([self._steps.chosen()], np.int32)
         pinned = self._pinned.get(buffer, np.empty(0))[:count]
         values = pinned if len(pinned) == count else np.empty(count, NUMPY_DTYPES[dtype])
         call("cuMemcpyDtoHAsync", values.ctypes.data, address, values.nbytes, self._stream)
-        call("cuStreamSynchronize", self._stream)
-        self._on_their_way.clear()
+        self._synchronize()
         return values.copy() if values is pinned else values
 
     def download_rows(self, cache: str, layer: int, count: int) -> np.ndarray:
@@ -220,6 +262,8 @@ class CudaDevice:
         """See engine.Device."""
         if rows.size:
             self._set_current()
+            if self._steps is not None:
+                self._steps.forget()
             self._copy(self._addresses[cache, layer], np.ascontiguousarray(rows))
 
     def bandwidth(self) -> float:
@@ -239,6 +283,7 @@ class CudaDevice:
         graph, with their own weights one after another, and are launched there as they are in the phase.
         """
         self._set_current()
+        self._copy_beginnings()
         steps, seconds = self.plan.phases[phase], {}
         for name in dict.fromkeys(step.kernel for step in steps):
             same = [step for step in steps if step.kernel == name]
@@ -270,6 +315,8 @@ class CudaDevice:
         if self._context is None:
             return
         self._set_current()
+        if self._steps is not None:
+            self._steps.close()
         for graph in self._graphs.values():
             call("cuGraphExecDestroy", graph)
         for module in self._modules:
@@ -282,7 +329,7 @@ class CudaDevice:
         if self._stream is not None:
             call("cuStreamDestroy", self._stream)
         call("cuDevicePrimaryCtxRelease", self._gpu.device)
-        self._graphs, self._modules = {}, []
+        self._graphs, self._modules, self._steps = {}, [], None
         self._memory = self._host_memory = self._stream = self._context = None
 
     def _set_current(self) -> None:
@@ -332,14 +379,44 @@ class CudaDevice:
                 self._copy(address, tensors[name])
 
     def _pin(self, elements: dict[str, int]) -> None:
-        """Pinned host memory for the first elements of some buffers."""
+        """Pinned host memory for the first elements of some buffers, and for decode steps."""
         sizes = {name: count * DTYPE_BYTES[self._buffers[name][1]] for name, count in elements.items()}
-        self._host_memory = call("cuMemAllocHost", sum(map(_align, sizes.values())))
+        step_bytes = 2 * ROW * 4
+        self._host_memory = call("cuMemAllocHost", sum(map(_align, sizes.values())) + step_bytes)
         address = int(self._host_memory)
         for name, size in sizes.items():
             memory = (ctypes.c_ubyte * size).from_address(address)
             self._pinned[name] = np.frombuffer(memory, NUMPY_DTYPES[self._buffers[name][1]])
             address += _align(size)
+        self._step_memory = np.frombuffer((ctypes.c_ubyte * step_bytes).from_address(address), np.int32).reshape(2, ROW)
+
+    def _make_steps(self) -> None:
+        """The graphs of decode steps that take inputs from pinned memory and bring their choice there."""
+        steps = self.plan.phases["decode"]
+        (tokens, *_), (state, *_), (chosen, *_) = (self._buffers[name] for name in ("tokens", "state", "argmax"))
+
+        # A step that follows reads its token where the last one chose it.
+        def follow(arg: Argument) -> Argument:
+            return replace(arg, name="argmax") if (arg.kind, arg.name) == ("buffer", "tokens") else arg
+
+        following = tuple(replace(step, args=tuple(map(follow, step.args))) for step in steps)
+
+        def make(row: np.ndarray, follows: bool) -> object:
+            def begin():
+                if not follows:
+                    call("cuMemcpyHtoDAsync", tokens, row[TOKEN:].ctypes.data, 4, self._stream)
+                call("cuMemcpyHtoDAsync", state, row[STATE].ctypes.data, row[STATE].nbytes, self._stream)
+
+            def end():
+                call("cuMemcpyDtoHAsync", row[CHOSEN:].ctypes.data, chosen, 4, self._stream)
+
+            return self._capture(following if follows else steps, begin, end)
+
+        first, second = self._step_memory
+        made = {"given": make(first, False), "following": make(first, True), "following second": make(second, True)}
+        self._graphs.update(made)
+        given, *others = made.values()
+        self._steps = GreedySteps(self._step_memory, given, others, self._stream, call)
 
     def _copy(self, address: int, array: np.ndarray) -> None:
         with self._clock.stage("upload"):
@@ -365,16 +442,18 @@ class CudaDevice:
             functions[kernel.name] = function
         return functions
 
-    def _capture(self, steps: tuple[Step, ...]) -> object:
-        """A graph of the steps, one after another."""
+    def _capture(self, steps: tuple[Step, ...], begin: Callable = tuple, end: Callable = tuple) -> object:
+        """A graph of the steps, one after another, between what `begin` and `end` put into the stream."""
         kernels = {kernel.name: kernel for kernel in self.plan.kernels}
         call("cuStreamBeginCapture", self._stream, _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+        begin()
         for step in steps:
             kernel = kernels[step.kernel]
             values = tuple(self._address(arg) for arg in step.args)
             types = (ctypes.c_void_p,) * len(values)
             config = self._launch_config(kernel.launch(self.target))
             call("cuLaunchKernelEx", config, self._functions[kernel.name], (values, types), 0)
+        end()
         graph = call("cuStreamEndCapture", self._stream)
         executable = call("cuGraphInstantiate", graph, 0)
         call("cuGraphDestroy", graph)

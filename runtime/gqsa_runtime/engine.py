@@ -17,18 +17,20 @@ import numpy as np
 from gqsa_runtime.errors import ClosedError, InputError
 from gqsa_runtime.operators import state_elements
 from gqsa_runtime.program import Plan, Program
-from gqsa_runtime.sampling import likeliest
+from gqsa_runtime.sampling import likeliest, not_finite
 from gqsa_runtime.sequence import Sequence
 from gqsa_runtime.session import Session, cache_shapes
 
 _Read = TypeVar("_Read")
 
 
-def launch_state(context: int, slots: int | np.ndarray, positions: np.ndarray) -> np.ndarray:
+def launch_state(context: int, slots: int | np.ndarray, positions: abc.Sequence[int]) -> np.ndarray:
     """The `state` of a launch, i32 [2 + 2 * n_tokens]: {n_tokens, context}, then {slot, position} of each token.
 
-    context: positions of one slot. slots: of the tokens, or of all of them. positions: int [n_tokens].
+    context: positions of one slot. slots: of the tokens, or of all of them. positions: n_tokens integers.
     """
+    if len(positions) == 1 and isinstance(slots, int):  # each step does it
+        return np.array((1, context, slots, positions[0]), np.int32)
     state = np.empty(state_elements(len(positions)), np.int32)
     state[:2] = len(positions), context
     state[2::2], state[3::2] = slots, positions
@@ -254,7 +256,8 @@ class Engine:
     def _upload(self, ids: np.ndarray) -> None:
         """Tokens and the state of a launch that appends them."""
         self.device.upload("tokens", ids)
-        self.device.upload("state", launch_state(self.context, 0, self.position + np.arange(len(ids))))
+        positions = range(self.position, self.position + len(ids))
+        self.device.upload("state", launch_state(self.context, 0, positions))
 
     def _logits(self) -> np.ndarray:
         return self.device.download("logits", self.program.vocab_size)
@@ -263,7 +266,9 @@ class Engine:
         if not self.device.plan.chooses:
             return likeliest(self._logits())
         token = int(self.device.download("argmax", 1)[0])
-        return token if token >= 0 else likeliest(self._logits())  # which says what is wrong with them
+        if token < 0:
+            raise not_finite()
+        return token
 
     def _checked(self, tokens: abc.Sequence[int], room: int) -> np.ndarray:
         """Tokens as int32 [n], all in the vocabulary and n no more than the room."""

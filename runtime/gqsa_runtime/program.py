@@ -17,6 +17,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -146,7 +147,7 @@ class Plan:
         """The steps of all phases."""
         return itertools.chain.from_iterable(self.phases.values())
 
-    @property
+    @cached_property
     def chooses(self) -> bool:
         """Whether decode and last_logits end by leaving the likeliest token in argmax[0], or -1 (operator argmax)."""
         operators = {kernel.name: kernel.op for kernel in self.kernels}

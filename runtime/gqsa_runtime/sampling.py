@@ -52,8 +52,13 @@ def likeliest(logits: np.ndarray) -> int:
     """
     best = int(logits.argmax())  # NaN counts as the greatest
     if not np.isfinite(logits[best]):
-        raise ModelError("the model computed logits that are not finite; check the file with `gqsa verify`")
+        raise not_finite()
     return best
+
+
+def not_finite() -> ModelError:
+    """What to raise where no token can be chosen."""
+    return ModelError("the model computed logits that are not finite; check the file with `gqsa verify`")
 
 
 def sample(

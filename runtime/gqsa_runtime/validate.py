@@ -29,6 +29,8 @@ _TARGETS = {
 
 # Kernels index memory by what the host writes here, so no kernel may write to these three.
 _HOST_BUFFERS = ("tokens", "targets", "state")
+# And by the token that a decode step chose, where the next one goes on with it.
+_CHOICE, _CHOOSERS = "argmax", ("argmax", "log_probs")
 _MAX_GRID = (2**31 - 1, 65535, 65535)
 _MAX_BLOCK = 1024
 _MAX_SHARED_BYTES = 256 << 10
@@ -169,7 +171,7 @@ class _PlanChecker:
             buffer = self.buffers.get(name)
             if buffer is None or buffer.dtype != dtype or buffer.elements < elements:
                 raise _error(f"buffer {name!r} is {buffer}, expected at least {elements} elements of {dtype}")
-        for name in _HOST_BUFFERS:
+        for name in (*_HOST_BUFFERS, _CHOICE):
             for other in plan.buffers:
                 if other.name != name and _overlap(self.buffers[name], other):
                     raise _error(f"buffers {name!r} and {other.name!r} overlap")
@@ -249,6 +251,8 @@ class _PlanChecker:
             held = _tensor(self.tensors, where, arg.name, dtype).elements
         elif arg.kind == "buffer":
             held = self._buffer_elements(where, operand, arg, dtype)
+            if operand.access != "in" and arg.name == _CHOICE and kernel.op not in _CHOOSERS:
+                raise _error(f"{where} writes to {_CHOICE!r}, which only {' and '.join(_CHOOSERS)} may write")
         else:
             held = needed if self._fits(params, arg) else -1
         if held < needed:

@@ -160,6 +160,8 @@ def test_buffers():
     refuse("the arena has", buffers=with_buffer("x", offset=1 << 40))
     (state,) = [b for b in plan.buffers if b.name == "state"]
     refuse("'state' and 'x' overlap", buffers=with_buffer("x", offset=state.offset))
+    (choice,) = [b for b in plan.buffers if b.name == "argmax"]
+    refuse("'argmax' and 'x' overlap", buffers=with_buffer("x", offset=choice.offset))
 
 
 @pytest.mark.parametrize("name", ["tokens", "targets", "state", "logits", "log_probs", "argmax"])
@@ -421,3 +423,9 @@ def test_index_contents():
     ):
         with pytest.raises(FormatError, match=name):
             contents(**changed(name, place, value))
+
+
+def test_only_those_that_choose_write_the_choice(monkeypatch):
+    """No operator of a CPU writes integers but these: one of them stands for another."""
+    monkeypatch.setattr("gqsa_runtime.validate._CHOOSERS", ("log_probs",))
+    refuse("writes to 'argmax', which only log_probs may write")

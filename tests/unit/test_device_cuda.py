@@ -1,6 +1,7 @@
 """The CUDA device over a driver of host memory: what it copies where before anything could run."""
 
 import ctypes
+import itertools
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ class HostDriver:
         self.calls: list[str] = []
         self.launched: list[tuple[int, ...]] = []  # the pointers of each kernel in a graph
         self._memory: dict[int, np.ndarray] = {}
+        self._captured: list[tuple[int, ...] | None] | None = None  # copies of a graph, None for its kernels
+        self.compute = lambda: None  # what a graph's kernels do
 
     def __call__(self, function: str, *args):
         self.calls.append(function)
@@ -53,17 +56,36 @@ class HostDriver:
     def cuMemsetD8Async(self, address, value, count, stream):
         ctypes.memset(address, value, count)
 
-    def cuMemcpyHtoDAsync(self, target, source, n_bytes, stream):
-        ctypes.memmove(target, source, n_bytes)
+    def cuStreamBeginCapture(self, stream, mode):
+        self._captured = []
 
-    def cuMemcpyDtoHAsync(self, target, source, n_bytes, stream):
-        ctypes.memmove(target, source, n_bytes)
+    def cuStreamEndCapture(self, stream):
+        copies, self._captured = tuple(self._captured), None
+        return copies
+
+    def cuGraphInstantiate(self, graph, flags):
+        return graph
+
+    def cuGraphLaunch(self, graph, stream):
+        self.copied = {copy[0] for copy in graph if copy}
+        for copy in graph:
+            ctypes.memmove(*copy) if copy else self.compute()
+
+    def cuMemcpyHtoDAsync(self, target, source, n_bytes, stream):
+        if self._captured is None:
+            ctypes.memmove(target, source, n_bytes)
+        else:
+            self._captured.append((target, source, n_bytes))
+
+    cuMemcpyDtoHAsync = cuMemcpyHtoDAsync
 
     def cuEventElapsedTime(self, start, end):
         return 3.2  # milliseconds
 
     def cuLaunchKernelEx(self, config, function, arguments, extra):
         self.launched.append(arguments[0])
+        if not self._captured or self._captured[-1] is not None:
+            self._captured.append(None)
 
 
 @pytest.fixture
@@ -100,11 +122,15 @@ def test_kernels_point_to_the_weights_that_the_file_holds(tmp_path, host):
     with open_file(tmp_path) as file:
         device = make_device(file, slots=2)
         cache = np.zeros((2, CONTEXT, 1, 16), np.float32)
-        steps = list(file.program.plans["cuda"].steps())
+        phases = dict(file.program.plans["cuda"].phases)
+        decode = phases.pop("decode")
+        steps = [*itertools.chain.from_iterable(phases.values()), *decode * 3]  # with given tokens, and ahead of them
         assert len(host.launched) == len(steps)
         seen, checked = {}, set()
         for step, pointers in zip(steps, host.launched, strict=True):
             for arg, address in zip(step.args, pointers, strict=True):
+                if arg.name == "tokens" and address == device._buffers["argmax"][0]:
+                    continue  # of a step that follows another one
                 assert seen.setdefault((arg.kind, arg.name, arg.offset), address) == address
                 expected = {"tensor": arrays.get(arg.name), "rope": rope, "k_cache": cache, "v_cache": cache}.get(
                     arg.kind
@@ -144,8 +170,8 @@ def test_steps_are_timed_kernel_by_kernel(tmp_path, host):
         assert len(set(timed)) == len(phase) and set(timed) <= set(host.launched[:captured])
         assert host.calls.count("cuGraphExecDestroy") == len(phase)
         assert device.bandwidth() == pytest.approx(2 * 2**29 / 3.2e-3)
-        assert host.calls.count("cuEventCreate") == host.calls.count("cuEventDestroy")
         device.close()
+        assert host.calls.count("cuEventCreate") == host.calls.count("cuEventDestroy")
 
 
 def test_rows_of_the_cache_come_and_go(tmp_path, host):
@@ -160,3 +186,95 @@ def test_rows_of_the_cache_come_and_go(tmp_path, host):
             np.testing.assert_array_equal(device.download_rows(*place, 3), rows[:3])
             np.testing.assert_array_equal(device.download_rows(*place, 7)[5:], 0)
             assert device.download_rows(*place, 0).shape == (0, rows.shape[1])
+
+
+def on_device(device, buffer: str, count: int) -> list[int]:
+    """The beginning of a buffer in the memory that stands for the GPU's."""
+    address, dtype, _ = device._buffers[buffer]
+    return at(address, np.zeros(count, NUMPY_DTYPES[dtype])).tolist()
+
+
+def test_inputs_reach_whatever_phase_they_are_for(tmp_path, host):
+    with open_file(tmp_path) as file:
+        device = make_device(file)
+        device.upload("tokens", np.array([7]))
+        device.upload("state", np.array([1, CONTEXT, 0, 3]))
+        host.calls.clear()
+        device.launch("decode")
+        assert "cuMemcpyHtoDAsync" not in host.calls
+        assert on_device(device, "tokens", 1) == [7] and on_device(device, "state", 4) == [1, CONTEXT, 0, 3]
+        device.upload("tokens", np.array([9]))
+        device.launch("last_logits")
+        assert on_device(device, "tokens", 1) == [9]
+        device.upload("tokens", np.array([4, 5]))
+        device.launch("prefill_body")
+        assert on_device(device, "tokens", 2) == [4, 5]
+        device.launch("decode")
+        assert on_device(device, "tokens", 2) == [4, 5]
+        device.close()
+
+
+class Chooser:
+    """A model by arithmetic: the next token from the last one and its position."""
+
+    def __init__(self, host, device):
+        self.host, self.device, self.steps = host, device, []
+        host.compute = self
+
+    @staticmethod
+    def after(token: int, position: int) -> int:
+        return (31 * token + 7 * position + 5) % 97
+
+    def __call__(self):
+        # A step that is given no token goes on with the last one chosen.
+        given = self.device._buffers["tokens"][0] in self.host.copied
+        (token,) = on_device(self.device, "tokens" if given else "argmax", 1)
+        state = on_device(self.device, "state", 4)
+        assert state[:3] == [1, CONTEXT, 0] and state[3] < CONTEXT
+        self.steps.append((token, state[3]))
+        at(self.device._buffers["argmax"][0], np.zeros(1, np.int32))[:] = self.after(token, state[3])
+
+    def run(self, token: int, position: int) -> int:
+        self.device.upload("tokens", np.array([token]))
+        self.device.upload("state", np.array([1, CONTEXT, 0, position]))
+        self.device.launch("decode")
+        chosen = int(self.device.download("argmax", 1)[0])
+        assert chosen == self.after(token, position) == self.device.download("argmax", 1)[0]
+        return chosen
+
+
+def test_steps_that_follow_one_another_start_ahead(tmp_path, host):
+    with open_file(tmp_path) as file:
+        device = make_device(file)
+        model, token = Chooser(host, device), 3
+        for position in range(6):
+            token = model.run(token, position)
+        # The second step shows that they follow one another; from then on one is always ahead.
+        assert [position for _, position in model.steps] == [0, 1, 2, 3, 4, 5, 6]
+        token = model.run(50, 4)  # elsewhere: what was ahead is dropped
+        assert model.steps[-1] == (50, 4)
+        token = model.run(token, 5)
+        assert [position for _, position in model.steps[-2:]] == [5, 6]
+        device.launch("last_logits")  # the cache may change: what was ahead counts no more
+        before = len(model.steps)
+        model.run(token, 6)
+        assert len(model.steps) == before + 1
+        for position in range(CONTEXT - 4, CONTEXT):  # none is ahead of the last position
+            token = model.run(token, position)
+        assert model.steps[-1][1] == CONTEXT - 1
+        device.close()
+
+
+def test_no_token_is_told_and_nothing_goes_on_with_it(tmp_path, host):
+    with open_file(tmp_path) as file:
+        device = make_device(file)
+        model = Chooser(host, device)
+        token = model.run(model.run(3, 0), 1)
+        model.after = lambda token, position: -1
+        device.upload("tokens", np.array([token]))
+        device.upload("state", np.array([1, CONTEXT, 0, 2]))
+        device.launch("decode")
+        device.download("argmax", 1)  # of the step that was ahead already
+        model.run(5, 3)
+        model.run(-1, 4)
+        device.close()
