@@ -24,6 +24,7 @@ from gqsa_runtime.program import Program
 
 MAX_TENSORS = 1 << 16
 MAX_METADATA = 1 << 10
+MAX_KEY_BYTES = 128
 MAX_DIMENSIONS = 4
 
 _VALUE_UINT32, _VALUE_BOOL, _VALUE_STRING = 4, 7, 8
@@ -199,7 +200,7 @@ class _Header:
             self._fail(f"{what} is not UTF-8")
 
     def _read_metadata(self) -> None:
-        key = self._string("a metadata key", 4096)
+        key = self._string("a metadata key", MAX_KEY_BYTES)
         if key in self.metadata:
             self._fail(f"the metadata key {key!r} occurs twice")
         kind = self._number("<I", f"the type of {key!r}")
