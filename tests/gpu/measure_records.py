@@ -3,8 +3,10 @@
 python -m tests.gpu.measure_records [--weights w4 w4-groups …] [--layers 32] [--set NAME=VALUE …]
 
 A CUDA graph runs the four linears of `layers` blocks as a dependent chain with its norms, gates and residuals,
-over three blocks' worth of weights in turn, so that nothing stays in the L2 cache. Prints a line per kind of
-weights. --set changes a constant of gqsac.compiler.records_launch, to try geometries out.
+each started early, over three blocks' worth of weights in turn, so that nothing stays in the L2 cache. Prints a line
+per kind of weights: us of a block as it is ("early"), "free" of waits for inputs, and then, to see what a kernel
+waits for, without sums (only "copies") and without any copies but the first (only "sums"). --set changes a constant
+of gqsac.compiler.records_launch, to try geometries out.
 """
 
 import argparse
@@ -34,12 +36,25 @@ KINDS = {
 }  # fmt: skip
 
 
+# What is timed: the texts of headers, changed.
+_CHANGES = {
+    "early": lambda text: text,
+    "free": lambda text: text.replace("griddepcontrol.wait;", ""),
+    "copies": lambda text: text.replace(
+        "multiply_one(bytes, me, own_planes, own_ranges, factor, y[0][0]);", "y[0][0][0] += bytes.bytes[lane];"
+    ),
+    "sums": lambda text: text.replace(
+        "copy(stage, next, start, stop);", "if (!turn) ring.fetch(stage, records, 0);"
+    ).replace("ring.wait(stage, turn)", "turn ? ring.stages + stage * C::RECORD_BYTES : ring.wait(stage, turn)"),
+}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--set", nargs="*", default=[])
-    parser.add_argument("--variants", nargs="*", default=[""], help="each a comma-separated list for --set")
+    parser.add_argument("--variants", nargs="*", default=[""], help="each a list for --set, separated by semicolons")
     options = parser.parse_args()
     gpu = Gpu()
     bandwidth = _copy_bandwidth(gpu)
@@ -48,7 +63,7 @@ def main() -> None:
         weights = [_linear(gpu, rows, k, *KINDS[kind], changes) for rows, k, changes in LINEARS]
         for variant in options.variants:
             before = dict(vars(records_launch))
-            for item in [*options.set, *filter(None, variant.split(","))]:
+            for item in [*options.set, *filter(None, variant.split(";"))]:
                 name, value = item.split("=")
                 setattr(records_launch, name, eval(value))
             try:
@@ -90,35 +105,34 @@ def _linear(gpu, rows, k, widths, pattern, changes):
 
 def _measure(gpu, kind, variant, weights, layers, bandwidth):
     specs = [KernelSpec.make("linear_records", **params) for params, *_ in weights]
-    kernels = GpuKernels(gpu, name_kernels(specs), gpu.target)
-    free = GpuKernels(gpu, name_kernels(specs), gpu.target, lambda text: text.replace("griddepcontrol.wait;", ""))
     rng = np.random.default_rng(0)
     hidden, wide, inner, norm = (gpu.allocate(4 * n) for n in (HIDDEN, 3 * HIDDEN, INNER, HIDDEN))
-    for address, n in ((hidden, HIDDEN), (wide, 3 * HIDDEN), (inner, INNER)):
-        gpu.upload(address, rng.normal(size=n).astype(np.float32))
     gpu.upload(norm, np.ones(HIDDEN, np.float32))
     state = gpu.allocate(64)
     gpu.upload(state, np.array([1, 0] * 8, np.int32))
     ends = ((hidden, wide), (wide, hidden), (hidden, inner), (inner, hidden))
-    steps, free_steps = [], []
-    for layer in range(layers):
-        for spec, (params, _, blobs, _), (x, out) in zip(specs, weights, ends, strict=True):
-            pointers = [
-                x, None, None, norm if params["norm"] != "none" else None, None, *blobs[layer % DISTINCT], None,
-                hidden if params["residual"] else None, out, state,
-            ]  # fmt: skip
-            steps.append((kernels.function(spec), launch(spec, 1), pointers))
-            free_steps.append((free.function(spec), launch(spec, 1), pointers))
     n_bytes = layers * sum(weight[1] for weight in weights)
     n_weights = layers * sum(weight[3] for weight in weights)
     result = np.empty(HIDDEN, np.float32)
     line = f"{kind:10} {8 * n_bytes / n_weights:.3f} bits"
-    for name, chain, dependent in (("plain", steps, False), ("early", steps, True), ("free", free_steps, True)):
-        seconds = _time_graph(gpu, chain, dependent)
-        line += f"  {name} {seconds * 1e6 / layers:6.2f} us a layer "
-        line += f"{n_bytes / seconds / bandwidth:6.1%}"
-    gpu.download(result, hidden)
-    geometry = [records_launch.records_launch(params) for params, *_ in weights]
+    for name, change in _CHANGES.items():
+        kernels = GpuKernels(gpu, name_kernels(specs), gpu.target, change)
+        steps = []
+        for layer in range(layers):
+            for spec, (params, _, blobs, _), (x, out) in zip(specs, weights, ends, strict=True):
+                pointers = [
+                    x, None, None, norm if params["norm"] != "none" else None, None, *blobs[layer % DISTINCT], None,
+                    hidden if params["residual"] else None, out, state,
+                ]  # fmt: skip
+                steps.append((kernels.function(spec), launch(spec, 1, gpu.target), pointers))
+        for address, n in ((hidden, HIDDEN), (wide, 3 * HIDDEN), (inner, INNER)):
+            gpu.upload(address, rng.normal(size=n).astype(np.float32))
+        seconds = _time_graph(gpu, steps, True)
+        line += f"  {name} {seconds * 1e6 / layers:6.2f}"
+        if name == "early":
+            line += f" us a layer {n_bytes / seconds / bandwidth:6.1%}"
+            gpu.download(result, hidden)
+    geometry = [records_launch.records_launch(params, gpu.target) for params, *_ in weights]
     shown = " ".join(f"{g.blocks}x{g.constants['STAGES']}" for g in geometry)
     print(f"{line}  {variant or '-'}  [{shown}] {'' if np.isfinite(result).all() else 'NOT FINITE'}", flush=True)
     for address in (hidden, wide, inner, norm, state):
