@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import click
-from gqsa_runtime.doctor import Finding, examine, render, versions
+from gqsa_runtime.cli import OPTIONAL_FILE
+from gqsa_runtime.doctor import Finding, examine, examine_file, render, versions
 
 from gqsac import __version__
 from gqsac.errors import GqsaError
@@ -14,15 +15,20 @@ _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "gguf")
 
 
 @click.command()
+@OPTIONAL_FILE
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
-def doctor(as_json) -> None:
+def doctor(file, as_json) -> None:
     """Says what this machine can compile and run, and what to install where something is missing.
 
+    With FILE, a compiled model, also how much memory it needs at which context, and what fits here.
+
     \b
-    Example:
+    Examples:
       gqsac doctor
+      gqsac doctor model.gqsa
     """
     findings = [*examine(), Finding("gqsac", __version__), *versions(_PACKAGES), *_compilers(), _cache()]
+    findings += examine_file(file) if file else []
     if as_json:
         click.echo(json.dumps([vars(finding) for finding in findings], indent=2))
     else:

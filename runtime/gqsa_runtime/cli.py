@@ -18,6 +18,7 @@ from gqsa_runtime import __version__
 from gqsa_runtime.errors import GqsaError, InputError
 
 _FILE = click.argument("file", type=click.Path(path_type=str))
+OPTIONAL_FILE = click.argument("file", type=click.Path(path_type=str), required=False)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
@@ -97,9 +98,28 @@ def _options(*options: Callable) -> Callable:
     return functools.partial(functools.reduce, lambda function, option: option(function), options[::-1])
 
 
+class _Context(click.ParamType):
+    """A number of tokens, or what free memory allows."""
+
+    name = "integer|auto"
+
+    def convert(self, value, param, ctx):
+        if value == "auto" or isinstance(value, int):
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number of tokens nor auto", param, ctx)
+
+
 _model_options = _options(
     click.option("--device", default="auto", show_default=True, help="auto, cuda, cuda:N or cpu."),
-    click.option("--context", type=int, help="Tokens that fit at once. Default: 4096, or less to fit."),
+    click.option(
+        "--context",
+        type=_Context(),
+        help="Tokens that fit at once; auto: as many as the model has and free memory allows. Default: 4096, or less "
+        "to fit.",
+    ),
     click.option("--threads", type=int, help="CPU threads. Default: all."),
 )
 
@@ -121,7 +141,7 @@ def _tell(message: str) -> None:
     click.echo(message, err=True)
 
 
-def _open_model(file: str, device: str, context: int | None, threads: int | None, sampling: dict | None = None):
+def _open_model(file: str, device: str, context: int | str | None, threads: int | None, sampling: dict | None = None):
     from gqsa_runtime.model import Model
 
     Model.check_options(**(sampling or {}))  # better refused now than after seconds of loading
@@ -437,17 +457,21 @@ def ppl(file, text, window, stride, max_windows, device, context, threads, as_js
 
 
 @click.command()
+@OPTIONAL_FILE
 @_JSON
-def doctor(as_json) -> None:
+def doctor(file, as_json) -> None:
     """Says what this machine can run, and what to install where something is missing.
 
+    With FILE, a compiled model, also how much memory it needs at which context, and what fits here.
+
     \b
-    Example:
+    Examples:
       gqsa doctor
+      gqsa doctor model.gqsa
     """
     from gqsa_runtime import doctor as examination
 
-    findings = examination.examine()
+    findings = examination.examine() + (examination.examine_file(file) if file else [])
     if as_json:
         click.echo(json.dumps([vars(finding) for finding in findings], indent=2))
     else:

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gqsa_runtime import __version__, device_cpu, device_cuda, memory
+from gqsa_runtime import __version__, device_cpu, device_cuda, load, memory
 from gqsa_runtime.errors import DeviceError
+from gqsa_runtime.reader import ArtifactFile
+from gqsa_runtime.validate import validate
 
 _PACKAGES = ("numpy", "cuda-bindings", "tokenizers", "jinja2", "click", "tqdm")
 
@@ -26,6 +28,44 @@ class Finding:
 def examine() -> list[Finding]:
     """Everything worth knowing, in the order of the report. Raises nothing for what is missing."""
     return [_python(), Finding("gqsa-runtime", __version__), *versions(_PACKAGES), _cpu(), _ram(), *_gpus()]
+
+
+def examine_file(path: str) -> list[Finding]:
+    """Of a .gqsa file: where it runs here, and what it needs at which context beside the memory that is free.
+
+    Raises FormatError and InputError for the file.
+    """
+    with ArtifactFile.open(path) as file:
+        validate(file.program, file.tensors)
+        findings = []
+        for family, probe, free_bytes in (
+            ("cuda", lambda program: device_cuda.probe(program, 0), _free_cuda_bytes),
+            ("cpu", device_cpu.probe, load.usable_cpu_bytes),
+        ):
+            if family not in file.program.plans:
+                continue
+            usable, why = probe(file.program)
+            free = free_bytes() if usable else None
+            known = "" if free is None else f"; {max(free, 0) / 1e9:.2f} GB can be used"
+            found, fix = (f"{why}{known}", None) if usable else ("cannot run it", why)
+            findings.append(Finding(f"{family} for it", found, fix))
+            costs = memory.context_costs(file.program, file.tensors, family)
+            findings += [_cost(family, row, free) for row in costs]
+    return findings
+
+
+def _free_cuda_bytes() -> int | None:
+    try:
+        with device_cuda.free_bytes(0) as free:
+            return free - memory.CUDA_HEADROOM_BYTES
+    except DeviceError:
+        return None
+
+
+def _cost(family: str, row: dict, free: int | None) -> Finding:
+    parts = ", ".join(f"{name.replace('_', ' ')} {row[name] / 1e9:.2f}" for name in ("weights", "kv_cache", "scratch"))
+    fits = "" if free is None else "; fits" if row["total"] <= free else "; does not fit"
+    return Finding(f"{family}, {row['context']:,} tokens", f"{row['total'] / 1e9:.2f} GB: {parts}{fits}")
 
 
 def render(findings: list[Finding]) -> str:

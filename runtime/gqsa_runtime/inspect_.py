@@ -17,10 +17,10 @@ def describe(file: ArtifactFile, context: int | None = None) -> dict:
     """Facts of a validated file, ready for JSON. Sizes in bytes; context: to state memory for.
 
     "plans": for each family of targets, the number of kernels, the launches of each phase, and the memory that a
-    device needs. The other facts are of the first plan. "linears" counts each compressed weight matrix of the decode
-    phase but the head once: weights (parameters of the dense matrix), bytes as stored, bits_per_weight from the two,
-    sparsity, the share of weights in removed groups, and row_widths, bits -> share of the rows, both None where sizes
-    do not tell them. "dense_bytes": embeddings, heads, norms and biases.
+    device needs at `context` and, under "contexts", at several (`memory.context_costs`). The other facts are of the
+    first plan. "linears" counts each compressed weight matrix of the decode phase but the head once: weights
+    (parameters of the dense matrix), bytes as stored, bits_per_weight from the two, sparsity, the share of weights in
+    removed groups, and row_widths, bits -> share of the rows, both None where sizes do not tell them. "dense_bytes": embeddings, heads, norms and biases.
     """
     program = file.program
     if context is None:
@@ -61,6 +61,7 @@ def _plan(file: ArtifactFile, family: str, context: int) -> dict:
             "context_bytes": context * memory.context_bytes_per_token(program),
             "total": memory.needed_bytes(program, file.tensors, family, context),
         },
+        "contexts": memory.context_costs(program, file.tensors, family),
     }
 
 
@@ -169,7 +170,12 @@ def render(facts: dict) -> str:
             )
         )
     width = max(len(key) for key, _ in rows)
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
+    costs = [
+        {"memory of": family, **{key: n if key == "context" else size(n) for key, n in row.items()}}
+        for family, plan in facts["plans"].items()
+        for row in plan["contexts"]
+    ]
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows) + f"\n\n{table(costs)}"
 
 
 def _removed(sparsity: float | None) -> str:

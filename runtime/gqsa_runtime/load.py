@@ -14,6 +14,7 @@ from gqsa_runtime.program import Program
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.stopwatch import Stopwatch
 
+AUTO = "auto"  # the context that free memory allows
 DEFAULT_CONTEXT = 4096
 MAX_THREADS = 1024
 
@@ -22,7 +23,7 @@ MAX_THREADS = 1024
 class OpenedDevice:
     """family: key of Program.plans. device_reason: which device and why.
 
-    context_reason: why a context other than asked, or None.
+    context_reason: why a context that was not asked for by its number, or None.
     """
 
     device: Device
@@ -35,7 +36,7 @@ class OpenedDevice:
 def open_device(
     file: ArtifactFile,
     device: str = "auto",
-    context: int | None = None,
+    context: int | str | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     clock: Stopwatch | None = None,
@@ -46,16 +47,13 @@ def open_device(
     device.
     """
     program, clock = file.program, clock or Stopwatch()
-    if context is not None and not 1 <= context <= program.max_context:
-        raise InputError(
-            f"the context is {context}, but this model is made for 1 to {program.max_context}; "
-            f"choose --context {program.max_context if context > 0 else min(program.max_context, DEFAULT_CONTEXT)}"
-        )
+    _check_context(program, context)
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise InputError(f"the number of threads is {threads}, expected at least 1 and at most {MAX_THREADS}")
     with clock.stage("device"):
         kind, ordinal, reason = choose_device(program, device)
-        free = memory.free_cpu_bytes() if kind == "cpu" else None  # before weights are read into it
+    if kind == "cpu":  # before weights are read
+        chosen, context_reason = choose_context(file, kind, context, usable_cpu_bytes())
     used = program.plans[kind].tensors(program.ropes)
 
     def binaries(binary) -> bytes:
@@ -67,10 +65,8 @@ def open_device(
         tensors = stack.enter_context(CheckedTensors(file, names, progress, clock))
         if kind == "cuda":
             with clock.stage("device"):
-                free = stack.enter_context(device_cuda.free_bytes(ordinal)) - memory.CUDA_HEADROOM_BYTES
-        elif free is not None:
-            free -= memory.CPU_HEADROOM_BYTES
-        chosen, context_reason = _choose_context(file, kind, context, free)
+                free = stack.enter_context(device_cuda.free_bytes(ordinal))
+            chosen, context_reason = choose_context(file, kind, context, free - memory.CUDA_HEADROOM_BYTES)
         opened = _open(kind, ordinal, program, tensors, binaries, chosen, threads, clock)
     return OpenedDevice(opened, kind, chosen, reason, context_reason)
 
@@ -99,12 +95,43 @@ def _probe(kind: str, program: Program, ordinal: int) -> tuple[bool, str]:
     return device_cuda.probe(program, ordinal) if kind == "cuda" else device_cpu.probe(program)
 
 
-def _choose_context(file: ArtifactFile, family: str, context: int | None, free: int | None) -> tuple[int, str | None]:
+def _check_context(program: Program, context: int | str | None) -> None:
+    if context is None or context == AUTO:
+        return
+    if isinstance(context, bool) or not isinstance(context, int):
+        raise InputError(f"the context is {context!r}, expected a number of tokens or {AUTO!r}")
+    if not 1 <= context <= program.max_context:
+        raise InputError(
+            f"the context is {context}, but this model is made for 1 to {program.max_context}; "
+            f"choose --context {program.max_context if context > 0 else min(program.max_context, DEFAULT_CONTEXT)}"
+        )
+
+
+def usable_cpu_bytes() -> int | None:
+    """Memory that a model may have on the CPU, or None where the system does not say."""
+    free = memory.free_cpu_bytes()
+    return None if free is None else free - memory.CPU_HEADROOM_BYTES
+
+
+def choose_context(
+    file: ArtifactFile, family: str, context: int | str | None, free: int | None
+) -> tuple[int, str | None]:
+    """(positions, why where no number was asked for and met). context: as in `Model.open`; free: bytes, None: unknown.
+
+    Raises DeviceError for a number that does not fit, and where not even one position does.
+    """
     program = file.program
-    wanted = min(program.max_context, DEFAULT_CONTEXT) if context is None else context
-    fits = wanted if free is None else memory.largest_context(program, file.tensors, family, free)
+    usual = min(program.max_context, DEFAULT_CONTEXT)
+    if free is None:
+        unknown = f"context {usual}: the system does not say how much memory is free; choose another with --context"
+        return (usual, unknown) if context == AUTO else (usual if context is None else context, None)
+    fits = memory.largest_context(program, file.tensors, family, free)
+    if context == AUTO:
+        wanted = max(1, _largest_by_itself(file, family, free))
+    else:
+        wanted = usual if context is None else context
     if fits >= wanted:
-        return wanted, None
+        return wanted, _why(file, family, wanted, free) if context == AUTO else None
     needed_gb = memory.needed_bytes(program, file.tensors, family, wanted) / 1e9
     short = f"context {wanted} needs {needed_gb:.2f} GB and {max(free, 0) / 1e9:.2f} GB can be used"
     if fits < 1:
@@ -112,6 +139,27 @@ def _choose_context(file: ArtifactFile, family: str, context: int | None, free: 
     if context is not None:
         raise DeviceError(f"{short}; a context of {fits} fits: choose --context accordingly")
     return fits, f"context {fits}: {short}"
+
+
+def _largest_by_itself(file: ArtifactFile, family: str, free: int) -> int:
+    """The context that "auto" stands for: what fits the family's share of what the weights leave free."""
+    fixed = memory.needed_bytes(file.program, file.tensors, family, 0)
+    share = int(memory.AUTO_SHARE[family] * max(free - fixed, 0))
+    return memory.largest_context(file.program, file.tensors, family, fixed + share)
+
+
+def _why(file: ArtifactFile, family: str, context: int, free: int) -> str:
+    program = file.program
+    if context == program.max_context:
+        return f"context {context}: all that the model is made for"
+    left_gb = (free - memory.needed_bytes(program, file.tensors, family, 0)) / 1e9
+    each_kb = memory.context_bytes_per_token(program) / 1e3
+    share = memory.AUTO_SHARE[family]
+    of = "" if share == 1 else f"{share:.0%} of "
+    return (
+        f"context {context}: what fits {of}the {left_gb:.2f} GB that weights and activations leave free, at "
+        f"{each_kb:.1f} kB a position; the model is made for {program.max_context}"
+    )
 
 
 def _open(kind, ordinal, program, tensors, binaries, context, threads, clock) -> Device:

@@ -11,6 +11,9 @@ from gqsa_runtime.program import Program
 # Left free beside what is counted: graphs, modules, threads, Python itself.
 CPU_HEADROOM_BYTES = 128 << 20
 CUDA_HEADROOM_BYTES = 384 << 20
+# Of free memory, what a context that nobody has sized may take: RAM is everybody's, a GPU's memory the model's.
+AUTO_SHARE = {"cpu": 0.5, "cuda": 1.0}
+SHOWN_CONTEXTS = (2048, 8192, 32768)  # whose memory is told beside that of a model's longest
 
 
 class Sized(Protocol):
@@ -42,6 +45,28 @@ def largest_context(program: Program, tensors: Mapping[str, Sized], family: str,
     if rest <= 0:
         return 0
     return min(program.max_context, rest // per_token) if per_token else program.max_context
+
+
+def context_costs(program: Program, tensors: Mapping[str, Sized], family: str) -> list[dict]:
+    """Bytes that a family needs at a context of 2k, 8k and 32k, as far as the program has them, and at its longest.
+
+    A row for each: context in positions; weights, kv_cache, scratch (activations and rotary tables) and their total.
+    """
+    weights, per_token = weight_bytes(program, tensors, family), program.kv_bytes_per_token()
+    rows = []
+    for context in sorted({min(context, program.max_context) for context in (*SHOWN_CONTEXTS, program.max_context)}):
+        kv_cache = context * per_token
+        scratch = program.plans[family].arena_bytes + context * (context_bytes_per_token(program) - per_token)
+        rows.append(
+            {
+                "context": context,
+                "weights": weights,
+                "kv_cache": kv_cache,
+                "scratch": scratch,
+                "total": weights + kv_cache + scratch,
+            }
+        )
+    return rows
 
 
 def free_cpu_bytes() -> int | None:

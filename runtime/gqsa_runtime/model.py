@@ -61,9 +61,10 @@ class Model:
     lets the next call go first and goes on after it: its text stays whole, the cache is made again.
 
     device_reason: which device runs it and why. context_reason: why the context is smaller than the
-    default, or None. family: of the plan that runs, tensors: name -> TensorInfo of the file. stats:
-    GenerationStats of the generation that began last. engine: for token-level work. open_seconds: what `open`
-    spent, by stage: "header", "tokenizer" and those of `load.open_device`, and "total".
+    default, or what "auto" has chosen and why, or None. family: of the plan that runs, tensors: name ->
+    TensorInfo of the file. stats: GenerationStats of the generation that began last. engine: for
+    token-level work. open_seconds: what `open` spent, by stage: "header", "tokenizer" and those of
+    `load.open_device`, and "total".
     """
 
     def __init__(
@@ -95,16 +96,18 @@ class Model:
         cls,
         path: str | os.PathLike,
         device: str = "auto",
-        context: int | None = None,
+        context: int | str | None = None,
         threads: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Model:
         """Opens a .gqsa file.
 
         device: "auto" takes a GPU if the file has kernels for it, else the CPU; or "cuda", "cuda:N", "cpu".
-        context: positions of the KV cache; default 4096, less where the model or the memory has less.
+        context: positions of the KV cache; default 4096, less where the model or the memory has less; "auto": as many
+        as the model is made for and free memory allows, on the CPU half of what the weights leave free.
         threads: of the CPU. progress: called with (bytes read, bytes in all) while weights load.
-        Raises FormatError (not a sound .gqsa file), DeviceError (nothing to run it on, no memory) or
+        Raises FormatError (not a sound .gqsa file), DeviceError (nothing to run it on, no memory: it says how much is
+        needed and free, and the largest context that fits, before anything is allocated on the device) or
         InputError (no such file, a context that the model is not made for).
         """
         clock = Stopwatch()

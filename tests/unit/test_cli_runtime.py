@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 from click.testing import CliRunner
-from gqsa_runtime import cli, load
+from gqsa_runtime import cli, device_cpu, load, memory
 from gqsa_runtime import model as model_module
 from gqsa_runtime.doctor import examine
 from gqsa_runtime.errors import InputError
@@ -16,6 +17,11 @@ from tests.format import tiny
 from tests.unit import fake_device
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+@dataclass(frozen=True)
+class Sized:
+    size: int
 
 
 @pytest.fixture
@@ -178,6 +184,27 @@ def test_inspect(gqsa, path):
     assert "kernel_list" not in facts
 
 
+def test_inspect_tells_what_each_context_costs(gqsa, path):
+    costs = json.loads(gqsa("inspect", path, "--json").stdout)["plans"]["cpu"]["contexts"]
+    assert [row["context"] for row in costs] == [32]  # the model's longest: 2k, 8k and 32k are beyond it
+    assert costs[0]["kv_cache"] == 32 * 2 * 16 * 4
+    made = tiny.program(max_context=100_000)
+    rows = memory.context_costs(made, {name: Sized(8) for name in tiny.tensors()}, "cpu")
+    assert [row["context"] for row in rows] == [2048, 8192, 32768, 100_000]
+    for row in rows:
+        assert row["scratch"] == made.plans["cpu"].arena_bytes + 16 * row["context"]  # rotary tables: 4 f32 a position
+        assert row["total"] == row["weights"] + row["kv_cache"] + row["scratch"]
+    assert "memory of  context  weights" in gqsa("inspect", path).stdout
+
+
+def test_context_auto(gqsa, path):
+    result = gqsa("run", path, "--raw", "-p", "Once", "--context", "auto", answer=" upon", prompt="Once")
+    assert (result.exit_code, result.stdout) == (0, " upon\n")
+    assert "context 32: all that the model is made for" in result.stderr
+    result = gqsa("bench", path, "--context", "most")
+    assert result.exit_code == 2 and "'most' is neither a number of tokens nor auto" in result.stderr
+
+
 def test_verify(gqsa, path):
     result = gqsa("verify", path)
     assert result.exit_code == 0 and "is sound: 8 tensors" in result.stdout
@@ -275,6 +302,19 @@ def test_doctor(gqsa):
         assert subject in result.stdout
     subjects = [finding["subject"] for finding in json.loads(gqsa("doctor", "--json").stdout)]
     assert subjects == [finding.subject for finding in examine()]
+
+
+def test_doctor_of_a_file(gqsa, path, monkeypatch):
+    monkeypatch.setattr(memory, "free_cpu_bytes", lambda: 10**12)
+    monkeypatch.setattr(device_cpu, "probe", lambda program: (True, "this CPU runs it"))
+    lines = gqsa("doctor", path).stdout.splitlines()
+    assert any("cpu for it" in line and "this CPU runs it; 999.87 GB can be used" in line for line in lines)
+    assert any("cpu, 32 tokens" in line and "kv cache 0.00" in line and line.endswith("; fits") for line in lines)
+    monkeypatch.setattr(memory, "free_cpu_bytes", lambda: 100)
+    assert "; does not fit" in gqsa("doctor", path).stdout
+    monkeypatch.setattr(device_cpu, "probe", lambda program: (False, "no kernels for it"))
+    assert "-> no kernels for it" in gqsa("doctor", path).stdout
+    assert gqsa("doctor", path + ".none").exit_code == 1
 
 
 @pytest.mark.parametrize(

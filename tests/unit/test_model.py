@@ -208,6 +208,9 @@ def test_open_with_choices(path, opened):
         Model.open(path, context=33)
     with pytest.raises(InputError, match="context is 0.* choose --context 32$"):
         Model.open(path, context=0)
+    for context in ("all", 8.0, True):
+        with pytest.raises(InputError, match=f"context is {context!r}, expected a number of tokens or 'auto'"):
+            Model.open(path, context=context)
     for threads in (0, 2**32 + 1):
         with pytest.raises(InputError, match=f"threads is {threads}, expected at least 1 and at most 1024"):
             Model.open(path, threads=threads)
@@ -245,6 +248,37 @@ def test_context_shrinks_to_the_memory(path, opened, monkeypatch):
         Model.open(path)
     monkeypatch.setattr(memory, "free_cpu_bytes", lambda: None)
     assert Model.open(path).context == tiny.CONTEXT
+
+
+def test_context_auto_takes_what_the_memory_allows(path, opened, monkeypatch):
+    with ArtifactFile.open(path) as file:
+        fixed = memory.needed_bytes(file.program, file.tensors, "cpu", 0)
+        per_token = memory.context_bytes_per_token(file.program)
+        monkeypatch.setattr(memory, "CPU_HEADROOM_BYTES", 0)
+        monkeypatch.setattr(memory, "free_cpu_bytes", lambda: fixed + 21 * per_token)
+        model = Model.open(path, context="auto")  # half of what is left: RAM is everybody's
+        assert model.context == 10 and model.context_reason.startswith("context 10: what fits 50% of the 0.00 GB")
+        with monkeypatch.context() as patch:  # a GPU's memory is the model's
+            patch.setitem(memory.AUTO_SHARE, "cpu", memory.AUTO_SHARE["cuda"])
+            assert Model.open(path, context="auto").context == 21
+        monkeypatch.setattr(memory, "free_cpu_bytes", lambda: 1 << 40)
+        model = Model.open(path, context="auto")
+        assert model.context == tiny.CONTEXT and model.context_reason.endswith("all that the model is made for")
+        monkeypatch.setattr(memory, "free_cpu_bytes", lambda: fixed + per_token)
+        assert Model.open(path, context="auto").context == 1
+        monkeypatch.setattr(memory, "free_cpu_bytes", lambda: fixed)
+        with pytest.raises(DeviceError, match="not even one position fits"):
+            Model.open(path, context="auto")
+        monkeypatch.setattr(memory, "free_cpu_bytes", lambda: None)
+        model = Model.open(path, context="auto")
+        assert model.context == tiny.CONTEXT and "does not say how much memory is free" in model.context_reason
+
+
+def test_memory_is_asked_for_before_anything_is_read(path, opened, monkeypatch):
+    monkeypatch.setattr(memory, "free_cpu_bytes", lambda: memory.CPU_HEADROOM_BYTES + 100)
+    monkeypatch.setattr(load, "CheckedTensors", lambda *args: pytest.fail("read"))
+    with pytest.raises(DeviceError, match=r"context 32 needs \d.* can be used"):
+        Model.open(path)
 
 
 def test_damaged_contents_are_refused_with_the_path(tmp_path, opened, monkeypatch):
