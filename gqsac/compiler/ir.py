@@ -129,10 +129,15 @@ class GatedActivation(Op):
 
 @dataclass(frozen=True)
 class RopeTable:
-    """inv_freq: f32 values [rotary_dim / 2]; scaling: factor on cos and sin (yarn's attention factor)."""
+    """inv_freq: f32 values [rotary_dim / 2]; scaling: factor on cos and sin (yarn's attention factor).
+
+    long_inv_freq: in place of inv_freq in a sequence of more than original_context tokens (longrope), or both None.
+    """
 
     inv_freq: tuple[float, ...]
     scaling: float = 1.0
+    long_inv_freq: tuple[float, ...] | None = None
+    original_context: int | None = None
 
     @property
     def rotary_dim(self) -> int:

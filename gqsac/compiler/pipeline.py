@@ -224,7 +224,13 @@ def limit_context(graph: ir.Graph, max_context: int | None) -> ir.Graph:
         return graph
     if not 1 <= max_context <= graph.max_context:
         raise InputError(f"--max-context is {max_context}; this model's positions allow 1 to {graph.max_context}")
-    return replace(graph, max_context=max_context)
+    ropes = {
+        key: replace(rope, long_inv_freq=None, original_context=None)
+        if rope.original_context is not None and rope.original_context >= max_context  # no sequence is so long
+        else rope
+        for key, rope in graph.ropes.items()
+    }
+    return replace(graph, max_context=max_context, ropes=ropes)
 
 
 def family_of(target: str) -> str:

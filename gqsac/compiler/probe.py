@@ -3,17 +3,20 @@
 All arithmetic is f32 on the CPU, on a few values; a probe that does not apply answers None or "none".
 """
 
+import bisect
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from gqsac.compiler.ir import RopeTable
 
-# Rope types whose frequencies are the same at every context length.
-STATIC_ROPES = ("default", "linear", "llama3", "yarn")
+# Rope types whose frequencies are the same at every length that the model is made for, or change once (longrope). Those
+# of "dynamic" change only beyond max_position_embeddings.
+ROPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.nn.functional.relu,
@@ -73,33 +76,51 @@ def rope_tables(module: nn.Module) -> dict[str, RopeTable | str]:
     A sentence stands in the place of a table that cannot be compiled.
     """
     tables: dict[str, RopeTable | str] = {}
-    for name, buffer in module.named_buffers(recurse=False):
+    for name, _ in module.named_buffers(recurse=False):
         if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
-            tables[name] = _rope_table(module, name.removesuffix("inv_freq"), buffer)
+            tables[name] = _rope_table(module, name.removesuffix("inv_freq"))
     return tables
 
 
-def _rope_table(module: nn.Module, prefix: str, inv_freq: Tensor) -> RopeTable | str:
+def _rope_table(module: nn.Module, prefix: str) -> RopeTable | str:
     layer_type = prefix.rstrip("_") or None
     rope_type = getattr(module, "rope_type", "default")
     if isinstance(rope_type, dict):
         rope_type = rope_type[layer_type]
-    if rope_type not in STATIC_ROPES:
-        return (
-            f"rotary embedding of type {rope_type!r} in {type(module).__name__}: only {', '.join(STATIC_ROPES)}, whose "
-            "frequencies do not depend on the length of the context, can be compiled"
-        )
-    scaling = float(getattr(module, f"{prefix}attention_scaling", 1.0))
-    positions = torch.tensor([[0, 1, 7, 1000]])
-    extra = {} if layer_type is None else {"layer_type": layer_type}
-    got = _run(lambda: module.forward(torch.zeros(1, 4, 1), positions, **extra))
-    expected = torch.ops.gqsa.rope_table(positions, inv_freq, scaling, "")
-    if not _alike(got, expected, 1e-5):
+    where = f"rotary embedding of type {rope_type!r} in {type(module).__name__}"
+    if rope_type not in ROPES:
+        return f"{where}: only {', '.join(ROPES)} can be compiled"
+    longest = int(getattr(module, "max_seq_len_cached", 1000))
+    short, long = (_rope_met(module, prefix, layer_type, length) for length in (1, longest))
+    if short is None or long is None:
         return (
             f"{type(module).__name__} does not make cos and sin of position * inv_freq, both halves alike; "
             "only that form of rotary position embedding can be compiled"
         )
-    return RopeTable(tuple(inv_freq.float().tolist()), scaling)
+    if short == long:
+        return short
+    original = 1 + bisect.bisect_left(
+        range(2, longest), True, key=lambda length: _rope_met(module, prefix, layer_type, length) != short
+    )
+    changes_once = all(
+        _rope_met(module, prefix, layer_type, length) == (short if length <= original else long)
+        for length in {original, original + 1, (1 + original) // 2, (original + longest) // 2}
+    )
+    if not changes_once or short.scaling != long.scaling:
+        return f"{where}: its frequencies depend on the length of the sequence otherwise than by changing once"
+    return replace(short, long_inv_freq=long.inv_freq, original_context=original)
+
+
+def _rope_met(module: nn.Module, prefix: str, layer_type: str | None, length: int) -> RopeTable | None:
+    """The table of a rotary module that meets a sequence of `length` tokens, None where that is not of our form."""
+    module = copy.deepcopy(module)  # it may keep what it has met
+    positions = torch.tensor([[0, length // 3, length // 2, length - 1]])
+    extra = {} if layer_type is None else {"layer_type": layer_type}
+    got = _run(lambda: module.forward(torch.zeros(1, 4, 1), positions, **extra))
+    inv_freq = getattr(module, f"{prefix}inv_freq")
+    scaling = float(getattr(module, f"{prefix}attention_scaling", 1.0))
+    expected = torch.ops.gqsa.rope_table(positions, inv_freq, scaling, "")
+    return RopeTable(tuple(inv_freq.float().tolist()), scaling) if _alike(got, expected, 1e-5) else None
 
 
 def rotation_form(function: Callable) -> str:

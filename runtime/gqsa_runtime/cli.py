@@ -134,6 +134,14 @@ def _sampling_options(temperature: float) -> Callable:
         click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 avoids repetition."),
         click.option("--seed", type=int, help="Makes sampling repeatable."),
         click.option("--stop", multiple=True, help="End before this text. May be given several times."),
+        click.option(
+            "--context-shift",
+            is_flag=True,
+            help="Where the context is full, forget the older half of the text and go on. Default: end there.",
+        ),
+        click.option(
+            "--keep", "n_keep", type=int, default=0, help="With --context-shift: tokens of the beginning that stay."
+        ),
     )
 
 
@@ -190,12 +198,21 @@ def _write(pieces: Iterable[str]) -> str:
     return "".join(text)
 
 
+def _tell_if_full(model) -> None:
+    if model.stats.finish_reason == "context":
+        _tell(
+            f"the context of {model.context} tokens is full, so the text ends here; --context-shift goes on, or open "
+            f"the model with a larger --context (up to {model.program.max_context})"
+        )
+
+
 def _tell_stats(model) -> None:
     stats = model.stats
     _tell(
         f"prompt {stats.prompt_tokens} tokens ({stats.cached_tokens} kept) in {stats.prefill_seconds:.3f} s, "
         f"{stats.prefill_tokens_per_second:.1f} tokens/s; generated {stats.new_tokens} in "
         f"{stats.decode_seconds:.3f} s, {stats.decode_tokens_per_second:.1f} tokens/s; finished: {stats.finish_reason}"
+        + (f"; the context was shifted {stats.context_shifts} times" if stats.context_shifts else "")
     )
 
 
@@ -230,6 +247,7 @@ def run(file, prompt, raw, device, context, threads, session, stats, **sampling)
       gqsa run model.gqsa --prompt "Name three rivers."
       echo "Once upon a time" | gqsa run model.gqsa --raw --temperature 0.8 --seed 1
       gqsa run model.gqsa --raw --session book.session < book-and-question.txt
+      gqsa run model.gqsa --raw -p "Once" --context 2048 --context-shift --keep 64 --max-new-tokens 9999
     """
     if prompt is None:
         if sys.stdin.isatty():
@@ -243,6 +261,7 @@ def run(file, prompt, raw, device, context, threads, session, stats, **sampling)
         else:
             pieces = model.generate(prompt, **sampling)
         _write(pieces)
+        _tell_if_full(model)
         if session is not None:
             model.save_session(session)
         if stats:
@@ -258,7 +277,8 @@ def run(file, prompt, raw, device, context, threads, session, stats, **sampling)
 def chat(file, system, device, context, threads, stats, **sampling) -> None:
     """Talks with the model, line by line; /reset begins anew, /exit or Ctrl-D ends.
 
-    Ctrl-C ends an answer. Where the context is full, the oldest messages are forgotten.
+    Ctrl-C ends an answer. Where the context is full, the oldest messages are forgotten; an answer that fills it ends,
+    unless --context-shift lets it go on.
 
     \b
     Example:
@@ -289,6 +309,7 @@ def chat(file, system, device, context, threads, stats, **sampling) -> None:
                 _tell(f"error: {error}")
                 messages.pop()
                 continue
+            _tell_if_full(model)
             messages.append({"role": "assistant", "content": "".join(answer)})
             if stats:
                 _tell_stats(model)

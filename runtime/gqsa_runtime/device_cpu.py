@@ -16,7 +16,7 @@ import numpy as np
 
 from gqsa_runtime.errors import DeviceError
 from gqsa_runtime.program import DTYPE_BYTES, NUMPY_DTYPES, Argument, Binary, Plan, Program, Step
-from gqsa_runtime.rope import rope_table
+from gqsa_runtime.rope import RopeTables
 from gqsa_runtime.session import cache_shapes
 from gqsa_runtime.stopwatch import Stopwatch
 
@@ -176,6 +176,11 @@ class CpuDevice:
         """See engine.Device."""
         self._caches[cache, layer][: len(rows)] = rows
 
+    def fill_ropes(self, long: frozenset[str]) -> None:
+        """See engine.Device."""
+        for name, table in self._ropes.make(long):
+            self._tables[name][:] = table.reshape(-1)
+
     def bandwidth(self) -> float:
         """Bytes per second that as many threads as the pool has read from memory together, the best of 10 passes:
         others that use the bus only take from it.
@@ -206,6 +211,7 @@ class CpuDevice:
         if self._pool:
             self._library.gqsa_pool_destroy(self._pool)
         self._pool, self._phases, self._buffers, self._caches, self._addresses = None, {}, {}, {}, {}
+        self._tables = {}
         self._keep.clear()
 
     def __del__(self):
@@ -236,9 +242,9 @@ class CpuDevice:
             places[key] = raw[offset : offset + size]
             self._addresses[key] = raw.ctypes.data + offset
             offset += _align(size)
-        for name, rope in program.ropes.items():
-            table = rope_table(tensors[rope.inv_freq].reshape(-1), rope.scaling, context)
-            places["rope", name].view(np.float32)[:] = table.reshape(-1)
+        self._ropes = RopeTables(program.ropes, tensors, context)
+        self._tables = {name: places["rope", name].view(np.float32) for name in program.ropes}
+        self.fill_ropes(frozenset())
         self._caches = {  # of slot 0
             (cache, layer): places[cache, layer].view(NUMPY_DTYPES[program.kv_dtype]).reshape(-1, width)[:context]
             for cache, layer, width in cache_shapes(program)

@@ -18,7 +18,7 @@ from gqsa_runtime.errors import DeviceError
 from gqsa_runtime.greedy_steps import CHOSEN, ROW, STATE, TOKEN, GreedySteps
 from gqsa_runtime.operators import state_elements
 from gqsa_runtime.program import DTYPE_BYTES, NUMPY_DTYPES, Argument, Binary, Launch, Program, Step
-from gqsa_runtime.rope import rope_table
+from gqsa_runtime.rope import RopeTables
 from gqsa_runtime.stopwatch import Stopwatch
 
 STATIC_SHARED_LIMIT = 48 << 10  # above this a kernel must opt in to dynamic shared memory
@@ -266,6 +266,14 @@ class CudaDevice:
                 self._steps.forget()
             self._copy(self._addresses[cache, layer], np.ascontiguousarray(rows))
 
+    def fill_ropes(self, long: frozenset[str]) -> None:
+        """See engine.Device."""
+        self._set_current()
+        if self._steps is not None:
+            self._steps.forget()
+        for name, table in self._ropes.make(long):
+            self._copy(self._addresses["rope", name], table)
+
     def bandwidth(self) -> float:
         """Bytes per second that a copy within the GPU's memory moves, read and written, the median of 20."""
         n_bytes = 1 << 29
@@ -371,11 +379,10 @@ class CudaDevice:
 
     def _fill(self, tensors: CheckedTensors, context: int) -> None:
         """Copies weights and rotary tables to their places."""
+        self._ropes = RopeTables(self._program.ropes, tensors, context)
+        self.fill_ropes(frozenset())
         for (kind, name), address in self._addresses.items():
-            if kind == "rope":
-                rope = self._program.ropes[name]
-                self._copy(address, rope_table(tensors[rope.inv_freq], rope.scaling, context))
-            elif kind == "tensor":
+            if kind == "tensor":
                 self._copy(address, tensors[name])
 
     def _pin(self, elements: dict[str, int]) -> None:

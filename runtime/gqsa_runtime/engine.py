@@ -17,6 +17,7 @@ import numpy as np
 from gqsa_runtime.errors import ClosedError, InputError
 from gqsa_runtime.operators import state_elements
 from gqsa_runtime.program import Plan, Program
+from gqsa_runtime.rope import long_ropes
 from gqsa_runtime.sampling import likeliest, not_finite
 from gqsa_runtime.sequence import Sequence
 from gqsa_runtime.session import Session, cache_shapes
@@ -69,6 +70,9 @@ class Device(Protocol):
     def upload_rows(self, cache: str, layer: int, rows: np.ndarray) -> None:
         """Copies rows, as download_rows gives them, to the first positions of slot 0."""
 
+    def fill_ropes(self, long: frozenset[str]) -> None:
+        """Makes the rotary tables anew, those named with their long frequencies. It opens with none of them long."""
+
     def close(self) -> None:
         """Frees all that the device holds."""
 
@@ -93,6 +97,7 @@ class Engine:
     def __init__(self, program: Program, device: Device, context: int):
         self.program, self.device, self.context = program, device, context
         self._tokens: list[int] = []
+        self._long_ropes: frozenset[str] | None = frozenset()  # of the device's tables; None: unknown
         self._resident: Sequence | None = None  # the sequence that the KV cache holds, if it is any
         self._lock = threading.Lock()
         self._closed = False
@@ -155,10 +160,10 @@ class Engine:
             if resident is not sequence:
                 ids = np.concatenate([np.array(sequence.tokens, np.int32), new])
                 n_reused = self._keep_shared(ids[:-1])  # the last token must run for its logits
-            self._append(ids[n_reused:])
+            n_again = self._append(ids[n_reused:])
             found = read()
             sequence.tokens.extend(new.tolist())
-            sequence.n_reused, self._resident = n_reused, sequence
+            sequence.n_reused, self._resident = max(n_reused - n_again, 0), sequence
             return found
 
     def step_seconds(self, tokens: abc.Sequence[int], repeats: int) -> tuple[str, list[float]]:
@@ -185,6 +190,7 @@ class Engine:
             self._keep_shared(ids[: first - 1])
             log_probs, greedy = [np.empty(0, np.float32)], [np.empty(0, bool)]
             inputs, targets = ids[:-1], ids[1:]
+            self._use_ropes(len(inputs))  # what no longer fits them is computed again
             for chunk in _chunks(inputs[self.position :], self.device.plan.score_chunk):
                 start = self.position
                 self._launch(chunk, "prefill_body")
@@ -202,6 +208,8 @@ class Engine:
         """What the KV cache holds, copied."""
         with self._alone():
             n_tokens = len(self._tokens)
+            if stale := self._use_ropes(n_tokens):  # whoever restores it knows its length alone
+                self._append(np.array(stale, np.int32))
             rows = [self.device.download_rows(cache, layer, n_tokens) for cache, layer, _ in cache_shapes(self.program)]
             return Session(np.array(self._tokens, np.int32), rows)
 
@@ -209,6 +217,7 @@ class Engine:
         """Makes the KV cache hold a session that was read for this program and context."""
         with self._alone():
             self._tokens.clear()
+            self._use_ropes(len(session.tokens))
             for (cache, layer, _), rows in zip(cache_shapes(self.program), session.rows, strict=True):
                 self.device.upload_rows(cache, layer, rows)
             self._tokens.extend(session.tokens.tolist())
@@ -239,13 +248,30 @@ class Engine:
         del self._tokens[n_shared:]
         return n_shared
 
-    def _append(self, ids: np.ndarray) -> None:
+    def _use_ropes(self, n_tokens: int) -> list[int]:
+        """Gives the device the rotary tables that a sequence of n_tokens has.
+
+        Where it had others, the cache's rows are of no use: returns the tokens that it held, and forgets them.
+        """
+        long = long_ropes(self.program.ropes, n_tokens)
+        if long == self._long_ropes:
+            return []
+        stale, self._tokens, self._long_ropes = self._tokens, [], None
+        self.device.fill_ropes(long)
+        self._long_ropes = long
+        return stale
+
+    def _append(self, ids: np.ndarray) -> int:
+        """Runs tokens; returns how many that the cache held ran again, because a sequence so long turns differently."""
+        stale = self._use_ropes(self.position + len(ids))
+        ids = np.concatenate([np.array(stale, np.int32), ids]) if stale else ids
         if len(ids) == 1:
             self._launch(ids, "decode")
         else:
             for chunk in _chunks(ids, self.device.plan.prefill_chunk):
                 self._launch(chunk, "prefill_body")
             self.device.launch("last_logits")
+        return len(stale)
 
     def _launch(self, ids: np.ndarray, phase: str) -> None:
         self._check_open()

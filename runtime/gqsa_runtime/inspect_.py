@@ -20,7 +20,8 @@ def describe(file: ArtifactFile, context: int | None = None) -> dict:
     device needs at `context` and, under "contexts", at several (`memory.context_costs`). The other facts are of the
     first plan. "linears" counts each compressed weight matrix of the decode phase but the head once: weights
     (parameters of the dense matrix), bytes as stored, bits_per_weight from the two, sparsity, the share of weights in
-    removed groups, and row_widths, bits -> share of the rows, both None where sizes do not tell them. "dense_bytes": embeddings, heads, norms and biases.
+    removed groups, and row_widths, bits -> share of the rows, both None where sizes do not tell them. "dense_bytes":
+    embeddings, heads, norms and biases.
     """
     program = file.program
     if context is None:

@@ -32,7 +32,8 @@ class GenerationStats:
     """What the last generation did; filled while it runs. cached_tokens: of the prompt, kept from before.
 
     finish_reason: "stop" (end of text or a stop string), "length" (max_new_tokens), "context" (it is
-    full), or None while it runs or where the caller left early.
+    full), or None while it runs or where the caller left early. context_shifts: how often the oldest half
+    of the text was forgotten; reading the rest again counts as decode_seconds.
     """
 
     prompt_tokens: int = 0
@@ -41,6 +42,7 @@ class GenerationStats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     finish_reason: str | None = None
+    context_shifts: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -180,7 +182,12 @@ class Model:
 
     @staticmethod
     def check_options(
-        max_new_tokens: int = 256, seed: int | None = None, stop: str | Sequence[str] = (), **sampling
+        max_new_tokens: int = 256,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        context_shift: bool = False,
+        n_keep: int = 0,
+        **sampling,
     ) -> SamplingOptions:
         """Raises InputError where options of `generate` are out of range, before there is a model."""
         options = SamplingOptions(**sampling)
@@ -188,6 +195,10 @@ class Model:
             raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         if seed is not None and seed < 0:
             raise InputError(f"the seed is {seed}, expected 0 or more")
+        if n_keep < 0:
+            raise InputError(f"n_keep is {n_keep}, expected 0 or more")
+        if n_keep and not context_shift:
+            raise InputError(f"n_keep is {n_keep}, but nothing is forgotten without context_shift; ask for both")
         StopFilter(stop)
         return options
 
@@ -202,18 +213,23 @@ class Model:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        context_shift: bool = False,
+        n_keep: int = 0,
         wait: bool = True,
     ) -> Iterator[str]:
         """Continues a text or token ids; yields pieces of text as they come, whole characters each.
 
         Ends at an end-of-text token, before a stop string, after max_new_tokens, or where the context
-        is full; `stats.finish_reason` says which. temperature 0 is deterministic; so is a seed.
+        is full; `stats.finish_reason` says which. With context_shift a full context does not end it: the first
+        n_keep tokens stay, and a begin-of-text token always; of the others the older half is forgotten and the
+        rest read again, as if it were the prompt. A prompt must fit the context all the same.
+        temperature 0 is deterministic; so is a seed.
         Arguments are checked, and InputError is raised, before the first piece. Its turn begins with
         the first piece: there wait=False raises BusyError where another call runs.
         """
         self._turns.check_open()
         options = self.check_options(
-            max_new_tokens, seed, stop,
+            max_new_tokens, seed, stop, context_shift, n_keep,
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         )  # fmt: skip
         ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
@@ -226,8 +242,20 @@ class Model:
                 f"the prompt has {len(ids)} tokens, but the context is {self.context}; "
                 f"shorten it or open the model with a larger context (up to {self.program.max_context})"
             )
-        pieces = self._pieces(ids, max_new_tokens, options, np.random.default_rng(seed), StopFilter(stop))
+        kept = None
+        if context_shift:
+            kept = max(n_keep, int(ids[0] == self.program.bos_token_id))
+            self._check_kept(kept)
+        pieces = self._pieces(ids, max_new_tokens, options, np.random.default_rng(seed), StopFilter(stop), kept)
         return self._in_turn(pieces, wait)
+
+    def _check_kept(self, n_keep: int) -> None:
+        # Of two tokens behind them one is forgotten, so that the text can go on.
+        if not 0 <= n_keep <= self.context - 2:
+            raise InputError(
+                f"n_keep is {n_keep}, but of a context of {self.context} tokens 0 to {self.context - 2} can be kept; "
+                "keep fewer, or open the model with a larger context"
+            )
 
     def chat(self, messages: Sequence[Mapping], template_variables: Mapping | None = None, **options) -> Iterator[str]:
         """The assistant's answer to messages such as {"role": "user", "content": "Hello"}, in pieces.
@@ -298,12 +326,19 @@ class Model:
         options: SamplingOptions,
         random: np.random.Generator,
         stop: StopFilter,
+        n_keep: int | None,
     ) -> Iterator[str]:
+        """n_keep: tokens that stay when the context is full, None: it ends the text."""
         stats = self.stats = GenerationStats(prompt_tokens=len(ids))
         began_s = time.perf_counter()
         sequence, seen = TokenSequence(), list(ids)
 
         def next_token(tokens: list[int]) -> int:
+            nonlocal sequence
+            if len(sequence.tokens) + len(tokens) > self.context:  # never without n_keep
+                tokens = _shifted([*sequence.tokens, *tokens], n_keep)
+                sequence = TokenSequence()
+                stats.context_shifts += 1
             if options.greedy:
                 return self.engine.extend_greedy(sequence, tokens)
             return sample(self.engine.extend(sequence, tokens), options, random, seen)
@@ -314,7 +349,7 @@ class Model:
 
         stream = TextStream(self.tokenizer, ids)
         # The last token is read out only, so it needs no place in the cache.
-        room = self.context - len(ids) + 1
+        room = self.context - len(ids) + 1 if n_keep is None else max_new_tokens
         limit = min(max_new_tokens, room)
         finish = "context" if room < max_new_tokens else "length"
         for count in range(1, limit + 1):
@@ -339,3 +374,8 @@ class Model:
         stats.finish_reason = finish
         if tail:
             yield tail
+
+
+def _shifted(tokens: list[int], n_keep: int) -> list[int]:
+    """The first n_keep tokens and the newer half of the others."""
+    return tokens[:n_keep] + tokens[n_keep + (len(tokens) - n_keep + 1) // 2 :]

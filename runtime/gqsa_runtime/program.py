@@ -102,11 +102,17 @@ class KVLayer:
 
 @dataclass(frozen=True)
 class Rope:
-    """A rotary table that the runtime fills at open: scaling * cos/sin(position * inv_freq), in f32."""
+    """A rotary table that the runtime fills at open: scaling * cos/sin(position * inv_freq), in f32.
+
+    A sequence of more than original_context tokens has long_inv_freq at all of its positions (longrope), where it is
+    not None.
+    """
 
     inv_freq: str  # tensor name, f32 [rotary_dim / 2]
     rotary_dim: int
     scaling: float
+    long_inv_freq: str | None = None
+    original_context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,8 @@ class Plan:
     def tensors(self, ropes: Mapping[str, Rope]) -> set[str]:
         """Names of the tensors that a device reads: those of the steps, and the frequencies of the rotary tables."""
         named = {arg.name for step in self.steps() for arg in step.args if arg.kind == "tensor"}
-        return named | {rope.inv_freq for rope in ropes.values()}
+        frequencies = {name for rope in ropes.values() for name in (rope.inv_freq, rope.long_inv_freq)}
+        return named | (frequencies - {None})
 
     @classmethod
     def from_raw(cls, raw: dict) -> Plan:

@@ -1,6 +1,12 @@
 """Rotary position tables, filled when a file is opened so that they fit the chosen context."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
 import numpy as np
+
+from gqsa_runtime.program import Rope
 
 
 def rope_table(inv_freq: np.ndarray, scaling: float, context: int) -> np.ndarray:
@@ -12,3 +18,25 @@ def rope_table(inv_freq: np.ndarray, scaling: float, context: int) -> np.ndarray
     angles = positions[:, None] * inv_freq.astype(np.float32)[None, :]
     table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1) * np.float32(scaling)
     return np.ascontiguousarray(table, np.float32)
+
+
+def long_ropes(ropes: Mapping[str, Rope], n_tokens: int) -> frozenset[str]:
+    """The tables of a program whose long frequencies a sequence of n_tokens has, at all of its positions."""
+    return frozenset(
+        name for name, rope in ropes.items() if rope.original_context is not None and n_tokens > rope.original_context
+    )
+
+
+class RopeTables:
+    """Makes a program's rotary tables. tensors: name -> array, read here and not kept. context: their rows."""
+
+    def __init__(self, ropes: Mapping[str, Rope], tensors: Mapping[str, np.ndarray], context: int):
+        self._ropes, self._context = ropes, context
+        names = {rope.inv_freq for rope in ropes.values()} | {rope.long_inv_freq for rope in ropes.values()} - {None}
+        self._frequencies = {name: np.array(tensors[name], np.float32).reshape(-1) for name in sorted(names)}
+
+    def make(self, long: frozenset[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, f32 [context, rotary_dim]) of each table. long: those with their long frequencies."""
+        for name, rope in self._ropes.items():
+            inv_freq = self._frequencies[rope.long_inv_freq if name in long else rope.inv_freq]
+            yield name, rope_table(inv_freq, rope.scaling, self._context)

@@ -86,9 +86,19 @@ def _check_numbers(program: Program) -> None:
 
 def _check_ropes(program: Program, tensors: Mapping[str, TensorInfo]) -> None:
     for name, rope in program.ropes.items():
-        info = _tensor(tensors, f"rope table {name!r}", rope.inv_freq, "f32")
-        if rope.rotary_dim < 2 or rope.rotary_dim % 2 or info.elements != rope.rotary_dim // 2:
-            raise _error(f"rope table {name!r} has {info.elements} frequencies for {rope.rotary_dim} dimensions")
+        if (rope.long_inv_freq is None) != (rope.original_context is None):
+            raise _error(f"rope table {name!r} has long frequencies or a context beyond which they hold, but not both")
+        if rope.original_context is not None and not 1 <= rope.original_context < program.max_context:
+            raise _error(
+                f"rope table {name!r} has long frequencies beyond {rope.original_context} positions, expected 1 to "
+                f"{program.max_context - 1}"
+            )
+        for tensor in (rope.inv_freq, rope.long_inv_freq):
+            if tensor is None and rope.original_context is None:
+                continue
+            info = _tensor(tensors, f"rope table {name!r}", tensor, "f32")
+            if rope.rotary_dim < 2 or rope.rotary_dim % 2 or info.elements != rope.rotary_dim // 2:
+                raise _error(f"rope table {name!r} has {info.elements} frequencies for {rope.rotary_dim} dimensions")
         if not allowed(rope.scaling, NUMBER):
             raise _error(f"rope table {name!r} is scaled by {shown(rope.scaling)}, expected {NUMBER}")
 

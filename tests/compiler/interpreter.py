@@ -84,7 +84,9 @@ def _attention(op: ir.Attention, values: dict[str, Tensor], graph: ir.Graph) -> 
 
 def _rotate(x: Tensor, table: ir.RopeTable) -> Tensor:
     half = table.rotary_dim // 2
-    angles = torch.arange(x.shape[1])[:, None] * torch.tensor(table.inv_freq)
+    is_long = table.original_context is not None and x.shape[1] > table.original_context
+    inv_freq = table.long_inv_freq if is_long else table.inv_freq
+    angles = torch.arange(x.shape[1])[:, None] * torch.tensor(inv_freq)
     cos, sin = angles.cos() * table.scaling, angles.sin() * table.scaling
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)

@@ -30,18 +30,6 @@ UNSUPPORTED = {
     "experts-gpt-oss": (config("gpt_oss"), "gpt_oss is a mixture of experts"),
     "interleaved-rope-cohere": (config("cohere"), "CohereRotaryEmbedding does not make cos and sin"),
     "interleaved-rope-glm": (config("glm", head_dim=16), "modeling_glm rotates queries and keys otherwise"),
-    "dynamic-rope": (
-        config("llama", rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
-        "rotary embedding of type 'dynamic' in LlamaRotaryEmbedding",
-    ),
-    "longrope": (
-        config(
-            "phi3",
-            rope_scaling={"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
-            original_max_position_embeddings=32,
-        ),
-        "rotary embedding of type 'longrope' in Phi3RotaryEmbedding",
-    ),
     "norm-after-rope": (
         config("hunyuan_v1_dense", head_dim=16),
         "gqsa.rms_norm with rotated queries or keys .* in model.layers.0.self_attn.query_layernorm",

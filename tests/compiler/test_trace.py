@@ -29,7 +29,7 @@ def test_patches_are_undone_even_after_a_refusal():
     )
     trace(COMPILED["llama-1-multi-head"])
     with pytest.raises(UnsupportedError):
-        trace(config("llama", rope_scaling={"rope_type": "dynamic", "factor": 2.0}))
+        trace(config("cohere"))
     after = (
         modeling_llama.apply_rotary_pos_emb,
         modeling_llama.LlamaRMSNorm.forward,
@@ -75,6 +75,33 @@ def test_rope_table_is_that_of_the_model(name):
     assert torch.equal(torch.tensor(table.inv_freq), model.model.rotary_emb.inv_freq)
     assert table.scaling == pytest.approx(model.model.rotary_emb.attention_scaling)
     assert (table.scaling != 1.0) == (name == "llama-yarn-rope")
+
+
+def test_dynamic_scaling_begins_beyond_the_context():
+    assert trace(COMPILED["llama-dynamic-rope"]).ropes == trace(config("llama")).ropes
+
+
+@pytest.mark.parametrize("original", [2, 16, 40, 63])
+def test_longrope_has_two_tables(original):
+    fields = {**COMPILED["phi3-longrope"], "original_max_position_embeddings": original}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    rotary = model.model.rotary_emb
+    (table,) = trace(fields).ropes.values()
+    assert table.original_context == original
+    for length, inv_freq in ((original, table.inv_freq), (original + 1, table.long_inv_freq)):
+        rotary(torch.zeros(1), torch.arange(length)[None])
+        assert torch.equal(torch.tensor(inv_freq), rotary.inv_freq)
+
+
+def test_a_rope_that_changes_at_every_length_is_refused(monkeypatch):
+    def forward(self, x, position_ids, layer_type=None):
+        self.inv_freq /= 1 + position_ids.max() // 8
+        angles = (position_ids[..., None] * self.inv_freq).repeat(1, 1, 2)
+        return angles.cos(), angles.sin()
+
+    monkeypatch.setattr(modeling_llama.LlamaRotaryEmbedding, "forward", forward)
+    with pytest.raises(UnsupportedError, match="depend on the length of the sequence otherwise than by changing once"):
+        trace(config("llama"))
 
 
 def test_rope_parameters_of_transformers_5_configs_are_read():

@@ -22,6 +22,13 @@ _LLAMA3_ROPE = {
 }
 _YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
+# Sequences of more than 16 tokens have the long factors.
+_LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5],
+}
+
 _OPT = {
     "model_type": "opt",
     "hidden_size": 64,
@@ -48,6 +55,7 @@ COMPILED = {
     "llama-biases": config("llama", attention_bias=True, mlp_bias=True),
     "llama-linear-rope": config("llama", rope_scaling={"rope_type": "linear", "factor": 2.0}),
     "llama-yarn-rope": config("llama", rope_scaling=_YARN_ROPE),
+    "llama-dynamic-rope": config("llama", rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
     "qwen2": config("qwen2", tie_word_embeddings=True),
     "qwen2-untied": config("qwen2", tie_word_embeddings=False),
     "qwen2-sliding": config("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1),
@@ -59,6 +67,7 @@ COMPILED = {
     "mistral-sliding": config("mistral", sliding_window=5),
     "phi": config("phi", partial_rotary_factor=0.5, num_key_value_heads=4),
     "phi3": config("phi3", sliding_window=None),
+    "phi3-longrope": config("phi3", sliding_window=None, rope_scaling=_LONGROPE, original_max_position_embeddings=16),
     "gemma": config("gemma", head_dim=32),
     "gemma3": config(
         "gemma3_text",

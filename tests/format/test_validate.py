@@ -176,6 +176,16 @@ def test_ropes():
     refuse("no tensor", ropes={"main": Rope("nothing", 4, 1.0)})
     refuse("is f16, expected f32", ropes={"main": Rope("embed", 4, 1.0)})
     refuse("scaled by", ropes={"main": Rope("inv_freq", 4, float("nan"))})
+    validate(tiny.program(ropes={"main": Rope("inv_freq", 4, 1.0, "inv_freq", 8)}), infos())
+    for long, original, match in (
+        ("inv_freq", None, "but not both"),
+        (None, 8, "but not both"),
+        ("inv_freq", 0, "beyond 0 positions"),
+        ("inv_freq", tiny.CONTEXT, f"beyond {tiny.CONTEXT} positions, expected 1 to {tiny.CONTEXT - 1}"),
+        ("nothing", 8, "no tensor"),
+        ("norm", 8, "32 frequencies for 4 dimensions"),
+    ):
+        refuse(match, ropes={"main": Rope("inv_freq", 4, 1.0, long, original)})
 
 
 def test_kernels():

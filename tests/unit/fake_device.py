@@ -8,6 +8,7 @@ from gqsa_runtime.tokenizer import Tokenizer
 
 from tests.format import tiny
 
+LONG = 1 << 16  # added to a token in the cache, times the number of rotary tables that are long
 DTYPES = {"f32": np.float32, "i32": np.int32}
 
 
@@ -25,6 +26,7 @@ class FakeDevice:
         self.plan = program.plans["cpu"]
         self.buffers = {b.name: np.zeros(b.elements, DTYPES[b.dtype]) for b in self.plan.buffers}
         self.cache = np.full(context, -1, np.int32)
+        self.long = frozenset()  # rotary tables with long frequencies: a row made with other ones is another row
         self.launches: list[tuple[str, int, int]] = []  # (phase, n_tokens, position)
         self.closed = False
 
@@ -44,7 +46,7 @@ class FakeDevice:
         if phase in ("decode", "prefill_body"):
             assert 1 <= n_tokens <= (1 if phase == "decode" else self.plan.prefill_chunk)
             assert position + n_tokens <= self.context
-            self.cache[position : position + n_tokens] = self.buffers["tokens"][:n_tokens]
+            self.cache[position : position + n_tokens] = self.buffers["tokens"][:n_tokens] + LONG * len(self.long)
         if phase in ("decode", "last_logits"):
             logits = self.row(position + n_tokens - 1)
             self.buffers["logits"][: self.program.vocab_size] = logits
@@ -65,6 +67,9 @@ class FakeDevice:
         row = np.zeros(self.program.vocab_size, np.float32)
         row[self.script[position + 1] if position + 1 < len(self.script) else tiny.EOS] = 20
         return row
+
+    def fill_ropes(self, long):
+        self.long = long
 
     def bandwidth(self):
         return 1e9

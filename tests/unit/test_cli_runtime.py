@@ -99,6 +99,18 @@ def test_sampling_options_reach_the_model(gqsa, path):
     assert result.stdout == " E\n"
 
 
+def test_the_end_of_the_context(gqsa, path):
+    result = gqsa("run", path, "--raw", "-p", "ab", "--context", "8", "--max-new-tokens", "30")
+    assert result.exit_code == 0 and "the context of 8 tokens is full, so the text ends here" in result.stderr
+    shifted = ("--context-shift", "--keep", "2", "--stats")
+    result = gqsa("run", path, "--raw", "-p", "ab", "--context", "8", "--max-new-tokens", "30", *shifted)
+    assert result.exit_code == 0 and "is full" not in result.stderr and "the context was shifted" in result.stderr
+    result = gqsa("chat", path, "--max-new-tokens", "30", "--temperature", "0", stdin="abc\n")
+    assert "the context of 32 tokens is full, so the text ends here" in result.stderr
+    result = gqsa("run", path, "-p", "ab", "--keep", "2")
+    assert result.exit_code == 1 and "without context_shift" in result.stderr
+
+
 def test_chat(gqsa, path):
     result = gqsa("chat", path, "--temperature", "0", stdin="Hi\n\n/reset\nHi\n/exit\nnever\n", answer="Yo",
                   prompt="<s>[user]Hi\n[assistant]")  # fmt: skip

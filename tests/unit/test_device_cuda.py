@@ -8,7 +8,7 @@ import pytest
 from gqsa_runtime import device_cuda
 from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.errors import FormatError
-from gqsa_runtime.program import NUMPY_DTYPES, Binary
+from gqsa_runtime.program import NUMPY_DTYPES, Binary, Rope
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.rope import rope_table
 from gqsa_runtime.session import cache_shapes
@@ -95,11 +95,11 @@ def host(monkeypatch):
     return host
 
 
-def open_file(tmp_path, change=lambda data: None) -> ArtifactFile:
+def open_file(tmp_path, change=lambda data: None, arrays=None, **changes) -> ArtifactFile:
     plan = tiny.cuda_plan()
     kernels = {kernel.name: (index, 1) for index, kernel in enumerate(plan.kernels)}
-    program = tiny.program(plans={"cuda": plan}, binaries=(Binary("sm_90", "cubin", "binary.cpu", kernels),))
-    data = bytearray(tiny.file_bytes(program))
+    program = tiny.program(plans={"cuda": plan}, binaries=(Binary("sm_90", "cubin", "binary.cpu", kernels),), **changes)
+    data = bytearray(tiny.file_bytes(program, arrays))
     change(data)
     path = tmp_path / "cuda.gqsa"
     path.write_bytes(data)
@@ -143,6 +143,27 @@ def test_kernels_point_to_the_weights_that_the_file_holds(tmp_path, host):
         device.close()
         device.close()
     assert host.calls.count("cuMemFree") == host.calls.count("cuMemFreeHost") == 1
+
+
+def test_rotary_tables_are_made_anew_in_their_place(tmp_path, host):
+    arrays = {**tiny.tensors(), "long": np.array([0.5, 0.01], np.float32)}
+    ropes = {"main": Rope("inv_freq", 4, 1.5, "long", 8)}
+    with open_file(tmp_path, arrays=arrays, ropes=ropes) as file:
+        device = make_device(file)
+        tables = {name: rope_table(arrays[name], 1.5, CONTEXT) for name in ("inv_freq", "long")}
+        places = [
+            address
+            for step, pointers in zip(file.program.plans["cuda"].steps(), host.launched, strict=True)
+            for arg, address in zip(step.args, pointers, strict=True)
+            if arg.kind == "rope"
+        ]
+        assert places
+        for long, name in ((None, "inv_freq"), ({"main"}, "long"), (set(), "inv_freq")):
+            if long is not None:
+                device.fill_ropes(frozenset(long))
+            for address in places:
+                np.testing.assert_array_equal(at(address, tables[name]), tables[name])
+        device.close()
 
 
 def test_nothing_runs_before_all_weights_are_checked(tmp_path, host):

@@ -9,7 +9,7 @@ from gqsa_runtime.errors import ClosedError, InputError, ModelError
 from gqsa_runtime.sequence import Sequence
 
 from tests.format import tiny
-from tests.unit.fake_device import FakeDevice
+from tests.unit.fake_device import LONG, FakeDevice
 
 TOKENS = [5, 9, 200, 3, 3, 17, 256, 90, 41, 8, 120]
 
@@ -160,6 +160,51 @@ def test_a_refused_extension_leaves_the_sequence():
             made.extend(sequence, tokens)
     assert sequence.tokens == TOKENS[:4]
     np.testing.assert_array_equal(made.extend(sequence, [9]), logits_after([*TOKENS[:4], 9]))
+
+
+def long_engine(original: int = 4) -> Engine:
+    """Over a program whose sequences of more than `original` tokens have a rotary table of their own."""
+    rope = dataclasses.replace(tiny.program().ropes["main"], long_inv_freq="inv_freq", original_context=original)
+    program = tiny.program(ropes={"main": rope})
+    return Engine(program, FakeDevice(program, tiny.CONTEXT), tiny.CONTEXT)
+
+
+def long_logits_after(tokens, original: int = 4) -> np.ndarray:
+    return logits_after([token + LONG * (len(tokens) > original) for token in tokens])
+
+
+def test_a_sequence_that_grows_long_is_computed_again():
+    made, sequence = long_engine(), Sequence()
+    made.extend(sequence, TOKENS[:3])
+    for count in range(4, 9):
+        np.testing.assert_array_equal(made.extend(sequence, [TOKENS[count - 1]]), long_logits_after(TOKENS[:count]))
+        assert sequence.tokens == TOKENS[:count] == list(made.tokens) and sequence.n_reused == 0
+    runs = [(n, position) for phase, n, position in made.device.launches if phase != "last_logits"]
+    assert runs == [(3, 0), (1, 3), (4, 0), (1, 4), (1, 5), (1, 6), (1, 7)]  # once, when the fifth token came
+    other = Sequence()
+    np.testing.assert_array_equal(made.extend(other, TOKENS[:4]), long_logits_after(TOKENS[:4]))
+    assert other.n_reused == 0  # the same tokens, but turned otherwise
+    np.testing.assert_array_equal(made.extend(sequence, [7]), long_logits_after([*TOKENS[:8], 7]))
+    made.rewind(2)
+    np.testing.assert_array_equal(made.prefill([1]), long_logits_after([*TOKENS[:2], 1]))
+    np.testing.assert_array_equal(made.prefill(TOKENS[:7]), long_logits_after([*TOKENS[:2], 1, *TOKENS[:7]]))
+
+
+def test_scores_and_sessions_of_long_sequences():
+    made, fresh = long_engine(), long_engine()
+    made.prefill(TOKENS[:3])
+    scored = made.score(TOKENS)
+    np.testing.assert_array_equal(scored.log_probs, fresh.score(TOKENS).log_probs)
+    assert made.position == len(TOKENS) - 1
+    for n_tokens in (8, 3):  # what is saved fits its own length
+        made.rewind(n_tokens)
+        session = made.save()
+        other = long_engine()
+        other.prefill([1, 2])
+        other.restore(session)
+        assert other.tokens == tuple(TOKENS[:n_tokens])
+        np.testing.assert_array_equal(other.decode(6), long_logits_after([*TOKENS[:n_tokens], 6]))
+        np.testing.assert_array_equal(other.decode(7), long_logits_after([*TOKENS[:n_tokens], 6, 7]))
 
 
 def test_a_closed_engine():

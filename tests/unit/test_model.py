@@ -1,6 +1,7 @@
 """Text generation, chat, and opening of files, over a device of NumPy alone."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -30,6 +31,40 @@ def test_max_new_tokens_and_context():
     assert model.engine.position == 4  # the last token is not fed back
     assert "".join(model.generate("ab", max_new_tokens=1000)) == "c" * (tiny.CONTEXT - 2 + 1)
     assert model.stats.finish_reason == "context"
+
+
+@pytest.mark.parametrize("prompt, n_keep, kept", [("ab", 0, 0), ("ab", 5, 5), ([tiny.BOS, 1, 2], 0, 1)])
+def test_context_shift_reads_the_newer_half_again(prompt, n_keep, kept):
+    """Each token is what the engine makes of a text without what was forgotten."""
+    context, fresh = 8, fake_device.model(context=8)
+    ids = fresh.tokenize(prompt) if isinstance(prompt, str) else prompt
+    expected, text, shifts = [], list(ids), 0
+    while len(expected) < 20:
+        if len(text) > context:  # 9 tokens: of those behind the kept ones, the newer half
+            text, shifts = text[:kept] + text[kept + math.ceil((9 - kept) / 2) :], shifts + 1
+        fresh.engine.reset()
+        expected.append(int(fresh.engine.prefill(text).argmax()))
+        text.append(expected[-1])
+    assert tiny.EOS not in expected and shifts > 2
+    model = fake_device.model(context=context)
+    pieces = list(model.generate(prompt, max_new_tokens=20, context_shift=True, n_keep=n_keep))
+    assert "".join(pieces) == model.tokenizer.decode(expected)
+    stats = model.stats
+    assert (stats.new_tokens, stats.finish_reason, stats.context_shifts) == (20, "length", shifts)
+    assert "".join(model.generate(prompt, max_new_tokens=20)) != "".join(pieces)
+    assert model.stats.finish_reason == "context" and model.stats.context_shifts == 0
+
+
+def test_what_context_shift_refuses():
+    model = fake_device.model(context=8)
+    for options, match in (
+        ({"n_keep": 2}, "nothing is forgotten without context_shift"),
+        ({"n_keep": -1, "context_shift": True}, "n_keep is -1, expected 0 or more"),
+        ({"n_keep": 7, "context_shift": True}, "of a context of 8 tokens 0 to 6 can be kept"),
+        ({"prompt": "x" * 9, "context_shift": True}, "the prompt has 9 tokens, but the context is 8"),
+    ):
+        with pytest.raises(InputError, match=match):
+            model.generate(**{"prompt": "a", **options})
 
 
 def test_half_a_character_at_the_limit():

@@ -34,7 +34,16 @@ def kv_layers(graph: ir.Graph) -> tuple[KVLayer, ...]:
 
 def ropes(graph: ir.Graph, packing: Packing) -> dict[str, Rope]:
     """The rotary tables that the runtime fills when it opens the file."""
-    return {key: Rope(packing.ropes[key], table.rotary_dim, float(table.scaling)) for key, table in graph.ropes.items()}
+    return {
+        key: Rope(
+            packing.ropes[key, "inv_freq"],
+            table.rotary_dim,
+            float(table.scaling),
+            packing.ropes.get((key, "long_inv_freq")),
+            table.original_context,
+        )
+        for key, table in graph.ropes.items()
+    }
 
 
 def _kind(target: str) -> str:

@@ -58,7 +58,7 @@ class Packing:
     linears: dict[str, LinearNames]
     vectors: dict[str, str]
     tables: dict[str, tuple[str, ...]]
-    ropes: dict[str, str]
+    ropes: dict[tuple[str, str], str]
 
 
 def pack(graph: ir.Graph, weights: Weights, stored_parts: StoredParts) -> Packing:
@@ -109,7 +109,7 @@ class _Packer:
         self.linears: dict[str, LinearNames] = {}
         self.vectors: dict[str, str] = {}
         self.tables: dict[str, tuple[str, ...]] = {}
-        self.ropes: dict[str, str] = {}
+        self.ropes: dict[tuple[str, str], str] = {}
 
     def add(
         self, name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], np.ndarray], source: str | None = None
@@ -185,8 +185,10 @@ class _Packer:
             self.vectors[f"{op.output}.no_bias"] = self.add(f"zeros.{op.width}", "f32", zeros.shape, lambda: zeros)
 
     def rope(self, key: str, rope: ir.RopeTable) -> None:
-        inv_freq = np.asarray(rope.inv_freq, np.float32)
-        self.ropes[key] = self.add(f"rope.{key}.inv_freq", "f32", inv_freq.shape, lambda: inv_freq)
+        for values, kind in ((rope.inv_freq, "inv_freq"), (rope.long_inv_freq, "long_inv_freq")):
+            if values is not None:
+                array = np.asarray(values, np.float32)
+                self.ropes[key, kind] = self.add(f"rope.{key}.{kind}", "f32", array.shape, lambda array=array: array)
 
     def linear(self, op: ir.Linear, parts: tuple[StoredPart, ...]) -> None:
         stem = _stacked_name([self.stored(weight) for weight in op.weights])
