@@ -16,7 +16,7 @@ from gqsa_runtime.program import DTYPE_BYTES, Kernel, Step
 from gqsa_runtime.sequence import Sequence as TokenSequence
 
 DEFAULT_CONTEXTS = (128, 1024, 2048)
-DEFAULT_PROMPTS = (128, 512, 2048)
+DEFAULT_PROMPTS = (128, 512, 2048, 8192)
 _FIRST_PROMPT_TOKENS = 8
 _PROFILE_REPEATS = 20
 _ATTENTION = ("attention", "append_attention", "attention_halves")
@@ -34,7 +34,7 @@ def bench(
     """Measures a model that has just been opened. Tokens are random: speed does not depend on which.
 
     contexts: tokens in the cache before n_decode single steps, default 128, 1024 and 2048, or as many as fit.
-    prompts: numbers of tokens, default 128, 512 and 2048 where they fit. Of each one untimed round warms up; then
+    prompts: numbers of tokens, default 128, 512, 2048 and 8192 where they fit. Of each one untimed round warms up; then
     come `repeats` timed ones. progress: wraps the list of what is measured.
     Returns
     "open_seconds": by stage, see `Model.open_seconds`; "first_token_seconds": from opening to the first token of a
@@ -43,7 +43,7 @@ def bench(
     "decode": a row per context: tokens_per_s, ms and ms_p90 from a token to the next one on the host; mb,
     weights and KV cache that a step reads; gb_per_s, and share of the measured bandwidth; gflop, additions and
     multiplications of a step as if nothing were removed;
-    "prefill": a row per prompt: tokens_per_s and ms;
+    "prefill": a row per prompt: tokens_per_s, ms and tflop_per_s, of additions and multiplications counted so;
     with `profile` "profile": a row per kernel of a decode step at the first context, and of a chunk of the longest
     prompt; us for all its launches, their part of_phase, gb_per_s of its weights and cache.
     Raises InputError for lengths that do not fit the model's context.
@@ -88,18 +88,22 @@ def bench(
     return found
 
 
-def _operations(model: Model, context: int) -> int:
-    """Multiplications and additions of a decode step: of its linears as if dense, and of attention over `context`."""
+def _operations(model: Model, phase: str, first: int, n_tokens: int = 1) -> int:
+    """Multiplications and additions of a phase: of its linears as if dense, and of attention.
+
+    n_tokens: of the launch; the i-th of them attends to first + i positions, or to its window.
+    """
     plan = model.program.plans[model.family]
     kernels = {kernel.name: kernel for kernel in plan.kernels}
+    seen = np.arange(first, first + n_tokens)
     count = 0
-    for step in plan.phases["decode"]:
+    for step in plan.phases[phase]:
         op, params = kernels[step.kernel].op, kernels[step.kernel].params
         if op in _ATTENTION:
-            seen = min(context, params["window"] or context)
-            count += 4 * seen * params["heads"] * params["head_dim"]
+            rows = int(np.minimum(seen, params["window"] or seen).sum())
+            count += 4 * rows * params["heads"] * params["head_dim"]
         elif OPERATORS[op].layout is not None and not op.startswith("embedding") and not params.get("accumulate"):
-            count += 2 * params["rows"] * params["k"]
+            count += 2 * params["rows"] * params["k"] * n_tokens
     return count
 
 
@@ -137,7 +141,7 @@ def _decode(model: Model, length: int, n_decode: int, repeats: int) -> dict:
         "steps": len(seconds),
         "mb": n_bytes / 1e6,
         "gb_per_s": n_bytes / 1e9 / median_s,
-        "gflop": _operations(model, middle) / 1e9,
+        "gflop": _operations(model, "decode", middle) / 1e9,
     }
 
 
@@ -149,7 +153,16 @@ def _prefill(model: Model, length: int, repeats: int) -> dict:
         model.engine.prefill(prompt)
         seconds.append(time.perf_counter() - began_s)
     median_s = statistics.median(seconds[1:])
-    return {"prompt": length, "tokens_per_s": length / median_s, "ms": 1e3 * median_s}
+    if length == 1:
+        operations = _operations(model, "decode", 1)
+    else:
+        operations = _operations(model, "prefill_body", 1, length) + _operations(model, "last_logits", length)
+    return {
+        "prompt": length,
+        "tokens_per_s": length / median_s,
+        "ms": 1e3 * median_s,
+        "tflop_per_s": operations / 1e12 / median_s,
+    }
 
 
 def _profile(model: Model, context: int, prompt: int) -> list[dict]:

@@ -396,7 +396,7 @@ def verify(file, as_json) -> None:
 @click.command()
 @_FILE
 @click.option("--at", "lengths", help="Contexts to decode at, in tokens. Default: 128,1024,2048, or what fits.")
-@click.option("--prompts", help="Prompts to measure, in tokens. Default: 128,512,2048, or what fits.")
+@click.option("--prompts", help="Prompts to measure, in tokens. Default: 128,512,2048,8192, or what fits.")
 @click.option("--decode", "n_decode", type=int, default=64, show_default=True, help="Decode steps per round.")
 @click.option("--repeats", type=int, default=3, show_default=True, help="Timed rounds.")
 @click.option("--profile", is_flag=True, help="Time each kernel by itself, too.")
@@ -405,6 +405,8 @@ def verify(file, as_json) -> None:
 @_JSON
 def bench(file, lengths, prompts, n_decode, repeats, profile, plot, device, context, threads, as_json) -> None:
     """Measures opening, decode and prompts at given lengths: warm-up, then medians.
+
+    Without --context what fits 4096 tokens is measured; --context auto measures prompts of 8192, too.
 
     \b
     Examples:

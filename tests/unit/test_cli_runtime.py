@@ -244,6 +244,9 @@ def test_bench(gqsa, path):
     assert [1e9 * row["gflop"] - linears for row in rows] == pytest.approx([4 * 6 * 32, 4 * 11 * 32])
     assert all(row["share"] == pytest.approx(row["gb_per_s"]) for row in rows)  # the fake memory moves 1 GB/s
     assert [row["prompt"] for row in found["prefill"]] == [32] and found["prefill"][0]["tokens_per_s"] > 0
+    # Of every token its matrix, of the last one the head; token i attends to i + 1 positions with 2 heads of 16.
+    operations = 2 * (32 * tiny.ROWS * tiny.WIDTH + tiny.VOCAB * tiny.ROWS) + 4 * (32 * 33 // 2) * 32
+    assert found["prefill"][0]["tflop_per_s"] * found["prefill"][0]["ms"] == pytest.approx(operations / 1e9)
     assert found["first_token_seconds"] > found["open_seconds"]["total"] > 0 and "profile" not in found
     assert found["memory_bytes"] > weights
 
