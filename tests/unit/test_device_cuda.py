@@ -112,6 +112,13 @@ def make_device(file: ArtifactFile, slots: int = 1) -> device_cuda.CudaDevice:
         return device_cuda.CudaDevice(file.program, tensors, lambda binary: code, CONTEXT, slots=slots)
 
 
+def captured_steps(program):
+    """All that a device launches into graphs, in order: decode steps with given tokens, and twice ahead of them."""
+    phases = dict(program.plans["cuda"].phases)
+    decode = phases.pop("decode")
+    return [*itertools.chain.from_iterable(phases.values()), *decode * 3]
+
+
 def at(address: int, like: np.ndarray) -> np.ndarray:
     return np.frombuffer((ctypes.c_ubyte * like.nbytes).from_address(address), like.dtype).reshape(like.shape)
 
@@ -122,9 +129,7 @@ def test_kernels_point_to_the_weights_that_the_file_holds(tmp_path, host):
     with open_file(tmp_path) as file:
         device = make_device(file, slots=2)
         cache = np.zeros((2, CONTEXT, 1, 16), np.float32)
-        phases = dict(file.program.plans["cuda"].phases)
-        decode = phases.pop("decode")
-        steps = [*itertools.chain.from_iterable(phases.values()), *decode * 3]  # with given tokens, and ahead of them
+        steps = captured_steps(file.program)
         assert len(host.launched) == len(steps)
         seen, checked = {}, set()
         for step, pointers in zip(steps, host.launched, strict=True):
@@ -153,7 +158,7 @@ def test_rotary_tables_are_made_anew_in_their_place(tmp_path, host):
         tables = {name: rope_table(arrays[name], 1.5, CONTEXT) for name in ("inv_freq", "long")}
         places = [
             address
-            for step, pointers in zip(file.program.plans["cuda"].steps(), host.launched, strict=True)
+            for step, pointers in zip(captured_steps(file.program), host.launched, strict=True)
             for arg, address in zip(step.args, pointers, strict=True)
             if arg.kind == "rope"
         ]
