@@ -29,8 +29,9 @@ def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
 def tokenizer_json(checkpoint: Checkpoint) -> str:
     """Text of tokenizer.json, one that the runtime can use. Raises ModelError if there is none, FormatError."""
     text = checkpoint.tokenizer_json()
+    vocab_size = checkpoint.config.get("vocab_size")
     try:
-        Tokenizer(text)
+        Tokenizer(text, vocab_size if type(vocab_size) is int else None)
     except FormatError as error:
         raise FormatError(f"{checkpoint.path / 'tokenizer.json'}: {error}") from error
     return text

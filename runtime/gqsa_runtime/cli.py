@@ -299,9 +299,9 @@ def chat(file, system, device, context, threads, stats, **sampling) -> None:
             if not line:
                 continue
             messages.append({"role": "user", "content": line})
-            messages = _forget_oldest(model, messages, len(opening))
             answer: list[str] = []
             try:
+                messages = _forget_oldest(model, messages, len(opening))
                 _write(_kept(model.chat(messages, **sampling), answer))
             except KeyboardInterrupt:
                 click.echo()

@@ -123,7 +123,7 @@ class Model:
 
                 def make_tokenizer() -> Tokenizer:
                     with clock.stage("tokenizer"):
-                        return Tokenizer(text)
+                        return Tokenizer(text, file.program.vocab_size)
 
                 # A large vocabulary takes as long as the driver does to make a GPU's context: side by side.
                 with ThreadPoolExecutor(1, "gqsa-tokenizer") as aside:
@@ -180,6 +180,10 @@ class Model:
         self._turns.check_open()
         return self.tokenizer.encode(text, add_special_tokens)
 
+    def _prompt_ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """As `tokenize`, of a text that must fit the context: one that is far too long is not read at all."""
+        return self.tokenizer.encode(text, add_special_tokens, self.context)
+
     @staticmethod
     def check_options(
         max_new_tokens: int = 256,
@@ -232,7 +236,7 @@ class Model:
             max_new_tokens, seed, stop, context_shift, n_keep,
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         )  # fmt: skip
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        ids = self._prompt_ids(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         if not ids and self.program.bos_token_id is not None:
             ids = [self.program.bos_token_id]
         if not ids:
@@ -277,12 +281,12 @@ class Model:
                 self.tokenizer.token(ends[0]) if ends else None,
             )
         # The template writes the special tokens itself.
-        return self.tokenize(self._chat_template.render(messages, **template_variables), add_special_tokens=False)
+        return self._prompt_ids(self._chat_template.render(messages, **template_variables), add_special_tokens=False)
 
     def score(self, text: str | Sequence[int], first: int = 1, wait: bool = True) -> ScoreResult:
         """Log-probability of the tokens of a text, or of token ids, from `first` on. See ScoreResult."""
         self._turns.check_open()
-        ids = self.tokenize(text) if isinstance(text, str) else text
+        ids = self._prompt_ids(text) if isinstance(text, str) else text
         with self._turns.turn(wait):
             return self.engine.score(ids, first)
 

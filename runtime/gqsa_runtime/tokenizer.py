@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers
 
+from gqsa_runtime import tokenizer_schema
 from gqsa_runtime.errors import FormatError, InputError
 
 _REPLACEMENT = "\ufffd"
@@ -14,36 +16,64 @@ _MAX_PENDING = 16
 # Tokens of the prompt that are decoded again with the first new ones: decoders that strip a leading
 # space, or join bytes to a character, need to see what stands before.
 _PROMPT_TAIL = 6
+# Normalizers may make one character of several, so a small vocabulary does not bound a text too tightly.
+_MIN_LONGEST_TOKEN = 64
+
+
+@contextlib.contextmanager
+def _typed(what: str) -> Iterator[None]:
+    """Turns what the library raises, Rust panics too, into FormatError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a Rust panic is no Exception
+        raise FormatError(f"the file's tokenizer {what} ({str(error)[:200]}); rebuild the file") from None
 
 
 class Tokenizer:
-    """A file's tokenizer. json_text: as `tokenizer.json` of a Hugging Face model.
+    """A file's tokenizer. json_text: as `tokenizer.json` of a Hugging Face model. vocab_size: of the model, if known.
 
-    Raises FormatError where the text is no tokenizer.
+    longest_token: in characters. Raises FormatError where the text is no tokenizer, or one that is not accepted
+    (see tokenizer_schema).
     """
 
-    def __init__(self, json_text: str):
+    def __init__(self, json_text: str, vocab_size: int | None = None):
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json_text)
-            # Limits that the training side left in the file would cut prompts in silence.
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a Rust panic is no Exception
+            self.longest_token = tokenizer_schema.check(json_text, vocab_size)
+            with _typed("cannot be read"):
+                self._tokenizer = tokenizers.Tokenizer.from_str(json_text)
+                # Limits that the training side left in the file would cut prompts in silence.
+                self._tokenizer.no_truncation()
+                self._tokenizer.no_padding()
+        except tokenizer_schema.TokenizerError as error:
             raise FormatError(f"the file's tokenizer cannot be read ({error}); rebuild the file") from None
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. add_special_tokens: begin-of-text and the like, where the model has them."""
+    def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Token ids of a text. add_special_tokens: begin-of-text and the like, where the model has them.
+
+        max_tokens: a text that is too long to become so few is refused before it is read. Raises InputError, or
+        FormatError where the tokenizer fails on this text.
+        """
+        if not isinstance(text, str):
+            raise InputError("the text is no string; expected Unicode text")
+        if max_tokens is not None and len(text) > max_tokens * max(self.longest_token, _MIN_LONGEST_TOKEN):
+            raise InputError(
+                f"the text has {len(text)} characters, which is more than {max_tokens} tokens can hold; shorten it"
+            )
         try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                "the text holds half a surrogate pair, which is no character; expected Unicode text"
+            ) from None
+        with _typed("fails on this text"):
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeEncodeError):
-            what = "holds half a surrogate pair, which is no character" if isinstance(text, str) else "is no str"
-            raise InputError(f"the text {what}; expected Unicode text") from None
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids."""
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+        """Text of token ids. Raises FormatError where the tokenizer fails on them."""
+        with _typed("fails on these tokens"):
+            return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
 
     def token(self, token_id: int | None) -> str | None:
         """The token's own spelling, for example "</s>", or None where there is none."""

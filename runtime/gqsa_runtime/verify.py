@@ -32,7 +32,7 @@ def verify_file(path: str | os.PathLike, progress: Callable | None = None) -> Ve
         names = list(artifact.tensors)
         with CheckedTensors(artifact, names) as tensors:
             n_bytes = sum(tensors[name].nbytes for name in (progress(names) if progress else names))
-        Tokenizer(artifact.text(gqsa.KEY_TOKENIZER))
+        Tokenizer(artifact.text(gqsa.KEY_TOKENIZER), artifact.program.vocab_size)
         if gqsa.KEY_CHAT_TEMPLATE in artifact.metadata:
             ChatTemplate(artifact.text(gqsa.KEY_CHAT_TEMPLATE))
         return Verified(len(names), n_bytes)

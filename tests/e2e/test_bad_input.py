@@ -176,6 +176,10 @@ def test_tokenizers_and_templates_that_will_not_do(tmp_path, compressed):
     build = ("build", model, "-o", tmp_path / "out.gqsa", "--target", "cpu")
     (model / "chat_template.jinja").write_text("{% for message in messages %}")
     assert "chat template cannot be compiled" in refusal(gqsac(*build))
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["new"] = 100_000
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert re.search(r"model.vocab\['new'\] is 100000, expected an integer from 0 to \d+", refusal(gqsac(*build)))
     (model / "tokenizer.json").write_text('{"model": 5}')
     assert f"{model / 'tokenizer.json'}: the file's tokenizer cannot be read" in refusal(gqsac(*build))
     (model / "tokenizer.json").unlink()

@@ -117,6 +117,7 @@ def test_token_ids_as_prompt_and_empty_prompts():
     ("arguments", "match"),
     [
         ({"prompt": "x" * 33}, "prompt has 33 tokens, but the context is 32"),
+        ({"prompt": "x" * 9999}, "text has 9999 characters, which is more than 32 tokens can hold"),
         ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"prompt": "x", "temperature": -1}, "temperature is -1"),
         ({"prompt": "x", "seed": -1}, "seed is -1"),
