@@ -42,7 +42,7 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
     template = checkpoint.chat_template()
     if template is not None:
         try:
-            ChatTemplate(template)
+            ChatTemplate(template).check()
         except FormatError as error:
             raise FormatError(f"{checkpoint.path}: {error}") from error
     return template

@@ -27,6 +27,8 @@ _EXPORTS = {
     "InputError": "errors",
     "ModelError": "errors",
     "UnsupportedError": "errors",
+    "freeze_support": "chat",
+    "set_python": "chat",
 }
 
 __all__ = [*_EXPORTS, "__version__"]

@@ -34,5 +34,5 @@ def verify_file(path: str | os.PathLike, progress: Callable | None = None) -> Ve
             n_bytes = sum(tensors[name].nbytes for name in (progress(names) if progress else names))
         Tokenizer(artifact.text(gqsa.KEY_TOKENIZER), artifact.program.vocab_size)
         if gqsa.KEY_CHAT_TEMPLATE in artifact.metadata:
-            ChatTemplate(artifact.text(gqsa.KEY_CHAT_TEMPLATE))
+            ChatTemplate(artifact.text(gqsa.KEY_CHAT_TEMPLATE)).check()
         return Verified(len(names), n_bytes)

@@ -1,11 +1,15 @@
 """Chat templates: what real ones use works, and what hostile ones try ends quickly with an error."""
 
 import datetime
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from gqsa_runtime import chat
 from gqsa_runtime.chat import MAX_TEMPLATE_CHARACTERS, ChatTemplate
-from gqsa_runtime.errors import FormatError, InputError
+from gqsa_runtime.errors import DeviceError, FormatError, InputError
 
 USER = [{"role": "user", "content": "Hi"}]
 
@@ -99,7 +103,7 @@ def test_bad_messages(messages):
 )
 def test_templates_that_do_not_compile(source):
     with pytest.raises(FormatError, match="--raw"):
-        ChatTemplate(source)
+        ChatTemplate(source).check()
 
 
 GROW = "{% set ns = namespace(x=START) %}{% for i in range(99) %}{% set ns.x = STEP %}{% endfor %}"
@@ -123,7 +127,7 @@ GROW = "{% set ns = namespace(x=START) %}{% for i in range(99) %}{% set ns.x = S
         "{{ 'a'.ljust(300000000) }}",
         "{{ '{:300000000}'.format(1) }}",
         "{{ '%0300000000d' % 1 }}",
-        "{{ 'a'|tojson(indent=100000000) }}",
+        "{{ ['a']|tojson(indent=100000000) }}",
         "{{ 'a\nb'|indent(100000000) }}",
         "{% filter indent(width=100000000) %}a\nb{% endfilter %}",
         "{{ ('a' * 9999).replace('a', 'b' * 99999) }}",
@@ -134,9 +138,13 @@ GROW = "{% set ns = namespace(x=START) %}{% for i in range(99) %}{% set ns.x = S
         "{{ range(9999)|join(d='b' * 99999) }}",
         "{% macro m() %}{% for i in range(99999) %}" + "x" * 9999 + "{% endfor %}{% endmacro %}{% set y = m() %}",
         "{% set y %}{% for i in range(99999) %}" + "x" * 9999 + "{% endfor %}{% endset %}",
-        "{{ range(1000000000) }}",
-        "{{ namespace(a=1) }}",
-        "{{ strftime_now('%Y' * 99) }}",
+        "{{ range(1000000000)|list }}",
+        "{{ ('a'|e).replace('a', 'b' * 99999).replace('b', 'c' * 99999) }}",
+        "{{ (1).to_bytes(3 * 10**9) }}",
+        "{{ range(30000)|map('string')|list * 99999 }}",
+        GROW.replace("START", "2").replace("STEP", "ns.x * ns.x // 3 - ns.x % 7"),
+        "{{ 10**1000000 == 10**1000001 - 1 }}" * 50,
+        "{{ a }}" * 37000,
         GROW.replace("START", "'aa'").replace("STEP", "ns.x ~ ns.x"),
         GROW.replace("START", "'aa'").replace("STEP", "ns.x + ns.x"),
         GROW.replace("START", "[1]").replace("STEP", "[ns.x, ns.x]") + "{{ ns.x }}",
@@ -163,11 +171,116 @@ def test_unknown_attributes_are_empty():
     assert render("{{ messages.__class__ }}{{ raise_exception.__globals__ }}") == ""
 
 
-def test_long_messages_have_the_fuel_they_need():
+def test_long_messages_have_the_time_and_memory_they_need():
     source = "{% for m in messages %}{{ (m.content|trim).split('|')[-1].replace('a', 'bb') + '\n' }}{% endfor %}"
     assert len(render(source, [{"role": "user", "content": "a" * 500_000}] * 4)) == 4 * 1_000_001
 
 
-def test_fuel_is_fresh_for_every_render():
-    template = ChatTemplate("{% for i in range(90000) %}{{ i }}{% endfor %}")
-    assert len({template.render(USER) for _ in range(5)}) == 1
+def test_as_many_threads_as_one_likes():
+    template = ChatTemplate("{% for i in range(9000) %}{{ i }}{% endfor %}{{ messages[0].content }}")
+    with ThreadPoolExecutor(4) as pool:
+        texts = list(pool.map(lambda i: template.render([{"role": "user", "content": f"<{i}>"}]), range(8)))
+    assert [text[-3:] for text in texts] == [f"<{i}>" for i in range(8)] and len({len(text) for text in texts}) == 1
+
+
+def test_values_that_are_no_json():
+    with pytest.raises(InputError, match="must be values of JSON"):
+        render("{{ tools }}", tools=[object()])
+
+
+def test_half_a_surrogate_pair_comes_through():
+    assert render("{{ messages[0].content }}", [{"role": "user", "content": "a\ud800"}]) == "a\ud800"
+
+
+def test_the_child_can_do_nothing_else(tmp_path, monkeypatch):
+    """What a template would meet that broke out of Jinja's sandbox: no files, no secrets of the environment."""
+    break_out = """
+import json, os, sys
+sys.argv[1:] = sys.argv[1:]
+exec(open(WORKER).read().replace('__name__ == "__main__"', "False"))
+def answer(source, names):
+    import jinja2
+    _close_files()
+    try:
+        open(TARGET, "w")
+    except OSError as error:
+        return {"text": str(error) + repr(dict(os.environ))}
+_answer = answer
+main(sys.argv[1:])
+"""
+    worker = chat.Path(chat.__file__).with_name("template_worker.py")
+    script = tmp_path / "template_worker.py"
+    target = tmp_path / "made"
+    script.write_text(break_out.replace("WORKER", repr(str(worker))).replace("TARGET", repr(str(target))))
+    monkeypatch.setattr(chat, "__file__", str(tmp_path / "chat.py"))
+    monkeypatch.setenv("SECRET_OF_THE_SHELL", "hush")
+    text = render("x")
+    assert "Too many open files" in text and "SECRET" not in text and not target.exists()
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "x", "[]", '{"text": 1}', '{"text": "a", "b": "c"}', "[" * 100_000, '{"x": "y"}', "5"]
+)
+def test_answers_of_a_child_that_was_taken_over(monkeypatch, answer):
+    monkeypatch.setattr(chat, "_run", lambda *args: answer.encode())
+    with pytest.raises(FormatError, match="does more work than is allowed"):
+        render("x")
+
+
+def test_an_answer_that_is_too_long():
+    with pytest.raises(FormatError, match="does more work than is allowed"):
+        render("{{ 'a' * 20000000 }}")
+
+
+def test_an_interrupt_ends_the_child(monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    children = []
+    popen = chat.subprocess.Popen
+    monkeypatch.setattr(chat.threading.Timer, "start", interrupted)
+    monkeypatch.setattr(chat.subprocess, "Popen", lambda *a, **k: children.append(popen(*a, **k)) or children[0])
+    with pytest.raises(KeyboardInterrupt):
+        render("x")
+    assert children[0].returncode is not None
+
+
+# Applications
+
+
+def test_a_python_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(chat, "_python", None)
+    monkeypatch.setattr(sys, "executable", "")
+    with pytest.raises(DeviceError, match=r"no Python to start.*set_python"):
+        render("x")
+    chat.set_python(tmp_path / "nothing")
+    with pytest.raises(DeviceError, match="cannot be started: No such file"):
+        render("x")
+    monkeypatch.undo()
+    assert render("x") == "x"
+
+
+FROZEN = """
+import sys
+sys.path[:0] = {path!r}
+sys.frozen, sys.executable = True, __file__
+import gqsa_runtime
+{support}
+from gqsa_runtime.chat import ChatTemplate
+assert len(sys.argv) == 1
+print(ChatTemplate("{{{{ messages[0].content }}}}").render([{{"role": "user", "content": "Hi"}}]))
+"""
+
+
+def test_a_frozen_application_starts_itself(tmp_path):
+    """As PyInstaller makes them: sys.executable is the application, which may be started for this alone."""
+    application = tmp_path / "application"
+    for support in ("gqsa_runtime.freeze_support()", ""):
+        source = FROZEN.format(path=[path for path in sys.path if path], support=support)
+        application.write_text(f"#!{sys.executable}\n{source}")
+        application.chmod(0o755)
+        done = subprocess.run([str(application)], capture_output=True, text=True, timeout=60)
+        if support:
+            assert (done.stdout, done.stderr) == ("Hi\n", "")
+        else:
+            assert done.returncode == 1 and "call gqsa_runtime.freeze_support() first in its main" in done.stderr

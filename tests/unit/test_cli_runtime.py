@@ -91,6 +91,12 @@ def test_run_uses_the_chat_template_unless_raw(gqsa, path):
     assert gqsa("run", path, "-p", "Hi", "--context", "32", answer="Yo", prompt=prompt).stdout == "Yo\n"
 
 
+def test_no_process_is_started_where_no_chat_template_is_used(gqsa, path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: pytest.fail("started"))
+    assert gqsa("run", path, "--raw", "-p", "Once", answer=" upon", prompt="Once").stdout == " upon\n"
+    assert gqsa("inspect", path).exit_code == 0
+
+
 def test_sampling_options_reach_the_model(gqsa, path):
     args = ("run", path, "--raw", "-p", "x", "--temperature", "1", "--max-new-tokens", "12")
     first, again, other = (gqsa(*args, "--seed", seed).stdout for seed in ("1", "1", "2"))
