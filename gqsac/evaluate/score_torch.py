@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from gqsa_runtime.errors import DeviceError, InputError, ModelError
-from gqsa_runtime.perplexity import PerplexityResult
+from gqsa_runtime.perplexity import PerplexityResult, first_tokens, needed_tokens
 from gqsa_runtime.sampling import SamplingOptions, sample
 from gqsa_runtime.tokenizer import StopFilter, TextStream, Tokenizer
 
@@ -103,7 +103,7 @@ class TorchScorer:
         progress: Callable | None = None,
     ) -> PerplexityResult:
         """See Scorer."""
-        tokens = self.tokenizer.encode(text)
+        tokens = first_tokens(self.tokenizer.encode, text, needed_tokens(window, stride, max_windows))
         try:
             return perplexity(self.model, tokens, window, stride, max_windows, progress, self.context)
         except torch.cuda.OutOfMemoryError:

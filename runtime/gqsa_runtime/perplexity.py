@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from gqsa_runtime.errors import InputError
+
+_CHARACTERS_PER_TOKEN = 8  # more than most texts have, so that one try suffices
+_MARGIN_TOKENS = 16
+_WORD_ENDS = re.compile(r"\w(?= \w)|\S\n(?=\w)")
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,34 @@ def windows(n_tokens: int, window: int, stride: int | None = None) -> Iterator[t
     return _windows(n_tokens, min(window, n_tokens), stride)
 
 
+def needed_tokens(window: int, stride: int | None, max_windows: int | None) -> int | None:
+    """How many tokens the first so many windows have; None for all of a text."""
+    return None if max_windows is None else window + (max_windows - 1) * (window if stride is None else stride)
+
+
 def _windows(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
     previous_stop = 0
     for start in range(0, n_tokens - window + 1, stride):
         yield start, start + window, max(start + 1, previous_stop)
         previous_stop = start + window
+
+
+def first_tokens(tokenize: Callable[[str], list[int]], text: str, count: int | None) -> list[int]:
+    """The tokens of a text, or of a beginning of it that has more than `count` of them.
+
+    A beginning ends before a space or after a line break between words, where every tokenizer parts them, and a few
+    tokens more than `count` are asked for, such as one that ends a text.
+    """
+    length = len(text) if count is None else _CHARACTERS_PER_TOKEN * max(count, _MARGIN_TOKENS)
+    while length < len(text):
+        cut = _WORD_ENDS.search(text, length)
+        if cut is None:
+            break
+        tokens = tokenize(text[: cut.end()])
+        if len(tokens) >= count + _MARGIN_TOKENS:
+            return tokens
+        length *= 2
+    return tokenize(text)
 
 
 def perplexity(
@@ -65,7 +93,7 @@ def perplexity(
         )
     if max_windows is not None and max_windows < 1:
         raise InputError(f"the number of windows is {max_windows}, expected at least 1")
-    tokens = model.tokenize(text)
+    tokens = first_tokens(model.tokenize, text, needed_tokens(window, stride, max_windows))
     cuts = list(windows(len(tokens), window, stride))[:max_windows]
     total, n_scored, began_s = 0.0, 0, time.perf_counter()
     for start, stop, first_scored in progress(cuts) if progress else cuts:

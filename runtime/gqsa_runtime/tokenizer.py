@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers
@@ -18,6 +19,8 @@ _MAX_PENDING = 16
 _PROMPT_TAIL = 6
 # Normalizers may make one character of several, so a small vocabulary does not bound a text too tightly.
 _MIN_LONGEST_TOKEN = 64
+# Characters that take some hundredths of a second.
+_LONG_TEXT = 1 << 16
 
 
 @contextlib.contextmanager
@@ -68,7 +71,26 @@ class Tokenizer:
                 "the text holds half a surrogate pair, which is no character; expected Unicode text"
             ) from None
         with _typed("fails on this text"):
+            if len(text) > _LONG_TEXT:
+                return self._encode_aside(text, add_special_tokens)
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def _encode_aside(self, text: str, add_special_tokens: bool) -> list[int]:
+        """In another thread, so that Ctrl-C is not kept waiting; a batch of one is read without Python's lock."""
+        done: list[list[int] | BaseException] = []
+
+        def work() -> None:
+            try:
+                done.append(self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
+            except BaseException as error:  # a Rust panic is no Exception
+                done.append(error)
+
+        thread = threading.Thread(target=work, name="gqsa-encode", daemon=True)
+        thread.start()
+        thread.join()
+        if isinstance(done[0], BaseException):
+            raise done[0]
+        return done[0]
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids. Raises FormatError where the tokenizer fails on them."""

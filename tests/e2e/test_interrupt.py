@@ -103,3 +103,13 @@ def test_eval(tmp_path, artifact):
     assert running.first_of("stderr")  # the model is open
     running.interrupt()
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_eval_while_it_reads_a_long_text(tmp_path, artifact):
+    (tmp_path / "text.txt").write_text("Once upon a time there was a king. " * 2_000_000)
+    running = Running("eval", "ppl", artifact, "--text", tmp_path / "text.txt", "--device", "cpu", "--json")
+    assert running.first_of("stderr")
+    time.sleep(1)  # far from all that there is to read
+    began_s = time.monotonic()
+    running.interrupt()
+    assert time.monotonic() - began_s < 5

@@ -1,14 +1,17 @@
 """Windows by their definition, and perplexity against one sum over all scored tokens."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 from gqsa_runtime.errors import InputError
-from gqsa_runtime.perplexity import perplexity, windows
+from gqsa_runtime.perplexity import first_tokens, needed_tokens, perplexity, windows
+from gqsa_runtime.tokenizer import Tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fuzz.tokenizers import FAMILIES
 from tests.unit import fake_device
 
 
@@ -84,3 +87,30 @@ def test_window_larger_than_the_context():
         perplexity(fake_device.model(), "abc", 33)
     with pytest.raises(InputError, match="number of windows is 0"):
         perplexity(fake_device.model(), "abc", 8, max_windows=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_tokens_are_those_of_the_whole_text(family):
+    tokenizer, read = Tokenizer(json.dumps(FAMILIES[family]())), []
+
+    def tokenize(text):
+        read.append(len(text))
+        return tokenizer.encode(text)
+
+    text = "He said: the world, they tell, isn't 1234 years old.\n\nHello  there\nworld " * 200
+    whole = tokenizer.encode(text)
+    for count in (1, 100, 333):
+        assert first_tokens(tokenize, text, count)[:count] == whole[:count]
+        assert max(read) < len(text)
+    assert first_tokens(tokenize, text, None) == first_tokens(tokenize, text, len(whole)) == whole
+
+
+def test_no_more_is_read_than_the_windows_need(monkeypatch):
+    assert needed_tokens(8, None, 3) == 24 and needed_tokens(8, 2, 3) == 12 and needed_tokens(8, 2, None) is None
+    model, read = fake_device.model(), []
+    tokenize = model.tokenize
+    monkeypatch.setattr(model, "tokenize", lambda text: read.append(len(text)) or tokenize(text))
+    text = "a few words " * 1000
+    few = perplexity(model, text, 8, max_windows=2)
+    assert (few.n_windows, few.n_tokens) == (2, 14) and sum(read) < 1000
+    assert few.perplexity == pytest.approx(perplexity(fake_device.model(), text[:16], 8).perplexity)

@@ -173,6 +173,14 @@ def test_the_length_of_a_prompt():
     assert len(long.encode("a" * 1000, max_tokens=10)) == 1000
 
 
+def test_a_long_text_is_read_aside_and_gives_the_same():
+    tokenizer = Tokenizer(json.dumps(families.llama3()))
+    text = "The answer's 1234.\n" * 4000
+    short = tokenizer.encode("The answer's 1234.\n", add_special_tokens=False)
+    assert tokenizer.encode(text, add_special_tokens=False) == short * 4000
+    assert tokenizer.encode(text)[1:] == short * 4000
+
+
 def test_tokens_that_are_no_tokens():
     with pytest.raises(FormatError, match="fails on these tokens"):
         Tokenizer(json.dumps(families.gpt2())).decode([-1])
