@@ -18,8 +18,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from gqsac.compress.write import sync, write_json
+from gqsac.locks import lock
+from gqsac.quantization_config import QUANT_METHOD
 
 _STATE_UNDER_WAY = "state.json.tmp"
+_PUBLISHED = "published"  # which folder was given the name OUT
 _STATE = ".state"  # ending of what an end-to-end stage under way has saved
 # Options of the end-to-end stages alone: until one of them has left something, they may change. The tokens of a step
 # may until the next of them has saved a state, so that one whose steps are too large for the memory goes on with
@@ -62,6 +65,12 @@ class PartialFolder:
                 "choose another output folder"
             )
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.path)
+        if self._lock is None:
+            raise InputError(
+                f"another compression to {self._out} is under way (it holds {self.path}); wait for it, or choose "
+                "another output folder"
+            )
         temporary = self.path / _STATE_UNDER_WAY
         temporary.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, state)
@@ -136,6 +145,41 @@ class PartialFolder:
         for file in folder.iterdir():
             sync(file)
         sync(folder)
+        self.save_json(_PUBLISHED, {"inode": folder.stat().st_ino})
         os.rename(folder, self._out)
         sync(self._out.parent)
         shutil.rmtree(self.path)
+
+    def close(self) -> None:
+        """Lets another compression have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises InputError where OUT exists. What a run left that was killed after it had published OUT is removed."""
+    if not out.exists():
+        return
+    partial = out.parent / f"{out.name}.partial"
+    try:
+        published = json.loads((partial / f"{_PUBLISHED}.json").read_text(encoding="utf-8"))["inode"]
+    except (OSError, ValueError, KeyError, TypeError):
+        published = None
+    if published == out.stat().st_ino:
+        shutil.rmtree(partial)
+    if _is_compressed(out):
+        raise InputError(
+            f"{out} exists already and is a finished compression; build it with `gqsac build {out} -o MODEL.gqsa`, or "
+            "choose another output folder"
+        )
+    raise InputError(f"{out} exists already; choose another output folder or delete it first")
+
+
+def _is_compressed(folder: Path) -> bool:
+    # It appears by one rename when all of it is written.
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config["quantization_config"]["quant_method"] == QUANT_METHOD
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

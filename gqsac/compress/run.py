@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gqsa_runtime.errors import InputError
 
 import gqsac
 from gqsac.compress.allot_widths import Allotment
@@ -31,7 +30,7 @@ from gqsac.compress.end_to_end import train
 from gqsac.compress.failures import LOADING, explained
 from gqsac.compress.memory import check_loading, check_memory
 from gqsac.compress.options import Options, checked, with_scale_groups
-from gqsac.compress.partial import PartialFolder
+from gqsac.compress.partial import PartialFolder, refuse_existing
 from gqsac.compress.prepare import choose_device, compressed_shapes, sample_length, source_tokens
 from gqsac.compress.progress import Meter, block_bar, step_bar
 from gqsac.compress.report import sizes, stored_counts, write_report
@@ -92,8 +91,7 @@ def compress(
         raise TypeError(f"compress() has no option {sorted(unknown)[0]!r}")
     chosen = checked(Options(**{key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}))
     out = Path(out)
-    if out.exists():
-        raise InputError(f"{out} exists already; choose another output folder or delete it first")
+    refuse_existing(out)
     texts = [calibration] if isinstance(calibration, (str, Path)) else list(calibration or [])
     where, run = choose_device(device), None
     if not isinstance(src, Source):
@@ -109,6 +107,9 @@ def compress(
         if failure is None:
             raise
         raise failure from error
+    finally:
+        if run is not None:
+            run.close()
 
 
 class _Run:
@@ -156,9 +157,13 @@ class _Run:
             digests["own_samples"] = max(own.values())
         identity = {"model": source.fingerprint(), **digests, "gqsac": gqsac.__version__, **self._identity}
         identity["format_version"] = FORMAT_VERSION  # finished blocks are kept as the checkpoint stores them
-        self._partial = PartialFolder(out, identity)
         self._dense = dense_names(source.model)
         self._stages: dict[str, dict] = {}  # name -> facts for the report
+        self._partial = PartialFolder(out, identity)
+
+    def close(self) -> None:
+        """Lets another run go on with what this one left."""
+        self._partial.close()
 
     def _fresh_model(self):
         """The uncompressed model, anew; large ones are read again rather than held twice."""

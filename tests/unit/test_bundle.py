@@ -4,6 +4,9 @@ import errno
 import hashlib
 import os
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -189,3 +192,23 @@ def test_a_file_that_fails_its_check_is_not_published(tmp_path):
     with pytest.raises(FormatError, match="not sound"):
         write(tmp_path / "m.gqsa", check=check)
     assert seen == [list(ARRAYS)] and list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path):
+    code = "import os; from tests.unit.test_bundle import write; from pathlib import Path; import sys\n"
+    code += "write(Path(sys.argv[1]), check=lambda path: os.kill(os.getpid(), 9))"
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "runtime")])}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.gqsa")], env=environment, timeout=60)
+    assert done.returncode == -9 and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / ".other.gqsa.x.partial").write_text("of another file")
+    held = []
+
+    def check(path):  # a build of the same file that begins meanwhile leaves this one alone
+        if not held:
+            held.append(path)
+            write(tmp_path / "m.gqsa")
+            assert path.exists()
+
+    write(tmp_path / "m.gqsa", check=check)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.gqsa.x.partial", "m.gqsa"]

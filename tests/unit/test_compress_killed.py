@@ -15,6 +15,7 @@ from gqsac.cli import cli
 from gqsac.compress import blockwise, bqpo, end_to_end, run, sensitivity
 from gqsac.compress.failures import explained
 from gqsac.compress.options import Options
+from gqsac.locks import lock
 from tests.unit.compress_models import TEXT, folder_bytes, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -238,3 +239,33 @@ def test_a_gpu_that_fails_or_a_process_that_is_killed_on_one_loses_nothing(tmp_p
         curve, expected = report["stages"][name]["curve"], whole["stages"][name]["curve"]
         assert [step for step, _ in curve] == [step for step, _ in expected]
         assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in expected], rel=0.02)
+
+
+def test_a_run_killed_after_its_folder_had_its_name_is_told_to_be_finished(tmp_path, work, capsys):
+    command, whole = work
+    code = _PROCESS.replace("setattr(module, name, replacement)", "import shutil; shutil.rmtree = replacement")
+    process = subprocess.run(
+        [sys.executable, "-c", code, "os", "rename", "1", "9", *command, "-o", str(tmp_path / "out")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == -9, process.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
+    assert ended(command, tmp_path / "out") == 1
+    assert "out exists already and is a finished compression; build it with" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and folder_bytes(tmp_path / "out") == whole
+    # A partial folder that is not of this OUT stays.
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "published.json").write_text('{"inode": 1}')
+    assert ended(command, tmp_path / "out") == 1
+    assert (tmp_path / "out.partial").is_dir()
+
+
+def test_two_runs_to_one_folder(tmp_path, work, capsys, monkeypatch):
+    command, whole = work
+    (tmp_path / "out.partial").mkdir()
+    held = lock(tmp_path / "out.partial")
+    assert ended(command, tmp_path / "out") == 1
+    assert "another compression to" in (said := capsys.readouterr().err) and "is under way" in said
+    os.close(held)
+    assert ended(command, tmp_path / "out") == 0 and folder_bytes(tmp_path / "out") == whole

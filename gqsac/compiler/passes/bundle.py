@@ -1,6 +1,7 @@
 """Bundle: writes the artifact. One pass over the weights; the file appears whole or not at all."""
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import os
@@ -16,6 +17,7 @@ from gqsa_runtime import format as fmt
 
 from gqsac.compiler.passes.pack import DTYPES, PackedTensor
 from gqsac.errors import DeviceError, InputError
+from gqsac.locks import lock, sweep
 
 _MAKERS = max(1, min(4, len(os.sched_getaffinity(0))))  # threads that pack weights ahead of the writing
 
@@ -60,12 +62,13 @@ def bundle(
     """
     tensors = list(tensors)
     path = Path(path)
+    sweep(path.parent.glob(f".{glob.escape(path.name)}.*.partial"))  # of builds that were killed
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
         os.close(handle)
     except OSError as error:
         raise DeviceError(f"cannot write in {path.parent.resolve()}: {error.strerror}; choose another -o") from error
-    writer = None
+    writer, held = None, lock(Path(temporary))
     try:
         writer = gguf.GGUFWriter(temporary, fmt.ARCHITECTURE)
         writer.add_custom_alignment(fmt.ALIGNMENT)
@@ -114,6 +117,8 @@ def bundle(
         ) from error
     finally:
         _close(writer)
+        if held is not None:
+            os.close(held)
         Path(temporary).unlink(missing_ok=True)
 
 

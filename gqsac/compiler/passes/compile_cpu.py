@@ -17,6 +17,7 @@ from pathlib import Path
 from gqsa_runtime.errors import DeviceError
 
 from gqsac.compiler.passes.render import headers
+from gqsac.locks import scratch_folder
 
 # Target -> (zig triple, -mcpu). x86_64_v4 is AVX-512 (F, BW, CD, DQ, VL), x86_64_v3 AVX2, FMA and F16C; VNNI are the
 # dot products of bytes that linear_records lives on.
@@ -78,16 +79,19 @@ def compile_cpu(sources: dict[str, str], target: str) -> bytes:
     if target not in TARGETS:
         raise DeviceError(f"unknown CPU target {target!r}; expected one of {', '.join(TARGETS)}.")
     triple, cpu = TARGETS[target]
-    with tempfile.TemporaryDirectory(prefix="gqsac-") as folder:
-        build = Path(folder)
-        for name, text in headers("cpu").items():
-            (build / name).write_text(text)
-        names = sorted(sources)
-        for name in names:
-            (build / f"{name}.c").write_text(sources[name])
-        objects = [f"{name}.c" for name in (*names, "runtime")]
-        _run_zig(["cc", "-target", triple, f"-mcpu={cpu}", *FLAGS, *objects, "-o", "kernels.so"], build)
-        return (build / "kernels.so").read_bytes()
+    names = sorted(sources)
+    objects = [f"{name}.c" for name in (*names, "runtime")]
+    try:
+        with scratch_folder("gqsac-build-") as build:
+            for name, text in [*headers("cpu").items(), *((f"{name}.c", sources[name]) for name in names)]:
+                (build / name).write_text(text)
+            _run_zig(["cc", "-target", triple, f"-mcpu={cpu}", *FLAGS, *objects, "-o", "kernels.so"], build)
+            return (build / "kernels.so").read_bytes()
+    except OSError as error:
+        raise DeviceError(
+            f"CPU kernels are compiled in {tempfile.gettempdir()}, and that failed: {error.strerror or error}; free "
+            "some space there, or set TMPDIR to another folder"
+        ) from error
 
 
 def _run_zig(arguments: list[str], folder: Path) -> str:
