@@ -7,7 +7,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The release that the tests are run with. Any torch that pyproject.toml allows will do.
 TORCH := torch==2.13.0
 
-.PHONY: demo test lint clean
+# How long `make fuzz` tries, and which mutants: others every day.
+FUZZ_SECONDS := 300
+FUZZ_SEED := $(shell expr $$(date +%s) / 86400)
+
+.PHONY: demo test fuzz lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/smollm2_demo.py
@@ -16,6 +20,9 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/.installed-dev
+	RUST_BACKTRACE=0 $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --keep fuzz-failures
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

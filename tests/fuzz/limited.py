@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -76,6 +77,7 @@ def _read(reader: int, seconds: float, pid: int) -> tuple[bytes, bool]:
 
 def _child(work: Callable[[], object], writer: int, memory_bytes: int) -> None:
     try:
+        faulthandler.disable()
         nowhere = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(nowhere, stream)

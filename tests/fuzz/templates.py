@@ -13,19 +13,76 @@ CHATML = (
 )
 LLAMA = (
     "{% set ns = namespace(found=false) %}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{% set ns.found = true %}{{ bos_token + m.content|string }}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% set ns.found = true %}{{ bos_token + m.content }}"
     "{%- for part in m.content.split('x') -%}{{ part[::-1] }}{% endfor %}{% endfor %}{{ strftime_now('%d %b %Y') }}"
     "{% macro show(x) %}{{ x|tojson(indent=2) }}{% endmacro %}{{ show(messages) }}{{ tools|default([])|length }}"
 )
 BASES = (CHATML, LLAMA, tiny.CHAT_TEMPLATE)
-_VALUES = ("messages", "messages[0].content", "m", "i", "'a'", "1", "10**9", "2.5", "[1]", "{'a': 1}", "none", "true", "x",
-           "range(9)", "range(10**9)", "'ab' * 10**8", "bos_token", "loop", "ns.x", "dict(a=1)", "namespace(x=1)", "self",
-           "(1).to_bytes(9)", "''.__class__", "joiner", "'%s'", "raise_exception", "strftime_now")  # fmt: skip
+_VALUES = (
+    "messages",
+    "messages[0].content",
+    "m",
+    "i",
+    "'a'",
+    "1",
+    "10**9",
+    "2.5",
+    "[1]",
+    "{'a': 1}",
+    "none",
+    "true",
+    "x",
+    "range(9)",
+    "range(10**9)",
+    "'ab' * 10**8",
+    "bos_token",
+    "loop",
+    "ns.x",
+    "dict(a=1)",
+    "namespace(x=1)",
+    "self",
+    "(1).to_bytes(9)",
+    "''.__class__",
+    "joiner",
+    "'%s'",
+    "raise_exception",
+    "strftime_now",
+)
 _OPERATORS = ("+", "-", "*", "/", "//", "%", "**", "~", "==", "<", "in", "and", "or", "is", "is not", "|")
-_AFTER = ("|list", "|join('b')", "|replace('', 'aaaaaaaa')", "|tojson", "|length", "|map('upper')", "|sort", "|e", "|sum",
-          "|string", "|int", "|float", "|round(99)", "|indent(10**8)", "|unique", "[0]", "[::-1]", ".split('a')", ".upper()",
-          ".replace('a', 'b' * 9999)", ".items()", ".append(1)", "()", "(m)", ".__init__", "|attr('x')", ".format(1)",
-          "|selectattr('role', 'eq', 'user')", "|map(attribute='content')", "|first", "|dictsort", "|nofilter")  # fmt: skip
+_AFTER = (
+    "|list",
+    "|join('b')",
+    "|replace('', 'aaaaaaaa')",
+    "|tojson",
+    "|length",
+    "|map('upper')",
+    "|sort",
+    "|e",
+    "|sum",
+    "|string",
+    "|int",
+    "|float",
+    "|round(99)",
+    "|indent(10**8)",
+    "|unique",
+    "[0]",
+    "[::-1]",
+    ".split('a')",
+    ".upper()",
+    ".replace('a', 'b' * 9999)",
+    ".items()",
+    ".append(1)",
+    "()",
+    "(m)",
+    ".__init__",
+    "|attr('x')",
+    ".format(1)",
+    "|selectattr('role', 'eq', 'user')",
+    "|map(attribute='content')",
+    "|first",
+    "|dictsort",
+    "|nofilter",
+)
 
 
 def expression(random: Random, depth: int = 3) -> str:
@@ -55,7 +112,7 @@ def _statement(random: Random, depth: int) -> str:
             f"{{% for i in range({random.choice((9, 999, 10**5, 10**9))}) %}}{body}{{% endfor %}}",
             f"{{% if {value} %}}{body}{{% else %}}{{{{ x }}}}{{% endif %}}",
             f"{{% set ns = namespace(x={value}) %}}{{% for i in range(99) %}}{{% set ns.x = {value} %}}{{% endfor %}}",
-            f"{{% set ns = namespace(x='aa') %}}{{% for i in range(99) %}}{{% set ns.x = ns.x ~ ns.x %}}{{% endfor %}}{body}",
+            "{% set ns = namespace(x='aa') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
             f"{{% set x %}}{body}{{% endset %}}{{{{ x ~ x }}}}",
             f"{{% macro m(x) %}}{body}{{{{ m(x) }}}}{{% endmacro %}}{{{{ m({value}) }}}}",
             f"{{% filter {random.choice(('upper', 'trim', 'indent(9)'))} %}}{body}{{% endfilter %}}",

@@ -1,0 +1,119 @@
+"""Half a minute of fuzzing, the mutants that failed once, and whether the harness would see a failure."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+from gqsa_runtime.errors import InputError
+
+from tests.fuzz.__main__ import SEEDS, mutant, try_out
+from tests.fuzz.kinds import KINDS, SHARES
+from tests.fuzz.limited import FAILURES, run_limited
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 30
+MB = 1 << 20
+
+
+def test_half_a_minute_of_mutants(tmp_path):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "runtime")]),
+        "RUST_BACKTRACE": "0",
+    }
+    # The same mutants each time; `make fuzz` tries others every day.
+    command = [sys.executable, "-m", "tests.fuzz", "--seconds", str(SECONDS), "--seed", "0", "--keep", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=6 * SECONDS)
+    assert done.returncode in (0, 1), done.stderr
+    kinds = json.loads(done.stdout)["kinds"]
+    assert [failed for figures in kinds.values() for failed in figures["failed"]] == []
+    assert kinds.keys() == KINDS.keys()
+    for kind, figures in kinds.items():
+        assert figures["counts"].get("refused", 0) >= 5, (kind, figures)
+    assert sum(figures["counts"].get("accepted", 0) for figures in kinds.values()) >= 5
+
+
+@pytest.mark.parametrize("path", sorted(SEEDS.iterdir()), ids=lambda path: path.name)
+def test_what_failed_once(path):
+    outcome = try_out(path.name.split("-")[0], path.read_bytes())
+    assert outcome.kind not in FAILURES, outcome
+
+
+def test_a_mutant_is_made_from_its_number_alone():
+    assert SHARES.keys() == KINDS.keys()
+    for kind in KINDS:
+        assert mutant(kind, 3) == mutant(kind, 3)
+        assert len({mutant(kind, number) for number in range(20)}) > 10
+
+
+def test_sound_files_are_accepted():
+    from tests.fuzz import kinds, templates, tokenizers
+
+    for data in kinds._sound_files():
+        assert run_limited(lambda data=data: KINDS["plan"].use(data), 5, 64 * MB).kind == "accepted"
+    for make in tokenizers.FAMILIES.values():
+        assert try_out("tokenizer", json.dumps(make()).encode()).kind == "accepted"
+    for base in templates.BASES:
+        outcome = try_out("template", base.encode())
+        assert outcome.kind == "accepted" or "roles must alternate" in outcome.detail
+    assert templates.mutant(Random(0))
+
+
+# The harness
+
+
+def refuse():
+    raise InputError("no")
+
+
+def untyped():
+    raise KeyError("x")
+
+
+def forever():
+    while True:
+        pass
+
+
+def forever_without_the_lock():
+    time.sleep(100)
+
+
+def grow():
+    assert len(bytearray(150 * MB)) == 150 * MB
+
+
+def grow_for_ever():
+    parts = []
+    while True:
+        parts.append(bytearray(10 * MB))
+
+
+@pytest.mark.parametrize(
+    ("work", "kind", "detail"),
+    [
+        (lambda: "fine", "accepted", "fine"),
+        (refuse, "refused", "no"),
+        (untyped, "untyped", "KeyError: 'x'"),
+        (lambda: sys.exit(0), "untyped", "SystemExit"),
+        (lambda: ctypes.string_at(0), "crash", "SIGSEGV"),
+        (os.abort, "crash", "SIGABRT"),
+        (lambda: os._exit(0), "crash", "exit code 0"),
+        (forever, "hang", "more than 1 s"),
+        (forever_without_the_lock, "hang", "more than 1 s"),
+        (grow, "memory", "MB"),
+        (grow_for_ever, "memory", "MemoryError"),
+    ],
+    ids=range(11),
+)
+def test_what_the_harness_sees(work, kind, detail):
+    began_s = time.perf_counter()
+    outcome = run_limited(work, 1, 100 * MB)
+    assert outcome.kind == kind and detail in outcome.detail, outcome
+    assert time.perf_counter() - began_s < 3
