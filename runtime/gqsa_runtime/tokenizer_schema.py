@@ -26,7 +26,7 @@ _MAX_COMPONENTS = 32
 _MAX_NESTING = 4
 _MAX_GROWTH = 64
 _MAX_SPECIAL_TOKENS = 64
-_MAX_WORD_CHARACTERS = 10_000
+_MAX_WORD_CHARACTERS = 256  # each part of a word is looked up: cubic in its length
 
 
 class TokenizerError(ValueError):

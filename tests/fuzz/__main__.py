@@ -20,7 +20,8 @@ from pathlib import Path
 from random import Random
 
 SEEDS = Path(__file__).parent / "seeds"
-_BATCH = 100
+_BATCH = 100  # mutants a job
+_CHILD = 20  # mutants a child
 
 
 def mutant(kind: str, number: int) -> bytes:
@@ -30,13 +31,14 @@ def mutant(kind: str, number: int) -> bytes:
     return KINDS[kind].make(Random(f"{kind} {number}"))
 
 
-def try_out(kind: str, data: bytes):
-    """Outcome of a mutant in a child of its own."""
+def try_out(kind: str, mutants: list[bytes]) -> list:
+    """Outcomes of mutants, each in a child as tests.fuzz.limited has it."""
     from tests.fuzz.kinds import KINDS
-    from tests.fuzz.limited import run_limited
+    from tests.fuzz.limited import run_all_limited
 
     chosen = KINDS[kind]
-    return run_limited(lambda: chosen.use(data), chosen.seconds, chosen.memory_bytes + len(data))
+    works = [lambda data=data: chosen.use(data) for data in mutants]
+    return run_all_limited(works, chosen.seconds, chosen.memory_bytes + max(map(len, mutants)))
 
 
 def batch(kind: str, first: int, until_s: float, keep: str, count: int = _BATCH) -> dict:
@@ -44,20 +46,21 @@ def batch(kind: str, first: int, until_s: float, keep: str, count: int = _BATCH)
     from tests.fuzz.limited import FAILURES
 
     counts, slowest, largest, failed = Counter(), (0.0, -1), (0, -1), []
-    for number in range(first, first + count):
+    for start in range(first, first + count, _CHILD):
         if time.time() > until_s:
             break
-        data = mutant(kind, number)
-        outcome = try_out(kind, data)
-        if outcome.kind == "hang":  # once more: the machine may have been busy with something else
-            outcome = try_out(kind, data)
-        counts[outcome.kind] += 1
-        slowest = max(slowest, (outcome.seconds, number))
-        largest = max(largest, (outcome.grown_bytes, number))
-        if outcome.kind in FAILURES:
-            failed.append(f"{kind}-{number}: {outcome.kind}: {outcome.detail[-1500:]}")
-            Path(keep).mkdir(parents=True, exist_ok=True)
-            (Path(keep) / f"{kind}-{number}").write_bytes(data)
+        numbers = range(start, min(start + _CHILD, first + count))
+        mutants = [mutant(kind, number) for number in numbers]
+        for number, data, outcome in zip(numbers, mutants, try_out(kind, mutants), strict=True):
+            if outcome.kind == "hang":  # once more: the machine may have been busy with something else
+                (outcome,) = try_out(kind, [data])
+            counts[outcome.kind] += 1
+            slowest = max(slowest, (outcome.seconds, number))
+            largest = max(largest, (outcome.grown_bytes, number))
+            if outcome.kind in FAILURES:
+                failed.append(f"{kind}-{number}: {outcome.kind}: {outcome.detail[-1500:]}")
+                Path(keep).mkdir(parents=True, exist_ok=True)
+                (Path(keep) / f"{kind}-{number}").write_bytes(data)
     return {"kind": kind, "counts": counts, "slowest": slowest, "largest": largest, "failed": failed}
 
 
@@ -110,10 +113,11 @@ def main() -> int:
     from tests.fuzz.limited import FAILURES
 
     if arguments.replay is not None:
-        outcomes = {path: try_out(Path(path).name.split("-")[0], Path(path).read_bytes()) for path in arguments.replay}
-        for path, outcome in outcomes.items():
-            print(f"{path}: {outcome.kind}: {outcome.detail[-1500:]}")
-        return any(outcome.kind in FAILURES for outcome in outcomes.values())
+        outcomes = []
+        for path in map(Path, arguments.replay):
+            outcomes += try_out(path.name.split("-")[0], [path.read_bytes()])
+            print(f"{path}: {outcomes[-1].kind}: {outcomes[-1].detail[-1500:]}")
+        return any(outcome.kind in FAILURES for outcome in outcomes)
     kinds = {kind: SHARES[kind] for kind in arguments.kind or SHARES}
     found = run(kinds, arguments.seconds, arguments.mutants, arguments.seed, arguments.jobs, arguments.keep)
     print(json.dumps(found, indent=1))

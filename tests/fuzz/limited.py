@@ -1,7 +1,8 @@
-"""Runs a piece of work in a forked child with limits, and says how it ended."""
+"""Runs pieces of work in forked children with limits, and says how each ended."""
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import json
 import os
@@ -10,13 +11,11 @@ import select
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gqsa_runtime.errors import GqsaError
-
-_MAX_REPORT = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -33,69 +32,87 @@ FAILURES = ("untyped", "crash", "hang", "memory")
 
 
 def run_limited(work: Callable[[], object], seconds: float, memory_bytes: int) -> Outcome:
-    """Forks, runs work() in the child, and waits for it.
+    """How work() ends in a child, see run_all_limited."""
+    return run_all_limited([work], seconds, memory_bytes)[0]
 
-    seconds: after which it is killed and counts as a hang. memory_bytes: how much its resident memory may grow; its
-    address space may grow by twice as much and 256 MB, for libraries that are loaded late.
+
+def run_all_limited(works: Sequence[Callable[[], object]], seconds: float, memory_bytes: int) -> list[Outcome]:
+    """How each work() ends in a forked child, which does them one after another until one of them ends it.
+
+    seconds: after which a child is killed and its work counts as a hang. memory_bytes: how much its resident memory may
+    grow in one work; its address space may grow by twice as much and 256 MB, for libraries that are loaded late.
     """
+    outcomes: list[Outcome] = []
+    while len(outcomes) < len(works):
+        outcomes += _fork(works[len(outcomes) :], seconds, memory_bytes)
+    return outcomes
+
+
+def _fork(works: Sequence[Callable[[], object]], seconds: float, memory_bytes: int) -> list[Outcome]:
+    """The outcomes of one child: of all works, or up to the one that failed."""
     reader, writer = os.pipe()
-    began_s = time.perf_counter()
     pid = os.fork()
     if pid == 0:
         os.close(reader)
-        _child(work, writer, 2 * memory_bytes + (256 << 20))
+        _child(works, writer, memory_bytes)
     os.close(writer)
-    report, hung = _read(reader, seconds, pid)
-    os.close(reader)
-    _, status, usage = os.wait4(pid, 0)
-    took_s = time.perf_counter() - began_s
-    if hung:
-        return Outcome("hang", f"more than {seconds:g} s", took_s, 0)
-    try:
-        found = json.loads(report)
-    except ValueError:
-        code = os.waitstatus_to_exitcode(status)
-        return Outcome("crash", signal.Signals(-code).name if code < 0 else f"exit code {code}", took_s, 0)
-    grown_bytes = max(usage.ru_maxrss * 1024 - found["rss"], 0)
-    if found["kind"] in ("accepted", "refused") and grown_bytes > memory_bytes:
-        return Outcome("memory", f"{grown_bytes >> 20} MB; {found['detail']}", took_s, grown_bytes)
-    return Outcome(found["kind"], found["detail"], took_s, grown_bytes)
-
-
-def _read(reader: int, seconds: float, pid: int) -> tuple[bytes, bool]:
-    end_s, data = time.monotonic() + seconds, b""
-    while True:
-        ready, _, _ = select.select([reader], [], [], max(end_s - time.monotonic(), 0))
-        if not ready:
-            os.kill(pid, signal.SIGKILL)
-            return data, True
-        part = os.read(reader, _MAX_REPORT)
+    outcomes, rest = [], b""
+    began_s = time.monotonic()
+    while len(outcomes) < len(works):
+        ready, _, _ = select.select([reader], [], [], max(began_s + seconds - time.monotonic(), 0))
+        part = os.read(reader, 1 << 16) if ready else b""
         if not part:
-            return data, False
-        data += part
+            break
+        *reports, rest = (rest + part).split(b"\n")
+        outcomes += [Outcome(**json.loads(report)) for report in reports]
+        if reports:
+            began_s = time.monotonic()
+    os.close(reader)
+    if len(outcomes) < len(works) and not ready:
+        os.kill(pid, signal.SIGKILL)
+        outcomes.append(Outcome("hang", f"more than {seconds:g} s", seconds, 0))
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if len(outcomes) < len(works) and not (outcomes and outcomes[-1].kind in FAILURES):
+        detail = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        outcomes.append(Outcome("crash", detail, time.monotonic() - began_s, 0))
+    return outcomes
 
 
-def _child(work: Callable[[], object], writer: int, memory_bytes: int) -> None:
+def _child(works: Sequence[Callable[[], object]], writer: int, memory_bytes: int) -> None:
     try:
         faulthandler.disable()
         nowhere = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(nowhere, stream)
-        size, rss = (int(pages) * resource.getpagesize() for pages in _statm())
-        resource.setrlimit(resource.RLIMIT_AS, (size + memory_bytes,) * 2)
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + 2 * memory_bytes + (256 << 20),) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        try:
-            kind, detail = "accepted", str(work())
-        except GqsaError as error:
-            kind, detail = "refused", str(error)
-        except MemoryError:
-            kind, detail = "memory", traceback.format_exc()
-        except BaseException:
-            kind, detail = "untyped", traceback.format_exc()
-        os.write(writer, json.dumps({"kind": kind, "detail": detail[-4000:], "rss": rss}).encode())
+        for work in works:
+            outcome = _outcome(work, memory_bytes)
+            os.write(writer, json.dumps(dataclasses.asdict(outcome)).encode() + b"\n")
+            if outcome.kind in FAILURES:
+                break
     finally:
         os._exit(0)
 
 
-def _statm() -> list[str]:
-    return Path("/proc/self/statm").read_text().split()[:2]
+def _outcome(work: Callable[[], object], memory_bytes: int) -> Outcome:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    before_bytes, began_s = _peak_bytes(), time.perf_counter()
+    try:
+        kind, detail = "accepted", str(work())
+    except GqsaError as error:
+        kind, detail = "refused", str(error)
+    except MemoryError:
+        kind, detail = "memory", traceback.format_exc()
+    except BaseException:
+        kind, detail = "untyped", traceback.format_exc()
+    took_s, grown_bytes = time.perf_counter() - began_s, _peak_bytes() - before_bytes
+    if kind in ("accepted", "refused") and grown_bytes > memory_bytes:
+        kind, detail = "memory", f"{grown_bytes >> 20} MB; {detail}"
+    return Outcome(kind, detail[-2000:], took_s, grown_bytes)
+
+
+def _peak_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
