@@ -42,8 +42,8 @@ def check_loading(src) -> None:
     free = None if ram is None else ram + _free_swap_bytes()
     if free is not None and size > free:
         raise DeviceError(
-            f"{src} has {_gb(size)} of weights, and {_gb(free)} of memory are free; use a machine with more memory, or "
-            "a smaller model"
+            f"{src} has {_size(size)} of weights, and {_size(free)} of memory are free; use a machine with more "
+            "memory, or a smaller model"
         )
 
 
@@ -73,7 +73,7 @@ def first_short(needed: list[Need], free: Free) -> str | None:
         ram = None if free.ram is None else free.ram + free.swap
         for wanted, what, there in ((need.gpu, "GPU memory", free.gpu), (need.ram, "memory", ram)):
             if there is not None and wanted > there:
-                return f"{need.stage} needs at least {_gb(wanted)} of {what}, and {_gb(there)} are free"
+                return f"{need.stage} needs at least {_size(wanted)} of {what}, and {_size(there)} are free"
     return None
 
 
@@ -111,5 +111,5 @@ def _with(options: Options, name: str, value: int) -> Options:
     return replace(options, **{name: value}, **more)
 
 
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
