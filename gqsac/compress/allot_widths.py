@@ -67,11 +67,10 @@ class Allotment:
             model = make_model()
             blocks = model.get_submodule(block_path)
             scores = sensitivities(model, blocks, paths, tokens, options, device, shown)
-            kept = {}
-            for path in paths:
-                weight = model.get_submodule(path).weight.detach()
-                costs = row_costs(weight, scores[path].to(weight.device), self.budget.widths)
-                kept |= {f"scores.{path}": scores[path].numpy(), f"costs.{path}": costs.cpu().numpy()}
+            weights = {path: model.get_submodule(path).weight.detach() for path in paths}
+            costs = row_costs(weights, {path: score.to(device) for path, score in scores.items()}, self.budget.widths)
+            kept = {f"scores.{path}": scores[path].numpy() for path in paths}
+            kept |= {f"costs.{path}": costs[path].cpu().numpy() for path in paths}
             partial.save_block(_KEPT, 0, kept)
         self.scores = {path: kept[f"scores.{path}"] for path in paths}
         self.costs = {path: kept[f"costs.{path}"] for path in paths}

@@ -7,7 +7,7 @@ import torch
 
 from gqsac.compress.allot_widths import Allotment
 from gqsac.compress.fake_quant import GroupLinear
-from gqsac.compress.row_costs import best_grid, row_costs
+from gqsac.compress.row_costs import nearest_grids, row_costs
 from gqsac.compress.select import RAMP, scheduled_sparsity
 from gqsac.compress.sensitivity import fisher_of, sampled_gradient
 from gqsac.compress.trainable import autocast
@@ -83,24 +83,40 @@ class WidthChooser:
         start, target = self._allotment.start, self._allotment.target
         bits = start - scheduled_sparsity(start - target, fraction, RAMP)
         budget = self._allotment.budget
-        costs = {
-            path: row_costs(linear.weight, self.scores[path], budget.widths).cpu().numpy()
-            for path, linear in self._linears.items()
-        }
-        for path, row_bits in budget.choose(costs, bits, exact=self.reached).items():
-            set_widths(self._linears[path], torch.from_numpy(row_bits))
+        weights = {path: linear.weight for path, linear in self._linears.items()}
+        costs = row_costs(weights, self.scores, budget.widths)
+        costs = dict(zip(costs, _on_cpu(list(costs.values())), strict=True))
+        found = budget.choose({path: c.numpy() for path, c in costs.items()}, bits, exact=self.reached)
+        set_widths(self._linears, {path: torch.from_numpy(row_bits) for path, row_bits in found.items()})
 
 
 @torch.no_grad()
-def set_widths(linear: GroupLinear, row_bits: torch.Tensor) -> None:
-    """Gives rows other widths, and those whose width changes new scales and zeros. row_bits: uint8 [rows]."""
-    row_bits = row_bits.to(linear.row_bits.device)
-    for width in row_bits.unique().tolist():
-        rows = torch.nonzero((row_bits == width) & (linear.row_bits != width))[:, 0]
+def set_widths(linears: dict[str, GroupLinear], row_bits: dict[str, torch.Tensor]) -> None:
+    """Gives rows other widths, and those whose width changes new scales and zeros.
+
+    row_bits: path -> uint8 [rows], on the CPU.
+    """
+    wanted, device = [row_bits[path] for path in linears], next(iter(linears.values())).weight.device
+    before = _on_cpu([linear.row_bits for linear in linears.values()])
+    moved = [torch.nonzero(old != new)[:, 0] for old, new in zip(before, wanted, strict=True)]
+    moved = torch.cat(moved).to(device).split([len(rows) for rows in moved])
+    wanted = torch.cat(wanted).to(device).split([len(bits) for bits in wanted])
+    changed = []
+    for linear, bits, rows in zip(linears.values(), wanted, moved, strict=True):
+        linear.row_bits.copy_(bits)
         if len(rows):
-            groups = linear.weight[rows].float().view(len(rows) * linear.base.shape[1], -1)
-            scales, zeros, _ = best_grid(groups, width)
-            linear.base[rows] = scales.view(len(rows), -1)
-            linear.gains[rows] = 1.0
-            linear.zeros[rows] = zeros.view(len(rows), -1)
-    linear.row_bits.copy_(row_bits)
+            changed.append((linear, rows))
+    if not changed:
+        return
+    scales, zeros = nearest_grids(
+        (linear.weight[rows] for linear, rows in changed),
+        [linear.row_bits[rows] for linear, rows in changed],
+        [linear.base.shape[1] for linear, _ in changed],
+    )
+    for (linear, rows), of_linear, zero in zip(changed, scales, zeros, strict=True):
+        linear.base[rows], linear.gains[rows], linear.zeros[rows] = of_linear, 1.0, zero
+
+
+def _on_cpu(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Copies on the CPU of tensors that differ in their first dimension alone; a GPU is waited for once."""
+    return torch.cat(tensors).cpu().split([len(tensor) for tensor in tensors])

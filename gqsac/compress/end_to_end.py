@@ -37,7 +37,7 @@ class Training:
     student: a model with trainable linears in it. teacher: the uncompressed model, needed if share > 0.
     tokens: int64 [samples, seq_len], on the CPU. groups: see trainable.parameter_groups. share: of the
     distillation in the loss. batch: samples a step. chooser: of groups or widths, or None. recomputed: how many blocks
-    run again in the backward pass.
+    run again in the backward pass. choosing_s: seconds that the chooser took, of this process.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Training:
     device: torch.device
     chooser: MaskChooser | WidthChooser | None = None
     recomputed: int = 0
+    choosing_s: float = 0.0
     history: list[tuple[int, float]] = field(default_factory=list)  # (step, mean loss of the steps before it)
 
 
@@ -71,7 +72,9 @@ def train(training: Training, file: Path, on_read=lambda step, loss, clock: None
     counted = saved_step = step
     while (fraction := clock.fraction(step)) < 1:
         if t.chooser is not None:
+            began = time.monotonic()
             t.chooser.step(step, fraction)
+            t.choosing_s += time.monotonic() - began
         set_learning_rates(optimizer, learning_rate_factor(fraction))
         since += _step(t, step, parameters)
         if t.chooser is not None:

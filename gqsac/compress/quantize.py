@@ -8,6 +8,7 @@ group takes the one with the least such error, with its scale already rounded to
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -112,10 +113,7 @@ def candidate_grids(
     """
     low, high = group.amin(1).clamp(max=0), group.amax(1).clamp(min=0)
     if between_levels:
-        table = torch.zeros(len(WIDTH_SHARES[1]), max(WIDTH_SHARES) + 1, device=group.device)
-        for bits, of_width in WIDTH_SHARES.items():
-            table[:, bits] = torch.tensor(of_width)
-        shares, mean = table[:, row_bits.long()], group.mean(1)
+        shares, mean = _width_shares(group.device)[:, row_bits.long()], group.mean(1)
         low, high = mean + (low - mean) * shares, mean + (high - mean) * shares
     else:
         shares = torch.tensor(RANGE_SHARES, device=group.device)[:, None]
@@ -127,6 +125,15 @@ def candidate_grids(
         return scales, zeros
     around = _as_float16(group.abs().amax(1) * shares / (ZERO_OF_8_BIT - 1))
     return torch.where(symmetric, around, scales), zeros.masked_fill(symmetric, ZERO_STEPS // 2)
+
+
+@functools.cache
+def _width_shares(device: torch.device) -> torch.Tensor:
+    """WIDTH_SHARES as f32 [candidates, width], copied to a device once: each copy waits for all that runs there."""
+    table = torch.zeros(len(WIDTH_SHARES[1]), max(WIDTH_SHARES) + 1)
+    for bits, of_width in WIDTH_SHARES.items():
+        table[:, bits] = torch.tensor(of_width)
+    return table.to(device)
 
 
 def _as_float16(scales: torch.Tensor) -> torch.Tensor:

@@ -276,6 +276,7 @@ class _Run:
                 "steps": training.history[-1][0],
                 "tokens_per_step": training.batch * self._train_tokens.shape[1],
                 "train_seconds": round(clock.spent_s, 2),
+                "choosing_seconds": round(training.choosing_s, 2),
                 "rates": list(self._options.rates(stage)),
                 **meter.facts(),
             }

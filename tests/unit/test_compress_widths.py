@@ -9,16 +9,18 @@ from click.testing import CliRunner
 from gqsa_runtime import Model
 from gqsa_runtime.device_cpu import supported_targets
 from gqsa_runtime.perplexity import perplexity as runtime_perplexity
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gqsac.checkpoint import Checkpoint
 from gqsac.cli import cli
 from gqsac.compiler.pipeline import BuildOptions, build
 from gqsac.compress import choose_widths, end_to_end
+from gqsac.compress import row_costs as row_costs_module
 from gqsac.compress.choose_widths import set_widths
 from gqsac.compress.fake_quant import GroupLinear
 from gqsac.compress.losses import token_loss
 from gqsac.compress.quantize import quantize
-from gqsac.compress.row_costs import row_costs
+from gqsac.compress.row_costs import best_grid, row_costs
 from gqsac.compress.run import compress
 from gqsac.compress.sensitivity import fisher_scores
 from gqsac.errors import InputError
@@ -190,7 +192,7 @@ def test_costs_fall_with_the_width_and_grow_with_the_sensitivity():
     weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
     sensitivity = torch.ones(6, 2)
     sensitivity[3] = 10.0
-    costs = row_costs(weight, sensitivity, (1, 2, 3, 4, 8))
+    costs = row_costs({"linear": weight}, {"linear": sensitivity}, (1, 2, 3, 4, 8))["linear"]
     assert (costs[:, 1:] < 0.5 * costs[:, :-1]).all()
     assert costs[3].mean() > 5 * costs[[0, 1, 2, 4, 5]].mean()
     norm = weight.square().sum(1)
@@ -208,12 +210,72 @@ def test_rows_that_change_their_width_begin_near_their_weights():
     with torch.no_grad():
         linear.gains.mul_(1.01)
     kept = linear.effective_weight()[0].clone()
-    set_widths(linear, after)
+    set_widths({"linear": linear}, {"linear": after})
     assert torch.equal(linear.row_bits, after)
     assert torch.equal(linear.effective_weight()[0], kept)
     expected = quantize(weight, keep, torch.eye(128), torch.ones(128), after, 64, True).dequantize()
     torch.testing.assert_close(linear.effective_weight()[1:], expected[1:])
     assert (linear.zeros[2] == 8).all()
+
+
+def some_linears(count: int) -> dict[str, GroupLinear]:
+    """Linears of 4-bit rows, their weights random, of 64 or 128 columns."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for number in range(count):
+        rows, q_groups = 16 + number, 1 + number % 2
+        row_bits = torch.full((rows,), 4, dtype=torch.uint8)
+        tensors = torch.full((rows, q_groups), 0.1), torch.full((rows, q_groups), 8.0)
+        keep = torch.ones(rows, 4 * q_groups, dtype=torch.bool)
+        weight = torch.randn(rows, 64 * q_groups, generator=generator)
+        found[f"linear{number}"] = GroupLinear(row_bits, weight, *tensors, keep, None, True)
+    return found
+
+
+@pytest.mark.parametrize("at_once", [1 << 20, 64 * 7])
+def test_many_linears_have_the_costs_and_grids_of_each_by_itself(monkeypatch, at_once):
+    monkeypatch.setitem(row_costs_module._WEIGHTS_AT_ONCE, "cpu", at_once)
+    together, alone = some_linears(5), some_linears(5)
+    weights = {path: linear.weight for path, linear in together.items()}
+    scores = {path: torch.rand_like(linear.base) for path, linear in together.items()}
+    costs = row_costs(weights, scores, (1, 2, 8))
+    generator = np.random.default_rng(0)
+    widths = {
+        path: torch.from_numpy(generator.choice([1, 2, 4, 8], len(weight)).astype(np.uint8))
+        for path, weight in weights.items()
+    }
+    set_widths(together, widths)
+    for path, linear in alone.items():
+        own = row_costs({path: weights[path]}, {path: scores[path]}, (1, 2, 8))[path]
+        torch.testing.assert_close(costs[path], own, rtol=0, atol=0)
+        for row, width in enumerate(widths[path].tolist()):
+            if width != 4:
+                groups = linear.weight[row].detach().view(linear.base.shape[1], 64)
+                scales, zeros, _ = best_grid(groups, torch.full((len(groups),), width, dtype=torch.uint8))
+                linear.base[row], linear.zeros.data[row] = scales, zeros
+        assert torch.equal(together[path].row_bits, widths[path])
+        assert torch.equal(together[path].base, linear.base) and torch.equal(together[path].zeros, linear.zeros)
+
+
+def test_a_choice_of_widths_is_few_kernels_a_linear():
+    """On a GPU the choices of a training would otherwise take longer than its steps."""
+
+    class Counted(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    def calls(count: int) -> int:
+        linears = some_linears(count)
+        scores = {path: torch.ones_like(linear.base) for path, linear in linears.items()}
+        widths = {path: torch.full_like(linear.row_bits, 2) for path, linear in linears.items()}
+        with Counted() as counted:
+            row_costs({path: linear.weight for path, linear in linears.items()}, scores, (1, 2, 3, 4, 8))
+            set_widths(linears, widths)
+        return counted.calls
+
+    assert (calls(40) - calls(8)) / 32 < 60
 
 
 @pytest.mark.parametrize(
