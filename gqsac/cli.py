@@ -13,6 +13,7 @@ from gqsac import __version__
 from gqsac.bsr import GROUP_SIZES
 from gqsac.cli_doctor import doctor
 from gqsac.cli_eval import evaluate
+from gqsac.cli_sweep import sweep_command
 from gqsac.errors import DeviceError
 
 
@@ -102,6 +103,21 @@ def compress(source, output, as_json, stages, minutes, e2e_steps, widths, **opti
     from gqsac.compress.report import summary
     from gqsac.compress.run import compress as run
 
+    chosen = _chosen(stages, minutes, e2e_steps, widths, **options)
+    try:
+        report = run(source, output, **chosen)
+    except SafetensorError as error:  # its writer reports a full disk so
+        raise DeviceError(
+            f"writing {output} failed: {error}; free some space, then give the same command again to go on"
+        ) from error
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+    else:
+        click.echo(summary(report), err=True)
+
+
+def _chosen(stages=None, minutes=None, e2e_steps=None, widths=None, **options) -> dict:
+    """Arguments for the compression from options as click gives them; what was not given is left out."""
     chosen = {key: value for key, value in options.items() if value is not None and value != ()}
     if stages is not None:
         chosen["stages"] = tuple(stage.strip() for stage in stages.split(","))
@@ -113,16 +129,7 @@ def compress(source, output, as_json, stages, minutes, e2e_steps, widths, **opti
         found = _numbers("--widths", widths, int)
         chosen["widths"] = found if isinstance(found, tuple) else (found,)
     _check_effect(chosen)
-    try:
-        report = run(source, output, **chosen)
-    except SafetensorError as error:  # its writer reports a full disk so
-        raise DeviceError(
-            f"writing {output} failed: {error}; free some space, then give the same command again to go on"
-        ) from error
-    if as_json:
-        click.echo(json.dumps(report, indent=1))
-    else:
-        click.echo(summary(report), err=True)
+    return chosen
 
 
 # Options of the training stages -> the stages that heed them.
@@ -237,6 +244,7 @@ def export(model, output):
     click.echo(f"written to {output}", err=True)
 
 
+cli.add_command(sweep_command(compress, _chosen))
 for command in commands():
     cli.add_command(command)
 # In place of the runtime's, which know .gqsa files and nothing of compiling.

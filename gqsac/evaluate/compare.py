@@ -35,7 +35,7 @@ class Entry:
 class Row:
     """What is known of an entry so far. tasks: name -> fields of TaskResult. error: of what failed, by stage.
 
-    perplexity: fields of PerplexityResult.
+    perplexity: fields of PerplexityResult. divergence: fields of Divergence. file_bytes: of the built file.
     """
 
     label: str
@@ -44,6 +44,8 @@ class Row:
     fingerprint: str
     bits_per_weight: float | None = None
     perplexity: dict | None = None
+    divergence: dict | None = None
+    file_bytes: int | None = None
     tasks: dict[str, dict] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 

@@ -26,17 +26,11 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
 
     Raises InputError where no row is left, DeviceError where matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure  # no pyplot: no display and no global state
-    except ImportError as error:
-        raise DeviceError(f"the plot needs matplotlib ({error}); install it with pip install matplotlib") from None
     drawn = [row for row in rows if row.bits_per_weight and row.perplexity]
     drawn = [row for row in drawn if math.isfinite(row.perplexity["perplexity"])]
     if not drawn:
         raise InputError(f"no row has a perplexity, so there is nothing to draw in {path}")
-    figure = Figure(figsize=(9, 5.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(path)
     axes = figure.add_subplot()
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -59,6 +53,46 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     axes.grid(True, which="both", linewidth=0.4, alpha=0.5)
     axes.legend(fontsize=9)
     figure.savefig(path)
+
+
+def plot_sizes(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Writes a PNG: perplexity, and KL to the uncompressed model, over the bytes of built files.
+
+    Rows without a divergence are left out; at least one must have it. Raises DeviceError where matplotlib is missing.
+    """
+    drawn = sorted((row for row in rows if row.divergence), key=lambda row: row.file_bytes)
+    figure = _figure(path)
+    sizes = [row.file_bytes / 1e6 for row in drawn]
+    panels = [("perplexity", "perplexity"), ("kl", "KL to the uncompressed model, nats a token")]
+    for axes, (key, words) in zip(figure.subplots(1, 2), panels, strict=True):
+        values = [row.divergence[key] for row in drawn]
+        axes.plot(sizes, values, marker="o", markersize=6, linewidth=1.2)
+        if min(values) > 0:
+            axes.set_yscale("log")
+        for row, size, value in zip(drawn, sizes, values, strict=True):
+            axes.annotate(row.label, (size, value), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        axes.set_xlabel("MB of the built file; labels: target in bits per weight")
+        axes.set_ylabel(f"{words} (lower is better)")
+        axes.grid(True, which="both", linewidth=0.4, alpha=0.5)
+    reference = drawn[0].divergence["reference_perplexity"]
+    figure.axes[0].axhline(reference, color="0.35", linestyle="--", linewidth=1, label=f"uncompressed: {reference:.1f}")
+    figure.axes[0].legend(fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path)
+
+
+def _figure(path: Path):
+    """An empty figure. path: where it will go, for the error."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure  # no pyplot: no display and no global state
+    except ImportError as error:
+        raise DeviceError(
+            f"the plot {path} needs matplotlib ({error}); install it with pip install matplotlib"
+        ) from None
+    figure = Figure(figsize=(9, 5.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _scale(axes, points: Sequence[Row], drawn: Sequence[Row]) -> None:
