@@ -60,8 +60,10 @@ def plot_sizes(rows: Sequence[Row], path: Path, title: str) -> None:
 
     Rows without a divergence are left out; at least one must have it. Raises DeviceError where matplotlib is missing.
     """
-    drawn = sorted((row for row in rows if row.divergence), key=lambda row: row.file_bytes)
     figure = _figure(path)
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    drawn = sorted((row for row in rows if row.divergence), key=lambda row: row.file_bytes)
     sizes = [row.file_bytes / 1e6 for row in drawn]
     panels = [("perplexity", "perplexity"), ("kl", "KL to the uncompressed model, nats a token")]
     for axes, (key, words) in zip(figure.subplots(1, 2), panels, strict=True):
@@ -69,6 +71,10 @@ def plot_sizes(rows: Sequence[Row], path: Path, title: str) -> None:
         axes.plot(sizes, values, marker="o", markersize=6, linewidth=1.2)
         if min(values) > 0:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 4, 5, 7)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.margins(x=0.1)  # room for labels on the right
         for row, size, value in zip(drawn, sizes, values, strict=True):
             axes.annotate(row.label, (size, value), xytext=(5, 5), textcoords="offset points", fontsize=8)
         axes.set_xlabel("MB of the built file; labels: target in bits per weight")
