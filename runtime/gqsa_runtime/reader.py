@@ -30,6 +30,13 @@ MAX_DIMENSIONS = 4
 _VALUE_UINT32, _VALUE_BOOL, _VALUE_STRING = 4, 7, 8
 _NUMPY_TYPES = {"f32": np.float32, "f16": np.float16, "i8": np.int8, "i16": np.int16, "i32": np.int32}
 _DIGEST_BYTES = 32
+# Refused before it is read: a character has up to 4 bytes.
+_MAX_VALUE_BYTES = {
+    gqsa.KEY_NAME: 4 * gqsa.MAX_NAME_CHARACTERS,
+    gqsa.KEY_PROGRAM: 4 * gqsa.MAX_PROGRAM_CHARACTERS,
+    gqsa.KEY_COMPILER: 1 << 20,
+    gqsa.KEY_CHAT_TEMPLATE: 4 << 18,
+}
 
 
 @dataclass(frozen=True)
@@ -190,10 +197,10 @@ class _Header:
             self._fail(f"the header announces {count} {what}, allowed are {most}")
         return count
 
-    def _string(self, what: str, most: int | None = None) -> str:
+    def _string(self, what: str, most: int | None = None, shortest: int = 1) -> str:
         length = self._number("<Q", f"the length of {what}")
-        if most is not None and not 0 < length <= most:
-            self._fail(f"{what} is {length} bytes long, allowed are 1 to {most}")
+        if most is not None and not shortest <= length <= most:
+            self._fail(f"{what} is {length} bytes long, allowed are {shortest} to {most}")
         try:
             return self._take(length, what).decode()
         except UnicodeDecodeError:
@@ -207,7 +214,7 @@ class _Header:
         if kind == _VALUE_UINT32:
             value = self._number("<I", f"the value of {key!r}")
         elif kind == _VALUE_STRING:
-            value = self._string(f"the value of {key!r}")
+            value = self._string(f"the value of {key!r}", _MAX_VALUE_BYTES.get(key), shortest=0)
         elif kind == _VALUE_BOOL:
             value = self._number("<B", f"the value of {key!r}")
             if value > 1:

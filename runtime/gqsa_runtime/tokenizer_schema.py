@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from gqsa_runtime import charsmap, patterns
+from gqsa_runtime.typecheck import brief
 
 MAX_CHARACTERS = 128 << 20  # a vocabulary of 262 144 with its merges, indented, has 33 million
 _MAX_CONTAINERS = 2 << 20  # that vocabulary has 580 604 merges, a list each
@@ -97,7 +98,7 @@ def _no_constant(name: str):
 
 
 def _wrong(value, where: str, expected: str):
-    raise TokenizerError(f"{where} is {ascii(value)[:80]}, expected {expected}")
+    raise TokenizerError(f"{where} is {brief(value)}, expected {expected}")
 
 
 def _anything(value, where: str):
@@ -192,7 +193,7 @@ def _pattern(value, where: str) -> int:
     try:
         return patterns.shortest_match(text)
     except patterns.PatternError as error:
-        raise TokenizerError(f"{where} is the regular expression {ascii(text)[:80]}: {error}") from None
+        raise TokenizerError(f"{where} is the regular expression {brief(text)}: {error}") from None
 
 
 # Models: functions of (model, ids) that return the characters of the longest token.
@@ -215,7 +216,7 @@ def _vocabulary(value, ids: _Integer) -> int:
     low, end = ids.low, ids.end
     for token, number in vocabulary.items():  # a hundred thousand: no function for each
         if type(number) is not int or not low <= number < end:
-            ids(number, f"model.vocab[{ascii(token)[:80]}]")
+            ids(number, f"model.vocab[{brief(token)}]")
     return _longest(vocabulary, "model.vocab")
 
 
@@ -229,7 +230,7 @@ def _longest(tokens, where: str) -> int:
 def _needs_unknown(model: dict) -> None:
     unknown = _Text(1, _MAX_TOKEN_CHARACTERS)(model["unk_token"], "model.unk_token")
     if unknown not in model["vocab"]:
-        raise TokenizerError(f"model.unk_token is {ascii(unknown)[:80]}, which its vocabulary has not")
+        raise TokenizerError(f"model.unk_token is {brief(unknown)}, which its vocabulary has not")
 
 
 def _bpe(model: dict, ids: _Integer) -> int:
@@ -351,7 +352,7 @@ def _sequence(parts: str) -> _Kind:
 
 def _check_template(raw: dict, where: str, ids: _Integer) -> None:
     for name, special in raw["special_tokens"].items():
-        place = f"{where}.special_tokens[{ascii(name)[:80]}]"
+        place = f"{where}.special_tokens[{brief(name)}]"
         _fields(_object(special, place), place,
                 {"id": _Text(0, _MAX_TOKEN_CHARACTERS), "ids": _Listed(ids, _MAX_SPECIAL_TOKENS),
                  "tokens": _Listed(_Text(0, _MAX_TOKEN_CHARACTERS), _MAX_SPECIAL_TOKENS)}, {})  # fmt: skip

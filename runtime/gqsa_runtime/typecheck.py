@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import reprlib
 import types
 import typing
 
@@ -60,5 +61,12 @@ def _hints(cls) -> dict:
     return typing.get_type_hints(cls)
 
 
+def brief(value) -> str:
+    """A value as a message shows it: its beginning, in ASCII, whatever is nested in it and how deep."""
+    text = value[:80] if isinstance(value, str) else reprlib.repr(value)[:80]
+    return ascii(text) if isinstance(value, str) else text.encode("ascii", "backslashreplace").decode()
+
+
 def _mismatch(value, where: str, expected: str) -> str:
-    return f"{where} is {str(value)[:80]!r} ({type(value).__name__}), expected {expected}"
+    shown = value if isinstance(value, str) else reprlib.repr(value)
+    return f"{where} is {shown[:80]!r} ({type(value).__name__}), expected {expected}"

@@ -148,6 +148,13 @@ def test_huge_counts_are_refused_before_anything_is_read(tmp_path):
     refuse(tmp_path, raw(n_pairs=1 << 60), "metadata keys, allowed are")
 
 
+@pytest.mark.parametrize(
+    ("key", "most"), [("gqsa.program", 32 << 20), ("tokenizer.chat_template", 1 << 20), ("general.name", 1024)]
+)
+def test_a_value_that_is_too_long_is_not_read(tmp_path, key, most):
+    refuse(tmp_path, tiny.file_bytes(**{key: "x" * (most + 1)}), f"'{key}' is {most + 1} bytes long, allowed are 0 to")
+
+
 def test_huge_string(tmp_path):
     huge = struct.pack("<IQ", 8, 1 << 62)
     refuse(tmp_path, tiny.file_bytes(**{"x.text": huge}), "truncated")

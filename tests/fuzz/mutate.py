@@ -11,6 +11,8 @@ INTEGERS = (0, 1, -1, 2, 3, 7, 16, 63, 64, 255, 256, 4096, 65535, 1 << 16, 1 << 
 NUMBERS = (*INTEGERS, 10**400, 0.0, -0.0, 0.5, 1e-320, 1e38, -1e38, 1e308, -1e308)
 STRINGS = ("", " ", "a", "\0", "\ud800", "\x1b[31m", "é", "▁", "##", "<unk>", "Sequence", "../x", "%s", "a" * 300,
            "(a+)+b", r"\s*\s*x", "[", "(?=a)", r"\p{L}+", "a{2,}", "🙂" * 20)  # fmt: skip
+_MAX_PLACES = 100_000  # a copy that has more is changed no further, nor is it multiplied to more
+_MAX_CHARACTERS = 4 << 20
 BYTES = (0x00, 0x01, 0x7F, 0x80, 0xFF)
 
 
@@ -47,7 +49,7 @@ def json_value(random: Random, original, changes: int):
     value = copy.deepcopy(original)
     for _ in range(changes):
         places = _places(value)[1:]
-        if not places:
+        if not 0 < len(places) <= _MAX_PLACES:
             return value
         # Large lists and tables would draw nearly all changes to themselves.
         depth = random.choice(sorted({len(place) for place in places}))
@@ -61,7 +63,8 @@ def json_value(random: Random, original, changes: int):
         elif kind == 2 and isinstance(parent, list):
             parent.insert(random.randint(0, len(parent)), copy.deepcopy(parent[key]))
         elif kind == 3 and isinstance(parent, list):
-            parent[key : key + 1] = [parent[key]] * random.choice((2, 3, 40, 1000))
+            most = 1 + _MAX_PLACES // len(_places(parent[key]))
+            parent[key : key + 1] = [parent[key]] * min(random.choice((2, 3, 40, 1000)), most)
         elif kind == 4 and isinstance(parent, dict):
             parent[random.choice((*STRINGS, *parent))] = parent[key]
         elif kind == 5:
@@ -74,7 +77,7 @@ def json_value(random: Random, original, changes: int):
 
 def json_text(random: Random, original, changes: int) -> str:
     """The text of such a copy."""
-    return json.dumps(json_value(random, original, changes))
+    return json.dumps(json_value(random, original, changes))[:_MAX_CHARACTERS]
 
 
 def data(random: Random, original: bytes, changes: int) -> bytes:

@@ -4,6 +4,7 @@ import base64
 import copy
 import json
 import struct
+import time
 
 import pytest
 from gqsa_runtime import tokenizer_schema
@@ -184,3 +185,15 @@ def test_a_long_text_is_read_aside_and_gives_the_same():
 def test_tokens_that_are_no_tokens():
     with pytest.raises(FormatError, match="fails on these tokens"):
         Tokenizer(json.dumps(families.gpt2())).decode([-1])
+
+
+def test_a_message_costs_no_more_for_what_is_nested_in_its_value():
+    """repr() takes a time that grows with depth times length."""
+    value = "0" * 40
+    for _ in range(600):
+        value = [value, "x" * 5000]
+    raw = changed("gpt2", "added_tokens", 0, "id", to=value)
+    began_s = time.thread_time()
+    with pytest.raises(FormatError, match=r"added_tokens\[0\].id is \[\["):
+        Tokenizer(json.dumps(raw))
+    assert time.thread_time() - began_s < 0.5
