@@ -64,9 +64,11 @@ def json_value(random: Random, original, changes: int):
             parent.insert(random.randint(0, len(parent)), copy.deepcopy(parent[key]))
         elif kind == 3 and isinstance(parent, list):
             most = 1 + _MAX_PLACES // len(_places(parent[key]))
-            parent[key : key + 1] = [parent[key]] * min(random.choice((2, 3, 40, 1000)), most)
+            times = min(random.choice((2, 3, 40, 1000)), most)
+            # Copies: a later change inside one that all share would be multiplied too.
+            parent[key : key + 1] = [copy.deepcopy(parent[key]) for _ in range(times)]
         elif kind == 4 and isinstance(parent, dict):
-            parent[random.choice((*STRINGS, *parent))] = parent[key]
+            parent[random.choice((*STRINGS, *parent))] = copy.deepcopy(parent[key])
         elif kind == 5:
             for _ in range(random.choice((1, 2, 5, 50))):
                 parent[key] = random.choice(([parent[key]], {"type": "Sequence", key: [parent[key]]}))

@@ -12,6 +12,7 @@ from random import Random
 import pytest
 from gqsa_runtime.errors import InputError
 
+from tests.fuzz import mutate
 from tests.fuzz.__main__ import SEEDS, mutant, try_out
 from tests.fuzz.kinds import KINDS, SHARES
 from tests.fuzz.limited import FAILURES, run_all_limited, run_limited
@@ -50,6 +51,12 @@ def test_a_mutant_is_made_from_its_number_alone():
     for kind in KINDS:
         assert mutant(kind, 3) == mutant(kind, 3)
         assert len({mutant(kind, number) for number in range(20)}) > 10
+
+
+def test_the_size_of_a_mutant_has_a_bound():
+    for seed in range(30):
+        made = mutate.json_value(Random(seed), [[[0] * 30 for _ in range(30)] for _ in range(30)], 8)
+        assert len(mutate._places(made)) < 4 * mutate._MAX_PLACES
 
 
 def test_sound_files_are_accepted():
