@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import click
@@ -32,13 +33,26 @@ def cli():
 @cli.command()
 @click.argument("source", metavar="SRC")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
-@click.option("--bits", type=click.IntRange(2, 8), help="Bits of a weight: 2, 3, 4 or 8. Default: 4.")
 @click.option(
     "--target-bpw", type=float, metavar="BITS",
-    help="In place of --bits: bits per weight of the linears in the built file, scales and all, at most. Every row "
-    "gets the width that pays best.",
+    help="Bits per weight of the linears in the built file, scales and all, at most. Every row gets the width that "
+    "pays best. Default: 4.5, if none of --target-*, --bits, --sparsity, --pattern and their kin is given.",
 )  # fmt: skip
-@click.option("--widths", metavar="LIST", help="With --target-bpw: widths that rows may have. Default: 1,2,3,4,8.")
+@click.option(
+    "--target-size", metavar="SIZE",
+    help="The same by bytes of the whole file that `gqsac build` writes, head and kernels counted: 90M, 4G, 512Mi.",
+)  # fmt: skip
+@click.option(
+    "--target-memory", metavar="SIZE",
+    help="The same by bytes of memory that a run needs, KV cache and activations counted, at --context.",
+)  # fmt: skip
+@click.option("--context", type=click.IntRange(min=1), help="With --target-memory: positions. Default: 4096 at most.")
+@click.option(
+    "--build-target", "targets", multiple=True, metavar="TARGET",
+    help="With --target-size or --target-memory: a --target that `gqsac build` will get; repeatable. Default: its own.",
+)  # fmt: skip
+@click.option("--widths", metavar="LIST", help="With a target: widths that rows may have. Default: 1,2,3,4,8.")
+@click.option("--bits", type=click.IntRange(2, 8), help="One width for all: 2, 3, 4 or 8 bits. Default: 4.")
 @click.option("--group-size", type=int, help=f"Weights in a group: {', '.join(map(str, GROUP_SIZES))}. Default: 16.")
 @click.option("--sparsity", type=float, default=None, help="Share of groups to remove, 0 to below 1. Default: 0.02.")
 @click.option(
@@ -85,16 +99,18 @@ def cli():
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 def compress(source, output, as_json, stages, minutes, e2e_steps, widths, **options):
-    """Makes a compressed checkpoint of a model: calibrate, choose groups, quantise, and train.
+    """Makes a compressed checkpoint of a model: calibrate, choose widths or groups, quantise, and train.
 
-    SRC is a Hugging Face folder, a hub id, or a .gguf file. Block after block is calibrated,
-    its least salient 1xG groups removed and the rest rounded to INT with a scale and a zero each.
+    SRC is a Hugging Face folder, a hub id, or a .gguf file. Block after block is calibrated and rounded to INT, every
+    row to the width that pays best under the target; or, as published, all to --bits with the least salient 1xG
+    groups removed (--sparsity).
     With more --stages the compressed model is trained: bqpo block by block, distill and e2e-oqp end to end.
     An interrupted run goes on where it stopped when the same command is given again.
     The folder gets a report of the run, report.json and report.png.
 
     \b
-    gqsac compress SmolLM2.gguf -o smollm2/ --sparsity 0.05
+    gqsac compress SmolLM2.gguf -o smollm2/
+    gqsac compress SmolLM2.gguf -o smollm2/ --target-size 90M
     gqsac compress models/llama-7b -o llama/ --sparsity 0.5 --calibration train.txt --stages bqpo,e2e-oqp
     gqsac compress SmolLM2.gguf -o smollm2/ --target-bpw 2.6 --calibration train.txt --stages distill
     """
@@ -125,6 +141,9 @@ def _chosen(stages=None, minutes=None, e2e_steps=None, widths=None, **options) -
         chosen["minutes"] = _numbers("--minutes", minutes)
     if e2e_steps is not None:
         chosen["e2e_steps"] = _numbers("--e2e-steps", e2e_steps, int)
+    for name in ("target_size", "target_memory"):
+        if name in chosen:
+            chosen[name] = _bytes(f"--{name.replace('_', '-')}", chosen[name])
     if widths is not None:
         found = _numbers("--widths", widths, int)
         chosen["widths"] = found if isinstance(found, tuple) else (found,)
@@ -151,6 +170,14 @@ def _check_effect(chosen: dict) -> None:
                 f"--{name.replace('_', '-')} is for the stages {' and '.join(heeding)}, but --stages is "
                 f"{','.join(stages)}; leave it out, or add a stage"
             )
+
+
+def _bytes(option: str, text: str) -> int:
+    """A size such as 90M (millions of bytes) or 512Mi (of 2^20)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B?", text.strip())
+    if not found or (found[3] and not found[2]):
+        raise click.UsageError(f"{option} is {text!r}, expected a size such as 90M, 4G or 512Mi")
+    return round(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
 
 
 def _numbers(option: str, text: str, kind=float):

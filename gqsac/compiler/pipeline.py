@@ -17,7 +17,7 @@ from gqsac import __version__
 from gqsac.checkpoint import Checkpoint
 from gqsac.compiler import dump, ir
 from gqsac.compiler.passes import compile_cpu, compile_cuda
-from gqsac.compiler.passes.bundle import bundle, check_output
+from gqsac.compiler.passes.bundle import bundle, bundled_bytes, check_output
 from gqsac.compiler.passes.choose_layouts import LayoutOptions, Weights, module_of
 from gqsac.compiler.passes.compile import Compiled, check_targets, compile_all, default_cache_dir, default_targets
 from gqsac.compiler.passes.fuse import fuse
@@ -25,14 +25,14 @@ from gqsac.compiler.passes.fuse_records import fuse_records
 from gqsac.compiler.passes.legalize import legalize
 from gqsac.compiler.passes.link import kv_layers, link, ropes
 from gqsac.compiler.passes.measure_linears import measure_linears
-from gqsac.compiler.passes.pack import pack
+from gqsac.compiler.passes.pack import Packing, pack
 from gqsac.compiler.passes.plan_memory import plan_memory
 from gqsac.compiler.passes.render import render
 from gqsac.compiler.passes.schedule import schedule
 from gqsac.compiler.passes.specialize import specialize
 from gqsac.compiler.passes.trace import trace
 from gqsac.compiler.passes.verify import verify
-from gqsac.compiler.summary import Summary, count_bytes
+from gqsac.compiler.summary import ByteCounts, Summary, count_bytes
 from gqsac.errors import InputError
 from gqsac.model_info import bos_token_id, chat_template, eos_token_ids, model_name, tokenizer_json
 from gqsac.rounding import RoundedCheckpoint, Rounding
@@ -77,13 +77,71 @@ def build(
     if not options.dry_run:
         check_output(output)
     dumper = dump.Dumper(options.dump_dir)
-    targets = check_targets(options.targets) if options.targets else default_targets()
-    if options.kv_dtype not in KV_DTYPES:
-        raise InputError(f"unknown KV cache type {options.kv_dtype!r}; choose from {', '.join(KV_DTYPES)}")
-    jobs = options.jobs or len(os.sched_getaffinity(0))
+    check_options(options)
+    planned = _plan(open_checkpoint(model, options.rounding), options, dumper, progress)
+    if options.dry_run:
+        return planned.summary([], None, time.perf_counter() - started)
+    compiled = _compiled(planned, options, progress)
+    dumper.binaries(compiled)
+    content = _content(planned, compiled, options)
+    n_bytes = sum(tensor.size for tensor in content["tensors"])
+    written = 0
+
+    def wrote(count: int) -> None:
+        nonlocal written
+        written += count
+        progress("write", written, n_bytes)
+
+    # Before the file gets its name, `verify` reads it as a stranger would meet it: by the runtime's own rules.
+    size = bundle(Path(output), **content, check=verify, progress=wrote)
+    return planned.summary(compiled, size, time.perf_counter() - started)
+
+
+def planned_summary(
+    checkpoint: Checkpoint,
+    options: BuildOptions,
+    context: int | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Summary:
+    """What a build of this checkpoint would report, before its weights are there: none is read, and nothing is written.
+
+    context: positions that memory_bytes are for, if not the default. With options.dry_run nothing is compiled, and
+    file_bytes is None; otherwise it is exact.
+    """
+    started = time.perf_counter()
+    planned = _plan(checkpoint, options, dump.Dumper(None), progress)
+    compiled, size = [], None
+    if not options.dry_run:
+        compiled = _compiled(planned, options, progress)
+        size = bundled_bytes(**_content(planned, compiled, options))
+    return planned.summary(compiled, size, time.perf_counter() - started, context)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """All that is known before any kernel is compiled. sources: family -> kernel name -> text."""
+
+    name: str
+    tokenizer: str
+    template: str | None
+    targets: tuple[str, ...]
+    program: Program
+    counts: ByteCounts
+    packing: Packing
+    sources: dict[str, dict[str, str]]
+
+    def summary(
+        self, compiled: list[Compiled], file_bytes: int | None, seconds: float, context: int | None = None
+    ) -> Summary:
+        """See Summary.make."""
+        program = self.program if not compiled else replace(self.program, binaries=link(compiled, self.targets)[0])
+        return Summary.make(program, self.counts, self.packing, compiled, self.targets, file_bytes, seconds, context)
+
+
+def _plan(checkpoint: Checkpoint, options: BuildOptions, dumper: dump.Dumper, progress) -> _Planned:
+    targets = check_options(options)
 
     # The checkpoint names its weights; none is read before the bundle is written.
-    checkpoint = open_checkpoint(model, options.rounding)
     name = model_name(checkpoint)
     # They go into the file as they are: better refused now than after minutes of compiling.
     tokenizer, template = tokenizer_json(checkpoint), chat_template(checkpoint)
@@ -138,9 +196,12 @@ def build(
         for family, kernels in specs.items()
     }
     dumper.sources(sources)
-    if options.dry_run:
-        return Summary.make(program, counts, packing, [], targets, None, time.perf_counter() - started)
-    total = sum(len(specs["cuda"]) if family_of(target) == "cuda" else 1 for target in targets)
+    return _Planned(name, tokenizer, template, targets, program, counts, packing, sources)
+
+
+def _compiled(planned: _Planned, options: BuildOptions, progress) -> list[Compiled]:
+    sources, targets = planned.sources, planned.targets
+    total = sum(len(sources["cuda"]) if family_of(target) == "cuda" else 1 for target in targets)
     done = 0
 
     def compiled_one(compiled: Compiled) -> None:
@@ -148,35 +209,30 @@ def build(
         done += 1
         progress("compile", done, total)
 
+    jobs = options.jobs or len(os.sched_getaffinity(0))
     cache_dir = default_cache_dir() if options.cache else None
-    compiled = compile_all(sources, targets, jobs, cache_dir, compiled_one)
-    dumper.binaries(compiled)
+    return compile_all(sources, targets, jobs, cache_dir, compiled_one)
 
+
+def _content(planned: _Planned, compiled: list[Compiled], options: BuildOptions) -> dict:
+    """What goes into the file: arguments of `bundle`."""
     # One file: binaries first, so that a reader meets the code before gigabytes of weights.
-    binaries, binary_tensors = link(compiled, targets)
-    program = replace(program, binaries=binaries)
-    tensors = (*binary_tensors, *packing.tensors)
-    n_bytes = sum(tensor.size for tensor in tensors)
-    written = 0
+    binaries, binary_tensors = link(compiled, planned.targets)
+    return {
+        "name": planned.name,
+        "program_json": replace(planned.program, binaries=binaries).to_json(),
+        "compiler_json": canonical_json(compiler_identity(planned.targets, options)),
+        "tokenizer_json": planned.tokenizer,
+        "chat_template": planned.template,
+        "tensors": (*binary_tensors, *planned.packing.tensors),
+    }
 
-    def wrote(count: int) -> None:
-        nonlocal written
-        written += count
-        progress("write", written, n_bytes)
 
-    size = bundle(
-        Path(output),
-        name=name,
-        program_json=program.to_json(),
-        compiler_json=canonical_json(compiler_identity(targets, options)),
-        tokenizer_json=tokenizer,
-        chat_template=template,
-        tensors=tensors,
-        # Before the file gets its name, as a stranger would meet it: read back by the runtime's own rules.
-        check=verify,
-        progress=wrote,
-    )
-    return Summary.make(program, counts, packing, compiled, targets, size, time.perf_counter() - started)
+def check_options(options: BuildOptions) -> tuple[str, ...]:
+    """The targets of a build. Raises InputError for an option that is out of range whatever the model."""
+    if options.kv_dtype not in KV_DTYPES:
+        raise InputError(f"unknown KV cache type {options.kv_dtype!r}; choose from {', '.join(KV_DTYPES)}")
+    return check_targets(options.targets) if options.targets else default_targets()
 
 
 def open_checkpoint(model: str | Path, rounding: Rounding | None) -> Checkpoint:

@@ -78,8 +78,9 @@ class Summary:
         targets: tuple[str, ...],
         file_bytes: int | None,
         seconds: float,
+        context: int | None = None,
     ) -> Summary:
-        """The summary of a build, or of a dry run that compiled nothing."""
+        """Of a build, or of a dry run that compiled nothing. context: for memory_bytes, if not the default."""
         reports = []
         for kernel in program.plans["cuda"].kernels if "cuda" in program.plans else ():
             mine = [item for item in compiled if item.kernel == kernel.name and item.target.startswith("sm_")]
@@ -87,7 +88,7 @@ class Summary:
             spills = {item.target: item.report["spill_bytes"] for item in mine}
             reports.append(KernelReport(kernel.name, registers, spills))
         tensors = {tensor.name: tensor for tensor in packing.tensors}
-        context = default_context(program)
+        context = context or default_context(program)
         return cls(
             program=program,
             counts=counts,

@@ -8,24 +8,29 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from gqsa_runtime.errors import InputError
+from gqsa_runtime.format import ALIGNMENT
 
 from gqsac.compiler.stacks import stacks_of
-from gqsac.compress.options import Options
+from gqsac.compress.goal import Goal
+from gqsac.compress.options import Options, in_words
 from gqsac.compress.partial import PartialFolder
 from gqsac.compress.row_costs import row_costs
 from gqsac.compress.sensitivity import sensitivities
 from gqsac.compress.widths import WidthBudget
+from gqsac.source import Source
 
 _START_WIDTH = 4  # bits from which a training comes down: hardly anything is lost there
 _KEPT = "sensitivity"
 TOLERANCE = 0.005  # of the target, within which the result is
+_TRIES, _LEAST_STEP = 8, 1e-4  # bits per weight; of meeting a goal in bytes
 
 
 @dataclass
 class Allotment:
     """A budget in bits per weight and what it is spent by.
 
-    target: bits per weight of the result at most. start: those from which a training comes down, or the target.
+    target: bits per weight of the result at most; with a goal in bytes, about, until `measure` has been called. start:
+    those from which a training comes down, or the target. goal: what is to be met in bytes, if anything.
     scores: path -> f32 [rows, q_groups], see sensitivity.fisher_scores. costs: path -> f32 [rows, widths], of the
     uncompressed weights. Both are empty until `measure` has been called.
     """
@@ -33,23 +38,68 @@ class Allotment:
     budget: WidthBudget
     target: float
     start: float
+    goal: Goal | None
     scores: dict[str, np.ndarray]
     costs: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, config: dict, shapes: dict[str, tuple[int, int]], options: Options) -> Allotment:
-        """Raises InputError for a target that rows of these widths cannot have."""
-        budget = WidthBudget(stacks_of(config, shapes), options.widths)
+    def of(cls, source: Source, shapes: dict[str, tuple[int, int]], options: Options, shown: bool = False) -> Allotment:
+        """Raises InputError for a target that rows of these widths cannot have. shown: progress on a terminal."""
+        budget = WidthBudget(stacks_of(source.config, shapes), options.widths)
+        goal = Goal.of(source, shapes, options, shown)
+        target = options.target_bpw if goal is None else _bits_of(goal, budget, options)
         least, most = budget.limits()
-        if not least <= options.target_bpw <= most * (1 + TOLERANCE):
-            widths = ", ".join(map(str, options.widths))
+        if goal is None and not least <= target <= most * (1 + TOLERANCE):
             raise InputError(
-                f"the target is {options.target_bpw:g} bits per weight, but the linears of this model, rows of "
-                f"{widths} bits with scales and all, can have {math.ceil(least * 100) / 100:.2f} to "
+                f"the target is {target:g} bits per weight, but the linears of this model, rows of "
+                f"{_listed(options.widths)} bits with scales and all, can have {math.ceil(least * 100) / 100:.2f} to "
                 f"{math.floor(most * (1 + TOLERANCE) * 100) / 100:.2f}; choose a target in that range"
             )
         start = budget.bits_per_weight(budget.uniform(_start_width(budget)))
-        return cls(budget, options.target_bpw, max(start, options.target_bpw), {}, {})
+        return cls(budget, target, max(start, target), goal, {}, {})
+
+    def choose(self, costs: dict[str, np.ndarray], bits_per_weight: float | None = None) -> dict[str, np.ndarray]:
+        """Path -> uint8 [rows]: the widths of the least cost that meet the target exactly, or with so many bits, about.
+
+        costs: path -> f32 [rows, widths]. Raises InputError where a goal in bytes turns out to be out of reach.
+        """
+        if bits_per_weight is not None:
+            return self.budget.choose(costs, bits_per_weight, exact=False)
+        if self.goal is None:
+            return self.budget.choose(costs, self.target)
+        return self._met(costs)
+
+    def _met(self, costs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Widths whose bytes are within the goal and, as far as kernels allow, TOLERANCE of it.
+
+        What is not weights, kernels above all, changes a little with the widths: so it is measured and tried again.
+        """
+        goal, budget = self.goal, self.budget
+        enough = goal.most * (1 - TOLERANCE)
+        (low, high), best = budget.limits(), (-1, None)
+        bits = min(max(self.target, low), high)
+        for _ in range(_TRIES):
+            found = budget.choose(costs, bits)
+            n_bytes = goal.n_bytes(found)
+            nearer = bits + 8 * (enough - n_bytes) / budget.n_weights
+            if n_bytes < enough:  # by a kernel less than expected, perhaps
+                found = budget.filled(costs, found, goal.most - n_bytes - ALIGNMENT * len(budget.stacks))
+                n_bytes = goal.n_bytes(found)
+            if n_bytes <= goal.most:
+                low, best = bits, max(best, (n_bytes, found), key=lambda known: known[0])
+            else:
+                high = bits
+            if enough <= n_bytes <= goal.most or high - low < _LEAST_STEP:
+                break
+            bits = nearer if low < nearer < high else (low + high) / 2
+        if best[1] is None:
+            least = goal.n_bytes(budget.uniform(budget.widths[0]))
+            raise InputError(
+                f"{in_words(goal.most)} is too little for {goal.words}: with the least widths it takes "
+                f"{in_words(least)}, and mixed ones need kernels of their own; choose a little more"
+            )
+        self.target = budget.bits_per_weight(best[1])
+        return best[1]
 
     @property
     def falls(self) -> bool:
@@ -74,15 +124,34 @@ class Allotment:
             partial.save_block(_KEPT, 0, kept)
         self.scores = {path: kept[f"scores.{path}"] for path in paths}
         self.costs = {path: kept[f"costs.{path}"] for path in paths}
+        if self.goal is not None:
+            self.choose(self.costs)  # from now on the target is known
 
     def row_bits(self, falling: bool) -> dict[str, torch.Tensor]:
         """Path -> widths, uint8 [rows], for the target, or, if a training is to bring them down, to begin with."""
-        if falling and self.falls:
-            found = self.budget.uniform(_start_width(self.budget))
-        else:
-            found = self.budget.choose(self.costs, self.target)
+        falls = falling and self.falls
+        found = self.budget.uniform(_start_width(self.budget)) if falls else self.choose(self.costs)
         return {path: torch.from_numpy(row_bits) for path, row_bits in found.items()}
 
 
 def _start_width(budget: WidthBudget) -> int:
     return max((width for width in budget.widths if width <= _START_WIDTH), default=budget.widths[0])
+
+
+def _bits_of(goal: Goal, budget: WidthBudget, options: Options) -> float:
+    """Bits per weight, about, with which a goal in bytes is met. Raises InputError for one out of reach."""
+    ends = [budget.uniform(width) for width in (budget.widths[0], budget.widths[-1])]
+    least, most = map(goal.n_bytes, ends)
+    if not least <= goal.most <= most * (1 + TOLERANCE):
+        raise InputError(
+            f"the target is {in_words(goal.most)} for {goal.words}, but with rows of {_listed(options.widths)} bits it "
+            f"can take {in_words(least)} to {in_words(most * (1 + TOLERANCE))}, all counted; choose a target in that "
+            "range"
+        )
+    rest = most - budget.n_bytes(ends[1])
+    low, high = budget.limits()
+    return min(max(low, 8 * (goal.most - rest) / budget.n_weights), high)
+
+
+def _listed(widths: tuple[int, ...]) -> str:
+    return ", ".join(map(str, widths))

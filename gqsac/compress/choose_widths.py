@@ -80,13 +80,13 @@ class WidthChooser:
     def choose(self, fraction: float) -> None:
         """Chooses the widths for that share of the training, now."""
         self.reached = self.reached or fraction >= RAMP
-        start, target = self._allotment.start, self._allotment.target
-        bits = start - scheduled_sparsity(start - target, fraction, RAMP)
-        budget = self._allotment.budget
+        allotment, bits = self._allotment, None
+        if not self.reached:
+            bits = allotment.start - scheduled_sparsity(allotment.start - allotment.target, fraction, RAMP)
         weights = {path: linear.weight for path, linear in self._linears.items()}
-        costs = row_costs(weights, self.scores, budget.widths)
+        costs = row_costs(weights, self.scores, allotment.budget.widths)
         costs = dict(zip(costs, _on_cpu(list(costs.values())), strict=True))
-        found = budget.choose({path: c.numpy() for path, c in costs.items()}, bits, exact=self.reached)
+        found = allotment.choose({path: c.numpy() for path, c in costs.items()}, bits)
         set_widths(self._linears, {path: torch.from_numpy(row_bits) for path, row_bits in found.items()})
 
 

@@ -106,7 +106,7 @@ def needs(size: ModelSize, options: Options, device: torch.device, free: Free) -
     """Of every stage, in order."""
     found = []
     starts_dense = options.training[:1] == ("distill",) and options.removes_gradually("distill")
-    if options.target_bpw is not None or options.allocation == "global" and options.sparsity > 0 and not starts_dense:
+    if options.by_rows or options.allocation == "global" and options.sparsity > 0 and not starts_dense:
         found.append(_allocation(size, options, device))
     found.append(_blockwise(size, options, device, free))
     return found + [

@@ -15,6 +15,13 @@ from gqsac.quantized_matrix import ROW_BITS
 STAGES = ("one-shot", "bqpo", "distill", "e2e-oqp")
 END_TO_END = ("distill", "e2e-oqp")
 REMOVALS = ("at-once", "gradual")
+TARGETS = ("target_bpw", "target_size", "target_memory")  # each in place of bits and sparsity
+_IN_WORDS = {"target_bpw": "bits per weight", "target_size": "size", "target_memory": "memory"}
+# Without a target, and without any of the options below, this many bits per weight: what a model hardly shows,
+# one-shot (docs/method.md).
+DEFAULT_BPW = 4.5
+_WITHOUT_DEFAULT = ("bits", "sparsity", "pattern", "group_size", "quant_group_size", "allocation", "removal", "widths")
+GROUP_SIZE = 16
 DEFAULT_SPARSITY = 0.02
 SCALE_COLUMNS = 64  # that share a scale where nothing else is asked for
 MASTER_DTYPES = ("float32", "bfloat16")
@@ -29,12 +36,19 @@ _OVERHEAD = 0.35  # bits per weight of scales and zeros of 64 columns, in record
 
 @dataclass(frozen=True)
 class Options:
-    """Every option of `gqsac.compress.run.compress` that changes its result; see there for their meaning."""
+    """Every option of `gqsac.compress.run.compress` that changes its result; see there for their meaning.
+
+    With a target of size or memory target_bpw is filled in when the model is known.
+    """
 
     bits: int | None = None
     target_bpw: float | None = None
+    target_size: int | None = None
+    target_memory: int | None = None
+    context: int | None = None
+    targets: tuple[str, ...] | None = None
     widths: tuple[int, ...] | None = None
-    group_size: int = 16
+    group_size: int | None = None
     quant_group_size: int | None = None
     sparsity: float | None = None
     pattern: str = "1xG"
@@ -72,14 +86,19 @@ class Options:
         return 1 if self.pattern == "2:4" else self.group_size
 
     @property
+    def by_rows(self) -> bool:
+        """Whether widths are chosen row by row under a target."""
+        return any(getattr(self, name) is not None for name in TARGETS)
+
+    @property
     def zeros_between_levels(self) -> bool:
         """Whether zeros may lie between two levels, see grid.py."""
-        return self.target_bpw is not None
+        return self.by_rows
 
     @property
     def mean_bits(self) -> float:
         """Bits of a weight's level, about."""
-        return self.bits if self.target_bpw is None else max(1.0, self.target_bpw - _OVERHEAD)
+        return self.bits if not self.by_rows else max(1.0, self.target_bpw - _OVERHEAD)
 
     def rates(self, stage: str) -> tuple[float, float]:
         """Learning rates of a stage's weights and scales, see RATES. 0.0: they do not learn there."""
@@ -91,7 +110,7 @@ class Options:
         return weights, scales if self.scale_lr is None else self.scale_lr
 
     def _share_of_rate(self) -> float:
-        if self.target_bpw is not None:  # as of the uniform width of that size, and between
+        if self.by_rows:  # as of the uniform width of that size, and between
             return min(1.0, max(_MILDER[-1][2], 0.75 * 2 ** (2 - (self.target_bpw - _OVERHEAD))))
         removed = 0.5 if self.pattern == "2:4" else self.sparsity
         return next(share for least, levels, share in _MILDER if removed >= least or 1 << self.bits <= levels)
@@ -113,7 +132,31 @@ class Options:
     def identity(self) -> dict:
         """What a resumed run must share with the one that was stopped. Learning rates are left out, so
         that a run that diverged can go on with lower ones."""
-        return {key: value for key, value in asdict(self).items() if key not in ("weight_lr", "scale_lr")}
+        left_out = {"weight_lr", "scale_lr"}
+        if self.target_size is not None or self.target_memory is not None:
+            left_out.add("target_bpw")  # which follows
+        return {key: value for key, value in asdict(self).items() if key not in left_out}
+
+
+def target_in_words(options: Options) -> str:
+    """What a compression aims at, in a line. options: as `checked` and the model have filled them in."""
+    o = options
+    if not o.by_rows:
+        removed = "two of every four weights" if o.pattern == "2:4" else f"{o.sparsity:.1%} of groups of {o.group_size}"
+        return f"{o.bits} bits for every weight, {removed} removed"
+    rows = f"rows of {', '.join(map(str, o.widths))} bits"
+    for n_bytes, what in (o.target_size, "the built file"), (o.target_memory, "the memory of a run"):
+        if n_bytes is not None:
+            return f"{in_words(n_bytes)} for {what}, {rows}"
+    return f"{o.target_bpw:.2f} bits per weight, {rows}"
+
+
+def in_words(n_bytes: float) -> str:
+    """A size for people: "90.78 MB"."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n_bytes >= unit:
+            return f"{n_bytes / unit:.2f} {name}"
+    return f"{n_bytes:.0f} bytes"
 
 
 def with_scale_groups(options: Options, columns: Iterable[int]) -> Options:
@@ -132,7 +175,7 @@ def with_scale_groups(options: Options, columns: Iterable[int]) -> Options:
 def checked(options: Options) -> Options:
     """The options with their defaults filled in. Raises InputError for the first that is out of range."""
     o = options = _with_widths(options)
-    if o.target_bpw is None and o.bits not in BITS:
+    if not o.by_rows and o.bits not in BITS:
         raise InputError(f"bits is {o.bits}, expected one of {', '.join(map(str, BITS))}")
     if o.group_size not in GROUP_SIZES:
         raise InputError(f"the group size is {o.group_size}, expected one of {', '.join(map(str, GROUP_SIZES))}")
@@ -185,6 +228,7 @@ def checked(options: Options) -> Options:
         "skip": tuple(o.skip),
         "sparsity": float(sparsity),
         "stages": tuple(o.stages),
+        "targets": tuple(o.targets) if o.targets else None,
         "train_samples": train_samples,
     }
     return Options(**{**asdict(o), **filled})
@@ -193,17 +237,33 @@ def checked(options: Options) -> Options:
 def _with_widths(options: Options) -> Options:
     """The options with what a target, or its absence, settles. Raises InputError for what contradicts it."""
     o = options
-    if o.target_bpw is None:
+    if all(getattr(o, name) in (None, "1xG") for name in (*TARGETS, *_WITHOUT_DEFAULT)):
+        o = replace(o, target_bpw=DEFAULT_BPW)
+    o = replace(o, group_size=GROUP_SIZE if o.group_size is None else o.group_size)
+    given = [name for name in TARGETS if getattr(o, name) is not None]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} are given, and each is a target of its own; give one of them")
+    if o.context is not None and o.target_memory is None:
+        raise InputError(f"the context is {o.context}, but only a target of memory depends on it; leave it out")
+    if o.targets and given not in (["target_size"], ["target_memory"]):
+        raise InputError(
+            "targets of the build are given, but only a target of size or memory depends on them; leave them out"
+        )
+    if not given:
         if o.widths is not None:
             raise InputError("widths are given, but no target of bits per weight; give one, or leave the widths out")
         return replace(o, bits=4 if o.bits is None else o.bits)
-    _check_positive("target_bpw", o.target_bpw)
+    _check_positive(given[0], getattr(o, given[0]))
+    if o.context is not None:
+        _check_positive("context", o.context)
     if o.bits is not None:
-        raise InputError(f"bits is {o.bits}, but a target of bits per weight chooses them row by row; leave them out")
+        raise InputError(
+            f"bits is {o.bits}, but a target of {_IN_WORDS[given[0]]} chooses them row by row; leave them out"
+        )
     if o.sparsity or o.pattern != "1xG":
         raise InputError(
-            "a target of bits per weight is met by the widths of rows, and nothing is removed; leave out sparsity and "
-            "pattern"
+            f"a target of {_IN_WORDS[given[0]]} is met by the widths of rows, and nothing is removed; leave out "
+            "sparsity and pattern"
         )
     widths = ROW_BITS if o.widths is None else tuple(sorted(set(o.widths)))
     unknown = [width for width in widths if width not in ROW_BITS]

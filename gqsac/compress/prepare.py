@@ -62,7 +62,7 @@ def _check_columns(path: str, columns: int, options: Options) -> None:
             f"{path} has {columns} input columns, which quantisation groups of {options.quant_group_size} do not "
             "divide; use smaller ones, or skip the layer"
         )
-    if options.target_bpw is not None and (columns % SCALE_COLUMNS or columns > RECORD_COLUMNS):
+    if options.by_rows and (columns % SCALE_COLUMNS or columns > RECORD_COLUMNS):
         raise InputError(
             f"{path} has {columns} input columns, and rows of different widths need a multiple of {SCALE_COLUMNS}, "
             f"up to {RECORD_COLUMNS}; leave the linear dense with --skip, or give --bits in place of a target"

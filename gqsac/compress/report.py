@@ -9,7 +9,7 @@ import numpy as np
 
 from gqsac.compiler.passes.choose_layouts import stored_bytes
 from gqsac.compress.allot_widths import Allotment
-from gqsac.compress.options import Options
+from gqsac.compress.options import Options, in_words
 from gqsac.compress.write import write_json
 from gqsac.quantized_matrix import QuantizedMatrix, scales_in_use
 
@@ -118,6 +118,9 @@ def summary(report: dict) -> str:
         f"  calibrated on   {report['calibration']}",
         f"  weights         {weights}: {bits}",
     ]
+    for key in ("file_bytes", "memory_bytes"):
+        if key in report:
+            lines.append(f"  as built        {in_words(report[key])}: {report['counted']}")
     for name, facts in report["stages"].items():
         lines.append(f"  {name:15s} {_outcome(facts)}{facts['seconds']:.0f} s, peak {_peak(facts)}")
     size = f"{report['bytes'] / 1e6:.1f} MB, {report['seconds']:.0f} s in all"

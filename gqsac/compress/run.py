@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +30,7 @@ from gqsac.compress.compiled import compiles
 from gqsac.compress.end_to_end import train
 from gqsac.compress.failures import LOADING, explained
 from gqsac.compress.memory import check_loading, check_memory
-from gqsac.compress.options import Options, checked, with_scale_groups
+from gqsac.compress.options import Options, checked, target_in_words, with_scale_groups
 from gqsac.compress.partial import PartialFolder, refuse_existing
 from gqsac.compress.prepare import choose_device, compressed_shapes, sample_length, source_tokens
 from gqsac.compress.progress import Meter, block_bar, step_bar
@@ -65,8 +66,12 @@ def compress(
     after_stage: called with a stage's name and a function that makes the dequantised model (f32, on the CPU) as that
     stage left it. The options, see compress/options.py for the defaults:
 
-    bits: 2, 3, 4 or 8 (symmetric); 4 by default. target_bpw: in their place, bits per weight of the compressed linears
-    as `gqsac build` counts them (compiler/stacks.py), at most: widths are chosen row by row and nothing is removed.
+    Without any of bits, sparsity, pattern, group sizes, allocation, removal and targets: target_bpw 4.5.
+    bits: 2, 3, 4 or 8 (symmetric); otherwise 4 by default. target_bpw: in their place, bits per weight of the
+    compressed linears as `gqsac build` counts them (compiler/stacks.py), at most: widths are chosen row by row and
+    nothing is removed. target_size, target_memory: the same in bytes: of the whole file that `gqsac build` writes, or
+    of the memory that a run needs at `context` positions (by default 4096 or the model's), head, embeddings, scales,
+    norms, kernels and KV cache counted. targets: of that build, by default all that it has by default.
     widths: that rows may then have, some of 1, 2, 3, 4, 8. group_size: 8, 16, 32, 64 or 128 columns that are removed
     together. quant_group_size: columns that share a scale and a zero, a multiple of group_size. sparsity: share of all
     groups to remove, 0 to below 1. pattern: "1xG", or "2:4" for two of every four weights. allocation: "row", "layer"
@@ -131,8 +136,9 @@ class _Run:
         self._shapes = compressed_shapes(source, self._block_path, blocks, options)
         options = self._options = with_scale_groups(options, (columns for _, columns in self._shapes.values()))
         self._allotment = None
-        if options.target_bpw is not None:
-            self._allotment = Allotment.of(source.config, self._shapes, options)
+        if options.by_rows:
+            self._allotment = Allotment.of(source, self._shapes, options, progress)
+            options = self._options = replace(options, target_bpw=self._allotment.target)
         seq_len = sample_length(source, options.seq_len)
         trains = bool(options.end_to_end) and options.train_samples != options.samples
         wanted = {"calibration": options.samples} | ({"training": options.train_samples} if trains else {})
@@ -176,6 +182,8 @@ class _Run:
 
     def all(self) -> dict:
         """The samples, every stage, then the checkpoint. The report."""
+        if self._progress:
+            print(f"target: {target_in_words(self._options)}", file=sys.stderr, flush=True)
         self._tokens, self._train_tokens = self._samples()
         last = self._blockwise()
         for stage in self._options.training:
@@ -257,6 +265,7 @@ class _Run:
             self._partial, self._progress,
         )  # fmt: skip
         self._stages["sensitivities"] = meter.facts()
+        self._options = replace(self._options, target_bpw=self._allotment.target)  # learning rates follow
         return self._allotment.row_bits(falling)
 
     def _end_to_end(self, stage: str, previous: str) -> str:
@@ -330,6 +339,10 @@ class _Run:
                     counts[path] = stored_counts(from_stored(path, stored, shape, options))
         writer.finish()
         facts = sizes(self._shapes, counts, options, self._allotment)
+        if self._allotment is not None and self._allotment.goal is not None:
+            goal = self._allotment.goal
+            facts[goal.key] = goal.n_bytes({path: count.row_bits for path, count in counts.items()})
+            facts["counted"] = goal.words
         config = QuantizationConfig(
             bits=options.bits if self._allotment is None else facts["mean_width"],
             group_size=options.group_size,

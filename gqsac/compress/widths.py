@@ -93,6 +93,20 @@ class WidthBudget:
             _fill(units, parts, budget - fixed)
         return self._by_path(units, parts)
 
+    def filled(self, costs: dict[str, np.ndarray], row_bits: dict[str, np.ndarray], more: int) -> dict[str, np.ndarray]:
+        """The widths with up to so many bytes more, where they gain most, and the same kernels.
+
+        Blocks go to widths that their stack has already, and none is emptied. costs: see `choose`.
+        """
+        units = [self._units(stack, costs) for stack in self.stacks]
+        parts = []
+        for stack in self.stacks:
+            widths = np.concatenate([row_bits[path] for path in stack.modules])
+            parts.append(np.searchsorted(self.widths, widths[: len(widths) // 2] if stack.paired else widths))
+        now = sum(_bytes(u, chosen) for u, chosen in zip(units, parts, strict=True))
+        _fill(units, parts, now + more, same_kernels=True)
+        return self._by_path(units, parts)
+
     def _units(self, stack: Stack, costs: dict[str, np.ndarray]) -> _Units:
         rows = np.concatenate([np.asarray(costs[path], np.float64) for path in stack.modules])
         if stack.paired:
@@ -153,21 +167,22 @@ def _whole_blocks(u: _Units, weight: float) -> np.ndarray:
     return chosen
 
 
-def _fill(units: list[_Units], parts: list[np.ndarray], budget: float) -> None:
-    """Spends what is left of the budget on the blocks that gain most a byte, in place."""
+def _fill(units: list[_Units], parts: list[np.ndarray], budget: float, same_kernels: bool = False) -> None:
+    """Spends what is left of the budget on the blocks that gain most a byte, in place. same_kernels: see `filled`."""
     left = budget - sum(_bytes(u, chosen) for u, chosen in zip(units, parts, strict=True))
 
     def moves(number: int):
         """(gain a byte, bytes, stack, its units, new width) of a block of each width of a stack made wider."""
         u, chosen = units[number], parts[number]
-        for width in range(len(u.block_bytes) - 1):
+        steps = np.unique(chosen) if same_kernels else np.arange(len(u.block_bytes))
+        for width, wider in zip(steps[:-1].tolist(), steps[1:].tolist(), strict=True):
             mine = np.flatnonzero(chosen == width)
-            if len(mine) >= u.in_block:
-                gain = u.costs[mine, width] - u.costs[mine, width + 1]
+            if len(mine) >= u.in_block + same_kernels:
+                gain = u.costs[mine, width] - u.costs[mine, wider]
                 most = np.argsort(-gain, kind="stable")[: u.in_block]
-                more = u.block_bytes[width + 1] - u.block_bytes[width]
+                more = u.block_bytes[wider] - u.block_bytes[width]
                 if more <= left:
-                    yield gain[most].sum() / more, more, number, mine[most], width + 1
+                    yield gain[most].sum() / more, more, number, mine[most], wider
 
     known = {number: list(moves(number)) for number in range(len(units))}
     while True:

@@ -23,7 +23,7 @@ from tests.format import gguf_bytes, tiny
 
 pytestmark = pytest.mark.skipif(not device_cpu.supported_targets(), reason="this CPU runs none of gqsac's kernels")
 
-SAMPLES = ("--samples", 2, "--seq-len", 32)
+SAMPLES = ("--bits", 4, "--samples", 2, "--seq-len", 32)
 
 
 @pytest.fixture(scope="module")

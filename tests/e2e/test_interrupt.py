@@ -59,7 +59,7 @@ def artifact(tmp_path_factory):
 
 def test_compress_goes_on_where_it_was(tmp_path):
     source = save_checkpoint(tmp_path / "source", "llama", num_hidden_layers=10)
-    work = ("compress", source, "-o", tmp_path / "out", "--samples", 16, "--seq-len", 160)
+    work = ("compress", source, "-o", tmp_path / "out", "--bits", 4, "--samples", 16, "--seq-len", 160)
 
     def finished() -> int:
         return len(list((tmp_path / "out.partial").glob("*.safetensors")))

@@ -36,7 +36,9 @@ def refused(tmp_path, llama, capsys):
     def run(*arguments):
         before = sorted(tmp_path.iterdir())
         with pytest.raises(SystemExit) as stop:
-            main(cli, ["compress", str(llama), "-o", str(tmp_path / "out"), *map(str, arguments)], "gqsac")
+            main(
+                cli, ["compress", str(llama), "-o", str(tmp_path / "out"), "--bits", "4", *map(str, arguments)], "gqsac"
+            )
         assert stop.value.code == 1
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1, said
@@ -71,7 +73,8 @@ def test_a_bad_text_is_refused(tmp_path, refused, content, message):
 
 def test_a_text_of_exactly_enough_tokens_is_taken(tmp_path, llama):
     (tmp_path / "text").write_bytes(b"\xef\xbb\xbf" + b"x" * 128)
-    compress(llama, tmp_path / "out", calibration=tmp_path / "text", samples=8, seq_len=16, progress=False)
+    small = {"bits": 4, "samples": 8, "seq_len": 16, "progress": False}
+    compress(llama, tmp_path / "out", calibration=tmp_path / "text", **small)
 
 
 def test_a_long_text_of_long_tokens_is_read_to_its_end():
@@ -280,7 +283,7 @@ def test_too_little_memory_is_refused_before_any_work(tmp_path, llama, refused, 
     assert re.search(r"distill needs at least \S+ MB of memory, and 4.0 MB are free; what would fit: --batch-t", said)
     batch = re.search(r"--batch-tokens (\d+)", said)[1]
     with pytest.raises(SystemExit) as stop:
-        main(cli, ["compress", str(llama), "-o", str(tmp_path / "out"), *map(str, common), "--batch-tokens", batch])
+        main(cli, ["compress", str(llama), "-o", str(tmp_path / "out"), "--bits", "4", *map(str, common), "--batch-tokens", batch])
     assert stop.value.code == 0
 
 
@@ -342,7 +345,7 @@ def test_too_little_disk_is_refused_before_any_work(tmp_path, llama, refused, mo
     said = refused()
     assert re.search(rf"out needs at least 0\.[1-9] MB of disk, and {tmp_path} has 0 MB free; free some space", said)
     monkeypatch.undo()
-    compress(llama, tmp_path / "out", progress=False, samples=4, seq_len=32)
+    compress(llama, tmp_path / "out", bits=4, progress=False, samples=4, seq_len=32)
 
 
 def test_the_least_disk_is_near_what_is_taken(tmp_path, llama, monkeypatch):

@@ -139,10 +139,12 @@ def test_a_log_gets_a_line_now_and_then(tmp_path, llama, whole, capfd, monkeypat
     from gqsac.compress import progress
 
     compress(llama, tmp_path / "quiet", **whole | {"progress": True})
-    assert capfd.readouterr().err == ""  # it took less than a minute
+    first = "target: 4 bits for every weight, 50.0% of groups of 16 removed"
+    assert capfd.readouterr().err.splitlines() == [first]  # it took less than a minute
     monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
     compress(llama, tmp_path / "out", **whole | {"progress": True})
-    lines = capfd.readouterr().err.splitlines()
+    first_too, *lines = capfd.readouterr().err.splitlines()
+    assert first_too == first
     assert re.match(r"bqpo \(calibrating on text.txt\): block 1/2, \d+ s left, error 0.\d+, peak \d", lines[0])
     assert [re.match(r"(\S+): step (\d+)/20, loss \S+, \d+ s left, peak", line).groups() for line in lines[2:]] == [
         (stage, step) for stage in ("distill", "e2e-oqp") for step in ("10", "20")
@@ -282,8 +284,10 @@ def test_a_trained_checkpoint_scores_the_same_through_the_runtime(tmp_path, trai
 def test_the_command_reports_in_words(tmp_path, llama):
     from click.testing import CliRunner
 
-    arguments = ["compress", str(llama), "-o", str(tmp_path / "out"), "--stages", "bqpo, e2e-oqp", "--samples", "4"]
-    result = CliRunner().invoke(cli, [*arguments, "--seq-len", "32", "--epochs", "1", "--e2e-steps", "3"])
+    arguments = ["compress", str(llama), "-o", str(tmp_path / "out"), "--stages", "bqpo, e2e-oqp", "--bits", "4"]
+    result = CliRunner().invoke(
+        cli, [*arguments, "--samples", "4", "--seq-len", "32", "--epochs", "1", "--e2e-steps", "3"]
+    )
     assert result.exit_code == 0, result.output
     for words in (
         "calibrated on   built-in text: 4 samples of 32 tokens",

@@ -50,7 +50,7 @@ def test_from_pretrained_gives_the_dequantised_model(tmp_path, name):
 
 
 def test_bfloat16_weights_are_rounded_once(tmp_path):
-    compress(save_model(tmp_path / "source"), tmp_path / "out", samples=2, seq_len=32, progress=False)
+    compress(save_model(tmp_path / "source"), tmp_path / "out", bits=4, samples=2, seq_len=32, progress=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     (stream,) = Checkpoint.open(tmp_path / "out").streams("model.layers.1.self_attn.o_proj")
     weight = model.model.layers[1].self_attn.o_proj.weight
@@ -58,7 +58,7 @@ def test_bfloat16_weights_are_rounded_once(tmp_path):
 
 
 def test_streams_of_several_widths_are_summed(tmp_path):
-    compress(save_model(tmp_path / "source"), tmp_path / "out", samples=2, seq_len=32, progress=False)
+    compress(save_model(tmp_path / "source"), tmp_path / "out", bits=4, samples=2, seq_len=32, progress=False)
     checkpoint = Checkpoint.open(tmp_path / "out")
     path, rng = "model.layers.0.self_attn.q_proj", np.random.default_rng(0)
     streams = [random_stream(rng, rows=64, bits=2), random_stream(rng, rows=64, bits=8)]

@@ -4,6 +4,7 @@ import contextlib
 import glob
 import hashlib
 import itertools
+import math
 import os
 import tempfile
 from collections import deque
@@ -70,26 +71,8 @@ def bundle(
         raise DeviceError(f"cannot write in {path.parent.resolve()}: {error.strerror}; choose another -o") from error
     writer, held = None, lock(Path(temporary))
     try:
-        writer = gguf.GGUFWriter(temporary, fmt.ARCHITECTURE)
-        writer.add_custom_alignment(fmt.ALIGNMENT)
-        writer.add_string(fmt.KEY_NAME, name)
-        writer.add_uint32(fmt.KEY_FORMAT_VERSION, fmt.FORMAT_VERSION)
-        writer.add_string(fmt.KEY_COMPILER, compiler_json)
-        writer.add_string(fmt.KEY_PROGRAM, program_json)
-        writer.add_string(fmt.KEY_TOKENIZER, tokenizer_json)
-        if chat_template is not None:
-            writer.add_string(fmt.KEY_CHAT_TEMPLATE, chat_template)
-        for tensor in tensors:
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(DTYPES[tensor.dtype]), tensor.size)
-        digests = np.zeros((len(tensors) + 1, 32), np.int8)
-        writer.add_tensor_info(fmt.DIGESTS_TENSOR, digests.shape, digests.dtype, digests.nbytes)
-
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        (file,) = writer.fout
-        writer.write_padding(file, file.tell())
-        file.flush()
+        writer, file = _begun(temporary, name, program_json, compiler_json, tokenizer_json, chat_template, tensors)
+        digests = np.zeros(_digests_shape(tensors), np.int8)
         digests[0] = _digest(Path(temporary).read_bytes())
         for row, (tensor, array) in enumerate(_made_ahead(tensors), start=1):
             if array.shape != tensor.shape or array.dtype != DTYPES[tensor.dtype]:
@@ -120,6 +103,67 @@ def bundle(
         if held is not None:
             os.close(held)
         Path(temporary).unlink(missing_ok=True)
+
+
+def bundled_bytes(
+    *,
+    name: str,
+    program_json: str,
+    compiler_json: str,
+    tokenizer_json: str,
+    chat_template: str | None,
+    tensors: Iterable[PackedTensor],
+) -> int:
+    """The size in bytes of the file that `bundle` would write; no weight is made."""
+    tensors = list(tensors)
+    with tempfile.TemporaryDirectory(prefix="gqsac-") as folder:
+        path = os.path.join(folder, "header")
+        writer, file = _begun(path, name, program_json, compiler_json, tokenizer_json, chat_template, tensors)
+        start = file.tell()
+        writer.close()
+    sizes = [*(tensor.size for tensor in tensors), math.prod(_digests_shape(tensors))]
+    return start + sum(-(-size // fmt.ALIGNMENT) * fmt.ALIGNMENT for size in sizes)
+
+
+def _begun(
+    path: str,
+    name: str,
+    program_json: str,
+    compiler_json: str,
+    tokenizer_json: str,
+    chat_template: str | None,
+    tensors: list[PackedTensor],
+):
+    """The writer of a file whose header is written, and that file, open where its tensors are to follow."""
+    writer = gguf.GGUFWriter(path, fmt.ARCHITECTURE)
+    writer.add_custom_alignment(fmt.ALIGNMENT)
+    writer.add_string(fmt.KEY_NAME, name)
+    writer.add_uint32(fmt.KEY_FORMAT_VERSION, fmt.FORMAT_VERSION)
+    writer.add_string(fmt.KEY_COMPILER, compiler_json)
+    writer.add_string(fmt.KEY_PROGRAM, program_json)
+    writer.add_string(fmt.KEY_TOKENIZER, tokenizer_json)
+    if chat_template is not None:
+        writer.add_string(fmt.KEY_CHAT_TEMPLATE, chat_template)
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(DTYPES[tensor.dtype]), tensor.size)
+    shape = _digests_shape(tensors)
+    writer.add_tensor_info(fmt.DIGESTS_TENSOR, shape, np.dtype(np.int8), math.prod(shape))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        (file,) = writer.fout
+        writer.write_padding(file, file.tell())
+        file.flush()
+    except BaseException:
+        _close(writer)
+        raise
+    return writer, file
+
+
+def _digests_shape(tensors: list[PackedTensor]) -> tuple[int, int]:
+    """Of all that stands before the tensors, and of each."""
+    return len(tensors) + 1, 32
 
 
 def _made_ahead(tensors: list[PackedTensor]) -> Iterator[tuple[PackedTensor, np.ndarray]]:
