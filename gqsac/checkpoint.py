@@ -38,7 +38,8 @@ class _Stored:
 
 
 class Checkpoint:
-    """An open model folder. Make one with `Checkpoint.open`, which also reads compressed-tensors' `pack-quantized`.
+    """An open model folder. Make one with `Checkpoint.open`, which also reads compressed-tensors' `pack-quantized`,
+    GPTQ and AWQ.
 
     config: the parsed config.json. quantization: of a compressed checkpoint, else None.
     """
@@ -89,6 +90,10 @@ class Checkpoint:
             from gqsac.compressed_tensors import PackedCheckpoint  # which is a Checkpoint
 
             return PackedCheckpoint(path, config, weight_files(path))
+        if isinstance(raw, dict) and raw.get("quant_method") in ("gptq", "awq"):
+            from gqsac.gptq_awq import GptqAwqCheckpoint
+
+            return GptqAwqCheckpoint(path, config, weight_files(path))
         quantization = None if raw is None else QuantizationConfig.from_dict(raw, str(path / "config.json"))
         return cls(path, config, quantization, weight_files(path))
 

@@ -214,9 +214,10 @@ def build(model, output, targets, jobs, kv_dtype, exact, head_bits, max_context,
           dry_run, no_cache, as_json):  # fmt: skip
     """Compiles a checkpoint folder into one .gqsa file.
 
-    MODEL is a folder made by `gqsac compress`, or by llm-compressor with 4 or 8 bits (compressed-tensors'
-    pack-quantized). An uncompressed Hugging Face folder is taken too if
-    --bits is given: it is rounded without calibration data, for trying out.
+    MODEL is a folder made by `gqsac compress`, by llm-compressor with 4 or 8 bits (compressed-tensors'
+    pack-quantized), by GPTQ with 2, 4 or 8 bits and without act-order, or by AWQ (gemm). An
+    uncompressed Hugging Face folder is taken too if --bits is given: it is rounded without
+    calibration data, for trying out.
 
     \b
     gqsac build smollm2/ -o smollm2.gqsa
@@ -269,6 +270,27 @@ def export(model, output):
 
     run(Checkpoint.open(model), output)
     click.echo(f"written to {output}", err=True)
+
+
+@cli.command("import")
+@click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+def import_(model, output):
+    """Makes a gqsa checkpoint of one of GPTQ, AWQ or compressed-tensors, without loss.
+
+    The weights stay as they are: the same levels, scales and zeros. What does not fit (act-order, 3-bit GPTQ, 8-bit
+    zeros between sixteenths of the range) is refused by its name. `gqsac build` takes such folders as they are, too;
+    an imported one can also be evaluated and loaded with transformers.
+
+    \b
+    gqsac import Qwen2.5-0.5B-Instruct-GPTQ-Int4/ -o qwen/
+    gqsac build qwen/ -o qwen.gqsa
+    """
+    from gqsac.checkpoint import Checkpoint
+    from gqsac.import_checkpoint import import_checkpoint
+
+    config = import_checkpoint(Checkpoint.open(model), output)
+    click.echo(f"{len(config.shapes)} linears of {config.bits:g} bits written to {output}", err=True)
 
 
 cli.add_command(sweep_command(compress, _chosen))

@@ -181,9 +181,10 @@ def _check_config(config: dict, name: str) -> None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         if method == "gqsa":
             raise InputError(f"{name} is already compressed by gqsac; compress the model it was made from instead")
-        raise UnsupportedError(
-            f"{name} is already quantised (quant_method {method!r}); start from the float16 or bfloat16 model"
-        )
+        ways = "start from the float16 or bfloat16 model"
+        if method in ("gptq", "awq", "compressed-tensors"):
+            ways += ", or give it to `gqsac build` as it is"
+        raise UnsupportedError(f"{name} is already quantised (quant_method {method!r}); {ways}")
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = config.get("model_type")

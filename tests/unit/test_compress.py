@@ -15,7 +15,7 @@ from gqsac.compress.run import compress
 from gqsac.errors import InputError, ModelError, UnsupportedError
 from tests.unit.compress_models import CONFIGS, TEXT, folder_bytes, save_model
 
-SMALL = {"samples": 4, "seq_len": 32, "progress": False}
+SMALL = {"bits": 4, "samples": 4, "seq_len": 32, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_every_block_linear_is_compressed_and_the_rest_kept(tmp_path, name):
 
 @pytest.mark.parametrize("bits, worst", [(8, 0.012), (4, 0.12), (3, 0.25), (2, 0.6)])
 def test_dense_weights_come_back_as_well_as_the_bits_allow(tmp_path, llama, bits, worst):
-    compress(llama, tmp_path / "out", bits=bits, sparsity=0.0, **SMALL)
+    compress(llama, tmp_path / "out", sparsity=0.0, **{**SMALL, "bits": bits})
     checkpoint = Checkpoint.open(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(llama)
     for path in checkpoint.modules():
@@ -182,7 +182,8 @@ def test_bad_sources_are_named(tmp_path, llama):
     refused(ModelError, "nothere.gguf does not exist", tmp_path / "nothere.gguf")
     refused(UnsupportedError, "model_type 'martian'", edited("martian", model_type="martian"))
     gptq = {"quant_method": "gptq", "bits": 4}
-    refused(UnsupportedError, "quant_method 'gptq'", edited("gptq", quantization_config=gptq))
+    message = r"quant_method 'gptq'\); .* or give it to `gqsac build` as it is"
+    refused(UnsupportedError, message, edited("gptq", quantization_config=gptq))
     weightless = edited("weightless")
     (weightless / "model.safetensors").unlink()
     refused(ModelError, "no weights", weightless)
