@@ -283,7 +283,20 @@ def test_too_little_memory_is_refused_before_any_work(tmp_path, llama, refused, 
     assert re.search(r"distill needs at least \S+ MB of memory, and 4.0 MB are free; what would fit: --batch-t", said)
     batch = re.search(r"--batch-tokens (\d+)", said)[1]
     with pytest.raises(SystemExit) as stop:
-        main(cli, ["compress", str(llama), "-o", str(tmp_path / "out"), "--bits", "4", *map(str, common), "--batch-tokens", batch])
+        main(
+            cli,
+            [
+                "compress",
+                str(llama),
+                "-o",
+                str(tmp_path / "out"),
+                "--bits",
+                "4",
+                *map(str, common),
+                "--batch-tokens",
+                batch,
+            ],
+        )
     assert stop.value.code == 0
 
 
