@@ -278,7 +278,7 @@ def test_eight_bit_groups_must_be_symmetric(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"quant_method": "gptq"}, "stored as 'gptq'"),
+        ({"quant_method": "fp8"}, "stored as 'fp8'"),
         ({"format_version": 0}, "format version 0"),
         ({"bits": 5}, "bits is 5"),
         ({"group_size": 24}, "group_size is 24"),
