@@ -17,7 +17,7 @@ from gqsac import __version__
 from gqsac.checkpoint import Checkpoint
 from gqsac.compiler import dump, ir
 from gqsac.compiler.passes import compile_cpu, compile_cuda
-from gqsac.compiler.passes.bundle import bundle, bundled_bytes, check_output
+from gqsac.compiler.passes.bundle import Content, bundle, bundled_bytes, check_output
 from gqsac.compiler.passes.choose_layouts import LayoutOptions, Weights, module_of
 from gqsac.compiler.passes.compile import Compiled, check_targets, compile_all, default_cache_dir, default_targets
 from gqsac.compiler.passes.fuse import fuse
@@ -84,7 +84,7 @@ def build(
     compiled = _compiled(planned, options, progress)
     dumper.binaries(compiled)
     content = _content(planned, compiled, options)
-    n_bytes = sum(tensor.size for tensor in content["tensors"])
+    n_bytes = sum(tensor.size for tensor in content.tensors)
     written = 0
 
     def wrote(count: int) -> None:
@@ -93,7 +93,7 @@ def build(
         progress("write", written, n_bytes)
 
     # Before the file gets its name, `verify` reads it as a stranger would meet it: by the runtime's own rules.
-    size = bundle(Path(output), **content, check=verify, progress=wrote)
+    size = bundle(Path(output), content, check=verify, progress=wrote)
     return planned.summary(compiled, size, time.perf_counter() - started)
 
 
@@ -113,7 +113,7 @@ def planned_summary(
     compiled, size = [], None
     if not options.dry_run:
         compiled = _compiled(planned, options, progress)
-        size = bundled_bytes(**_content(planned, compiled, options))
+        size = bundled_bytes(_content(planned, compiled, options))
     return planned.summary(compiled, size, time.perf_counter() - started, context)
 
 
@@ -214,18 +214,17 @@ def _compiled(planned: _Planned, options: BuildOptions, progress) -> list[Compil
     return compile_all(sources, targets, jobs, cache_dir, compiled_one)
 
 
-def _content(planned: _Planned, compiled: list[Compiled], options: BuildOptions) -> dict:
-    """What goes into the file: arguments of `bundle`."""
+def _content(planned: _Planned, compiled: list[Compiled], options: BuildOptions) -> Content:
     # One file: binaries first, so that a reader meets the code before gigabytes of weights.
     binaries, binary_tensors = link(compiled, planned.targets)
-    return {
-        "name": planned.name,
-        "program_json": replace(planned.program, binaries=binaries).to_json(),
-        "compiler_json": canonical_json(compiler_identity(planned.targets, options)),
-        "tokenizer_json": planned.tokenizer,
-        "chat_template": planned.template,
-        "tensors": (*binary_tensors, *planned.packing.tensors),
-    }
+    return Content(
+        name=planned.name,
+        program_json=replace(planned.program, binaries=binaries).to_json(),
+        compiler_json=canonical_json(compiler_identity(planned.targets, options)),
+        tokenizer_json=planned.tokenizer,
+        chat_template=planned.template,
+        tensors=(*binary_tensors, *planned.packing.tensors),
+    )
 
 
 def check_options(options: BuildOptions) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ Both count all that `gqsac build` makes of the model: the compiler plans the fil
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from gqsac.compiler.passes.compile import check_targets, default_targets
 from gqsac.compiler.pipeline import BuildOptions, families, planned_summary
 from gqsac.compress.options import Options
 from gqsac.compress.store import dense_names
+from gqsac.locks import scratch_folder
 from gqsac.quantization_config import QuantizationConfig
 from gqsac.source import Source
 
@@ -100,7 +100,7 @@ class Goal:
                 f"the context is {context} tokens, and this model's positions allow 1 to {longest.max_context}; choose "
                 "a smaller --context"
             )
-        return cls(most, of_file, context, targets, source, shapes, dense, options, shown)
+        return replace(goal, context=context)
 
     def n_bytes(self, row_bits: dict[str, np.ndarray]) -> int:
         """What rows of these widths take. row_bits: path -> uint8 [rows]."""
@@ -109,8 +109,8 @@ class Goal:
 
     def _summary(self, row_bits: dict[str, np.ndarray], dry_run: bool):
         options = BuildOptions(targets=self.targets, dry_run=dry_run)
-        with tempfile.TemporaryDirectory(prefix="gqsac-") as folder, BuildProgress() as progress:
-            checkpoint = PlannedCheckpoint(Path(folder), self, row_bits)
+        with scratch_folder("gqsac-build-") as folder, BuildProgress() as progress:
+            checkpoint = PlannedCheckpoint(folder, self, row_bits)
             shown = {"progress": progress} if self.shown else {}
             return planned_summary(checkpoint, options, self.context or None, **shown)
 

@@ -15,7 +15,7 @@ from gqsa_runtime.errors import FormatError
 from gqsa_runtime.format import ALIGNMENT, DIGESTS_TENSOR
 from gqsa_runtime.reader import ArtifactFile
 
-from gqsac.compiler.passes.bundle import bundle, check_output
+from gqsac.compiler.passes.bundle import Content, bundle, check_output
 from gqsac.compiler.passes.pack import PackedTensor
 from gqsac.errors import DeviceError, InputError
 from tests.format import tiny
@@ -37,15 +37,16 @@ def tensors(**replaced):
     ]
 
 
-def write(path, made=None, **options):
-    texts = {
-        "name": "tiny",
-        "program_json": tiny.program().to_json(),
-        "compiler_json": '{"gqsac":"test"}',
-        "tokenizer_json": tiny.tokenizer_json(),
-        "chat_template": tiny.CHAT_TEMPLATE,
-    }
-    return bundle(path, **{**texts, **options}, tensors=tensors() if made is None else made)
+def write(path, made=None, chat_template=tiny.CHAT_TEMPLATE, **options):
+    content = Content(
+        name="tiny",
+        program_json=tiny.program().to_json(),
+        compiler_json='{"gqsac":"test"}',
+        tokenizer_json=tiny.tokenizer_json(),
+        chat_template=chat_template,
+        tensors=tuple(tensors() if made is None else made),
+    )
+    return bundle(path, content, **options)
 
 
 def test_what_was_written_is_read_back(tmp_path):

@@ -8,8 +8,9 @@ import math
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -18,9 +19,21 @@ from gqsa_runtime import format as fmt
 
 from gqsac.compiler.passes.pack import DTYPES, PackedTensor
 from gqsac.errors import DeviceError, InputError
-from gqsac.locks import lock, sweep
+from gqsac.locks import lock, scratch_folder, sweep
 
 _MAKERS = max(1, min(4, len(os.sched_getaffinity(0))))  # threads that pack weights ahead of the writing
+
+
+@dataclass(frozen=True)
+class Content:
+    """What goes into a .gqsa file. The texts are stored as they are, and the tensors in their order."""
+
+    name: str
+    program_json: str
+    compiler_json: str
+    tokenizer_json: str
+    chat_template: str | None
+    tensors: tuple[PackedTensor, ...]
 
 
 def check_output(path: Path) -> None:
@@ -44,13 +57,7 @@ def check_output(path: Path) -> None:
 
 def bundle(
     path: Path,
-    *,
-    name: str,
-    program_json: str,
-    compiler_json: str,
-    tokenizer_json: str,
-    chat_template: str | None,
-    tensors: Iterable[PackedTensor],
+    content: Content,
     check: Callable[[Path], None] = lambda path: None,
     progress: Callable[[int], None] = lambda n_bytes: None,
 ) -> int:
@@ -61,7 +68,7 @@ def bundle(
     file before it is renamed; what it raises leaves nothing behind. progress: called with the bytes
     of each tensor written. Raises DeviceError where the disk is full or not writable.
     """
-    tensors = list(tensors)
+    tensors = content.tensors
     path = Path(path)
     sweep(path.parent.glob(f".{glob.escape(path.name)}.*.partial"))  # of builds that were killed
     try:
@@ -71,7 +78,7 @@ def bundle(
         raise DeviceError(f"cannot write in {path.parent.resolve()}: {error.strerror}; choose another -o") from error
     writer, held = None, lock(Path(temporary))
     try:
-        writer, file = _begun(temporary, name, program_json, compiler_json, tokenizer_json, chat_template, tensors)
+        writer, file = _begun(temporary, content)
         digests = np.zeros(_digests_shape(tensors), np.int8)
         digests[0] = _digest(Path(temporary).read_bytes())
         for row, (tensor, array) in enumerate(_made_ahead(tensors), start=1):
@@ -105,48 +112,30 @@ def bundle(
         Path(temporary).unlink(missing_ok=True)
 
 
-def bundled_bytes(
-    *,
-    name: str,
-    program_json: str,
-    compiler_json: str,
-    tokenizer_json: str,
-    chat_template: str | None,
-    tensors: Iterable[PackedTensor],
-) -> int:
+def bundled_bytes(content: Content) -> int:
     """The size in bytes of the file that `bundle` would write; no weight is made."""
-    tensors = list(tensors)
-    with tempfile.TemporaryDirectory(prefix="gqsac-") as folder:
-        path = os.path.join(folder, "header")
-        writer, file = _begun(path, name, program_json, compiler_json, tokenizer_json, chat_template, tensors)
+    with scratch_folder("gqsac-build-") as folder:
+        writer, file = _begun(str(folder / "header"), content)
         start = file.tell()
         writer.close()
-    sizes = [*(tensor.size for tensor in tensors), math.prod(_digests_shape(tensors))]
+    sizes = [*(tensor.size for tensor in content.tensors), math.prod(_digests_shape(content.tensors))]
     return start + sum(-(-size // fmt.ALIGNMENT) * fmt.ALIGNMENT for size in sizes)
 
 
-def _begun(
-    path: str,
-    name: str,
-    program_json: str,
-    compiler_json: str,
-    tokenizer_json: str,
-    chat_template: str | None,
-    tensors: list[PackedTensor],
-):
+def _begun(path: str, content: Content):
     """The writer of a file whose header is written, and that file, open where its tensors are to follow."""
     writer = gguf.GGUFWriter(path, fmt.ARCHITECTURE)
     writer.add_custom_alignment(fmt.ALIGNMENT)
-    writer.add_string(fmt.KEY_NAME, name)
+    writer.add_string(fmt.KEY_NAME, content.name)
     writer.add_uint32(fmt.KEY_FORMAT_VERSION, fmt.FORMAT_VERSION)
-    writer.add_string(fmt.KEY_COMPILER, compiler_json)
-    writer.add_string(fmt.KEY_PROGRAM, program_json)
-    writer.add_string(fmt.KEY_TOKENIZER, tokenizer_json)
-    if chat_template is not None:
-        writer.add_string(fmt.KEY_CHAT_TEMPLATE, chat_template)
-    for tensor in tensors:
+    writer.add_string(fmt.KEY_COMPILER, content.compiler_json)
+    writer.add_string(fmt.KEY_PROGRAM, content.program_json)
+    writer.add_string(fmt.KEY_TOKENIZER, content.tokenizer_json)
+    if content.chat_template is not None:
+        writer.add_string(fmt.KEY_CHAT_TEMPLATE, content.chat_template)
+    for tensor in content.tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(DTYPES[tensor.dtype]), tensor.size)
-    shape = _digests_shape(tensors)
+    shape = _digests_shape(content.tensors)
     writer.add_tensor_info(fmt.DIGESTS_TENSOR, shape, np.dtype(np.int8), math.prod(shape))
     try:
         writer.write_header_to_file()
@@ -161,12 +150,12 @@ def _begun(
     return writer, file
 
 
-def _digests_shape(tensors: list[PackedTensor]) -> tuple[int, int]:
+def _digests_shape(tensors: Sequence[PackedTensor]) -> tuple[int, int]:
     """Of all that stands before the tensors, and of each."""
     return len(tensors) + 1, 32
 
 
-def _made_ahead(tensors: list[PackedTensor]) -> Iterator[tuple[PackedTensor, np.ndarray]]:
+def _made_ahead(tensors: Sequence[PackedTensor]) -> Iterator[tuple[PackedTensor, np.ndarray]]:
     """The tensors with their arrays, in order. Others are made meanwhile, few enough to keep memory small."""
     groups = [list(group) for _, group in itertools.groupby(tensors, key=lambda t: t.source or t.name)]
     with ThreadPoolExecutor(_MAKERS) as pool:
