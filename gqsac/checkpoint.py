@@ -105,6 +105,11 @@ class Checkpoint:
         """Paths of the compressed linears, sorted."""
         return sorted(self._headers)
 
+    def dense_names(self) -> list[str]:
+        """Names of the stored tensors that belong to no compressed linear, sorted."""
+        parts = {name for module in self.modules() for name in self.parts_of(module)}
+        return sorted(set(self._tensors) - parts)
+
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +25,13 @@ from gqsa_runtime.errors import FormatError, InputError, ModelError, Unsupported
 from gqsac.bsr import GROUP_SIZES, pack_values, unpack_values
 from gqsac.checkpoint import Checkpoint
 from gqsac.codec import MatrixHeader
-from gqsac.compress.write import ShardWriter, dense_tensor, write_json
 from gqsac.quantized_matrix import ZERO_STEPS, QuantizedMatrix
+from gqsac.rewrite import partial_folder, rewrite
 
 QUANT_METHOD = "compressed-tensors"
 _FORMAT = "pack-quantized"
 _BITS = (4, 8)
-_REPLACED = ("config.json", "model.safetensors.index.json", "report.json")  # by an export
+_DROPPED = ("report.json",)  # by an export
 _PARTS = re.compile(r"(.+)\.(weight_packed|weight_scale|weight_shape|weight_zero_point|weight_g_idx)")
 
 
@@ -181,7 +182,7 @@ def unpack(tensors: dict[str, np.ndarray], known: MatrixHeader, where: str) -> Q
         raise FormatError(f"{where}.weight_scale holds a NaN, an infinity, or what is beyond the range of float16")
     zeros = np.full(scales.shape, ZERO_STEPS // 2, np.uint8)
     if "weight_zero_point" in tensors:
-        levels = _from_words(tensors["weight_zero_point"].T, bits, rows).T.astype(np.int64) * ZERO_STEPS
+        levels = from_words(tensors["weight_zero_point"].T, bits, rows).T.astype(np.int64) * ZERO_STEPS
         if (levels % (1 << bits)).any():
             raise UnsupportedError(f"{where}.weight_zero_point has 8-bit zeros that are no multiples of 16 levels")
         zeros = (levels >> bits).astype(np.uint8)
@@ -189,7 +190,7 @@ def unpack(tensors: dict[str, np.ndarray], known: MatrixHeader, where: str) -> Q
         group_size=known.group_size,
         quant_group_size=known.quant_group_size,
         row_bits=np.full(rows, bits, np.uint8),
-        levels=_from_words(tensors["weight_packed"], bits, known.columns),
+        levels=from_words(tensors["weight_packed"], bits, known.columns),
         scales=scales,
         zeros=np.ascontiguousarray(zeros),
     )
@@ -241,34 +242,24 @@ def export(checkpoint: Checkpoint, out: Path) -> Path:
             "one of each is exported; compress all linears alike"
         )
     symmetric = all((checkpoint.matrix(module).zeros == ZERO_STEPS // 2).all() for module in modules)
-    folder = out.parent / f"{out.name}.partial"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        writer, dense = ShardWriter(folder), set(checkpoint.names())
-        for module in modules:
-            dense -= set(checkpoint.parts_of(module))
-            try:
-                tensors = pack(checkpoint.matrix(module), symmetric)
-            except ValueError as error:
-                raise ModelError(f"{checkpoint.path}: {module} cannot be stored as {QUANT_METHOD}: {error}") from error
-            writer.add({f"{module}.{part}": array for part, array in tensors.items()})
-        for name in sorted(dense):
-            writer.add({name: dense_tensor(name, checkpoint.read(name))})
-        writer.finish()
-        # Whatever else may be a linear; a tied head is not stored.
-        matrices = (name for name in dense if name.endswith(".weight") and len(checkpoint.shape(name)) == 2)
-        ignored = sorted({"lm_head", *(name.removesuffix(".weight") for name in matrices)})
-        (width, *_), quant_group_size = sizes_of_first
-        config = _config(width, quant_group_size, symmetric, ignored)
-        write_json(folder / "config.json", {**checkpoint.config, "quantization_config": config})
-        for file in checkpoint.path.iterdir():
-            if file.is_file() and file.suffix not in (".safetensors", ".png") and file.name not in _REPLACED:
-                shutil.copyfile(file, folder / file.name)
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    # Whatever else may be a linear; a tied head is not stored.
+    dense = (name for name in checkpoint.dense_names() if name.endswith(".weight"))
+    matrices = (name for name in dense if len(checkpoint.shape(name)) == 2)
+    ignored = sorted({"lm_head", *(name.removesuffix(".weight") for name in matrices)})
+    (width, *_), quant_group_size = sizes_of_first
+    config = _config(width, quant_group_size, symmetric, ignored)
+    shutil.rmtree(partial_folder(out), ignore_errors=True)
+    rewrite(checkpoint, out, _packed(checkpoint, symmetric), config, _DROPPED)
     return out
+
+
+def _packed(checkpoint: Checkpoint, symmetric: bool) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    for module in checkpoint.modules():
+        try:
+            tensors = pack(checkpoint.matrix(module), symmetric)
+        except ValueError as error:
+            raise ModelError(f"{checkpoint.path}: {module} cannot be stored as {QUANT_METHOD}: {error}") from error
+        yield module, tensors
 
 
 def _config(bits: int, group_size: int, symmetric: bool, ignored: list[str]) -> dict:
@@ -295,7 +286,7 @@ def _to_words(levels: np.ndarray, bits: int) -> np.ndarray:
     return np.ascontiguousarray(pack_values(padded, bits)).view("<i4")
 
 
-def _from_words(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """uint8 [n, count], inverse of `_to_words`."""
+def from_words(words: np.ndarray, bits: int, count: int | None = None) -> np.ndarray:
+    """The first `count` levels, or all, of each row of int32 words [n, m], uint8 [n, count]; the lowest bits first."""
     packed = np.ascontiguousarray(words.astype("<i4")).view(np.uint8)
     return np.ascontiguousarray(unpack_values(packed, bits, words.shape[1] * 32 // bits)[:, :count])

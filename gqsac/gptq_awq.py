@@ -25,6 +25,7 @@ from gqsa_runtime.errors import FormatError, UnsupportedError
 from gqsac.bsr import GROUP_SIZES
 from gqsac.checkpoint import Checkpoint
 from gqsac.codec import MatrixHeader
+from gqsac.compressed_tensors import from_words
 from gqsac.quantized_matrix import ZERO_STEPS, QuantizedMatrix
 
 GPTQ, AWQ = "gptq", "awq"
@@ -141,13 +142,13 @@ def unpack(
     if not np.isfinite(scales).all():
         raise FormatError(f"{where}.scales holds a NaN, an infinity, or what is beyond the range of float16")
     if method == GPTQ:
-        levels = _from_words(tensors["qweight"].T, bits)  # [N, K]
-        zeros = _from_words(tensors["qzeros"], bits)  # [K / Q, N]
+        levels = from_words(tensors["qweight"].T, bits)  # [N, K]
+        zeros = from_words(tensors["qzeros"], bits)  # [K / Q, N]
         if zeros_less_one:
             zeros = (zeros + np.uint8(1)) & np.uint8((1 << bits) - 1)
     else:
-        levels = _in_order(_from_words(tensors["qweight"], bits)).T
-        zeros = _in_order(_from_words(tensors["qzeros"], bits))
+        levels = _in_order(from_words(tensors["qweight"], bits)).T
+        zeros = _in_order(from_words(tensors["qzeros"], bits))
     sixteenths = zeros.T.astype(np.int64) * ZERO_STEPS
     if (sixteenths % (1 << bits)).any():
         raise UnsupportedError(
@@ -162,13 +163,6 @@ def unpack(
         scales=np.ascontiguousarray(scales.T),
         zeros=np.ascontiguousarray(sixteenths >> bits).astype(np.uint8),
     )
-
-
-def _from_words(words: np.ndarray, bits: int) -> np.ndarray:
-    """int32 [n, m] as uint8 [n, m * 32 / bits], the lowest bits first."""
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    parts = np.ascontiguousarray(words).view(np.uint32)[..., None] >> shifts & np.uint32((1 << bits) - 1)
-    return parts.astype(np.uint8).reshape(len(words), -1)
 
 
 def _in_order(interleaved: np.ndarray) -> np.ndarray:

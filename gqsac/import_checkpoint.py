@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from gqsa_runtime.errors import InputError
 
 from gqsac import codec
 from gqsac.checkpoint import Checkpoint
-from gqsac.compress.write import ShardWriter, dense_tensor, write_json
 from gqsac.quantization_config import QuantizationConfig
+from gqsac.rewrite import partial_folder, rewrite
 
-_REPLACED = ("config.json", "model.safetensors.index.json", "quantize_config.json", "quant_config.json")
+_DROPPED = ("quantize_config.json", "quant_config.json")  # what config.json says otherwise
 
 
 def import_checkpoint(checkpoint: Checkpoint, out: Path) -> QuantizationConfig:
@@ -44,24 +43,9 @@ def import_checkpoint(checkpoint: Checkpoint, out: Path) -> QuantizationConfig:
         group_sizes={module: size for module, size in zip(headers, sizes, strict=True) if size != common},
         details={"name": checkpoint.path.resolve().name, "imported_from": method},
     )
-    folder = out.parent / f"{out.name}.partial"
+    folder = partial_folder(out)
     if folder.exists():
         raise InputError(f"{folder} is in the way; move or delete it")
-    folder.mkdir(parents=True)
-    try:
-        writer, dense = ShardWriter(folder), set(checkpoint.names())
-        for module in headers:
-            dense -= set(checkpoint.parts_of(module))
-            parts = codec.pack(checkpoint.matrix(module))
-            writer.add({f"{module}.{part}": array for part, array in parts.items()})
-        for name in sorted(dense):
-            writer.add({name: dense_tensor(name, checkpoint.read(name))})
-        writer.finish()
-        write_json(folder / "config.json", {**checkpoint.config, "quantization_config": config.to_dict()})
-        for file in checkpoint.path.iterdir():
-            if file.is_file() and file.suffix not in (".safetensors", ".png") and file.name not in _REPLACED:
-                shutil.copyfile(file, folder / file.name)
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    linears = ((module, codec.pack(checkpoint.matrix(module))) for module in headers)
+    rewrite(checkpoint, out, linears, config.to_dict(), _DROPPED)
     return config
