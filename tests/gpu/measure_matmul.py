@@ -4,7 +4,7 @@ python -m tests.gpu.measure_matmul [--weights w4 w4-groups …] [--tokens 128 51
 
 Times each of a block's four linears, and the operator that makes their activations, over three copies of the weights
 in turn. Prints TFLOP/s of each, as if nothing had been removed, and what the linears alone allow in tokens/s. A
-variant changes constants of gqsac.compiler.records_launch. cuBLAS is measured through PyTorch, where there is one.
+variant changes constants of gqsac.compiler. cuBLAS is measured through PyTorch, where there is one.
 """
 
 import argparse
@@ -12,9 +12,9 @@ import argparse
 import numpy as np
 from gqsa_runtime.operators import state_elements
 
-from gqsac.compiler import records_launch
 from gqsac.compiler.cuda_launch import launch
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
+from tests.gpu.constants import changed_constants
 from tests.gpu.cuda_device import Gpu, GpuKernels
 from tests.gpu.measure_linear import _time_graph
 from tests.gpu.measure_records import DISTINCT, HIDDEN, INNER, KINDS, LINEARS, _linear
@@ -44,39 +44,40 @@ def main() -> None:
     for kind in options.weights:
         weights = [_linear(gpu, rows, k, *KINDS[kind], changes) for rows, k, changes in LINEARS]
         for variant in options.variants:
-            before = dict(vars(records_launch))
-            for item in filter(None, variant.split(",")):
-                name, value = item.split("=")
-                setattr(records_launch, name, int(value))
-            specs = [_spec(params) for params, *_ in weights]
-            makers = [
-                KernelSpec.make("halves", tokens=128, x_stride=k, k=k, norm=changes.get("norm", "none"), eps=1e-6)
-                for _, k, changes in LINEARS
-            ]
-            target = options.target or gpu.target
-            kernels = GpuKernels(gpu, name_kernels([*specs, *makers]), target)
-            for tokens in options.tokens:
-                gpu.upload(state, np.array([tokens, tokens] + [0, 0] * tokens, np.int32))
-                times, making = [], []
-                for spec, maker, (_, _, blobs, _), (_, _, changes) in zip(specs, makers, weights, LINEARS, strict=True):
-                    weight = norm if "norm" in changes else None
-                    make = (kernels.function(maker), launch(maker, tokens), [x, weight, None, halves, scales, state])
-                    making.append(_time_graph(gpu, [make] * REPEATS, True) / REPEATS)
-                    steps = [
-                        (
-                            kernels.function(spec),
-                            launch(spec, tokens, target),
-                            [halves, scales, *blobs[i % DISTINCT], None, x if spec["residual"] else None, out, state],
-                        )
-                        for i in range(REPEATS)
-                    ]
-                    times.append(_time_graph(gpu, steps, True) / REPEATS)
-                _report(f"{kind:10}", tokens, times, variant, sum(making))
-            vars(records_launch).update(before)
+            with changed_constants(filter(None, variant.split(","))):
+                _variant(gpu, kind, variant, weights, (x, halves, scales, out, norm, state), options)
         for _, _, blobs, _ in weights:
             for blob in blobs:
                 for address in blob:
                     gpu.free(address)
+
+
+def _variant(gpu: Gpu, kind: str, variant: str, weights: list, buffers: tuple[int, ...], options) -> None:
+    x, halves, scales, out, norm, state = buffers
+    specs = [_spec(params) for params, *_ in weights]
+    makers = [
+        KernelSpec.make("halves", tokens=128, x_stride=k, k=k, norm=changes.get("norm", "none"), eps=1e-6)
+        for _, k, changes in LINEARS
+    ]
+    target = options.target or gpu.target
+    kernels = GpuKernels(gpu, name_kernels([*specs, *makers]), target)
+    for tokens in options.tokens:
+        gpu.upload(state, np.array([tokens, tokens] + [0, 0] * tokens, np.int32))
+        times, making = [], []
+        for spec, maker, (_, _, blobs, _), (_, _, changes) in zip(specs, makers, weights, LINEARS, strict=True):
+            weight = norm if "norm" in changes else None
+            make = (kernels.function(maker), launch(maker, tokens), [x, weight, None, halves, scales, state])
+            making.append(_time_graph(gpu, [make] * REPEATS, True) / REPEATS)
+            steps = [
+                (
+                    kernels.function(spec),
+                    launch(spec, tokens, target),
+                    [halves, scales, *blobs[i % DISTINCT], None, x if spec["residual"] else None, out, state],
+                )
+                for i in range(REPEATS)
+            ]
+            times.append(_time_graph(gpu, steps, True) / REPEATS)
+        _report(f"{kind:10}", tokens, times, variant, sum(making))
 
 
 def _spec(params) -> KernelSpec:

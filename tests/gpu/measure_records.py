@@ -6,7 +6,7 @@ A CUDA graph runs the four linears of `layers` blocks as a dependent chain with 
 each started early, over three blocks' worth of weights in turn, so that nothing stays in the L2 cache. Prints a line
 per kind of weights: us of a block as it is ("early"), "free" of waits for inputs, and then, to see what a kernel
 waits for, without sums (only "copies") and without any copies but the first (only "sums"). --set changes a constant
-of gqsac.compiler.records_launch, to try geometries out.
+of gqsac.compiler, to try geometries out.
 """
 
 import argparse
@@ -15,9 +15,10 @@ import numpy as np
 from gqsa_runtime.layouts import RECORDS
 from gqsa_runtime.layouts.records import make_plan
 
-from gqsac.compiler import records_launch
 from gqsac.compiler.cuda_launch import launch
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
+from gqsac.compiler.records_launch import records_launch
+from tests.gpu.constants import changed_constants
 from tests.gpu.cuda_device import Gpu, GpuKernels
 from tests.gpu.measure_linear import _copy_bandwidth, _time_graph
 from tests.kernels.random_records import random_keep, random_matrix
@@ -62,15 +63,11 @@ def main() -> None:
     for kind in options.weights:
         weights = [_linear(gpu, rows, k, *KINDS[kind], changes) for rows, k, changes in LINEARS]
         for variant in options.variants:
-            before = dict(vars(records_launch))
-            for item in [*options.set, *filter(None, variant.split(";"))]:
-                name, value = item.split("=")
-                setattr(records_launch, name, eval(value))
-            try:
-                _measure(gpu, kind, variant, weights, options.layers, bandwidth)
-            except Exception as error:
-                print(kind, variant, str(error)[:200])
-            vars(records_launch).update(before)
+            with changed_constants([*options.set, *filter(None, variant.split(";"))]):
+                try:
+                    _measure(gpu, kind, variant, weights, options.layers, bandwidth)
+                except Exception as error:
+                    print(kind, variant, str(error)[:200])
         for _, _, blobs, _ in weights:
             for blob in blobs:
                 for address in blob:
@@ -132,7 +129,7 @@ def _measure(gpu, kind, variant, weights, layers, bandwidth):
         if name == "early":
             line += f" us a layer {n_bytes / seconds / bandwidth:6.1%}"
             gpu.download(result, hidden)
-    geometry = [records_launch.records_launch(params, gpu.target) for params, *_ in weights]
+    geometry = [records_launch(params, gpu.target) for params, *_ in weights]
     shown = " ".join(f"{g.blocks}x{g.constants['STAGES']}" for g in geometry)
     print(f"{line}  {variant or '-'}  [{shown}] {'' if np.isfinite(result).all() else 'NOT FINITE'}", flush=True)
     for address in (hidden, wide, inner, norm, state):

@@ -4,7 +4,7 @@ python -m tests.gpu.measure_step FILE [--contexts 128 1024] [--variants append_a
 
 Prints, for each context, the step as a caller sees it, the graph of its launches alone, and what the graph takes
 without the launches of one operator after another: unlike `gqsac bench --profile`, with all that neighbours hide of
-each other. A variant changes constants of gqsac.compiler.cuda_launch or records_launch, compiles the operator's
+each other. A variant changes constants of gqsac.compiler, compiles the operator's
 kernels anew and times the graph with them.
 """
 
@@ -17,10 +17,11 @@ import numpy as np
 from gqsa_runtime.engine import launch_state
 from gqsa_runtime.model import Model
 
-from gqsac.compiler import cuda_launch, records_launch
+from gqsac.compiler import cuda_launch
 from gqsac.compiler.kernel_spec import KernelSpec
 from gqsac.compiler.passes.compile_cuda import compile_cuda
 from gqsac.compiler.passes.render import headers, render
+from tests.gpu.constants import changed_constants
 
 REPEATS = 50
 
@@ -88,30 +89,23 @@ def _operators(model: Model, context: int) -> None:
 def _variant(model: Model, variant: str) -> None:
     op, _, changes = variant.partition(":")
     device, plan = model.device, model.device.plan
-    before = {module: dict(vars(module)) for module in (cuda_launch, records_launch)}
     functions = dict(device._functions)
     try:
-        for item in filter(None, changes.split(",")):
-            name, value = item.split("=")
-            for module in before:
-                if hasattr(module, name):
-                    setattr(module, name, eval(value))
-        kernels = []
-        for kernel in plan.kernels:
-            if kernel.op == op and kernel.params.get("tokens", 1) == 1:
-                spec = KernelSpec.make(kernel.op, **kernel.params)
-                source = render("cuda", spec, kernel.name)
-                data = compile_cuda(source, device.target, kernel.name, headers("cuda")).data
-                kernel = replace(kernel, launches=cuda_launch.launches(spec, 1))
-                device._functions[kernel.name] = load_function(data, kernel, device.target)
-            kernels.append(kernel)
-        device.plan = replace(plan, kernels=tuple(kernels))
-        print(f"  {variant}: {_graph_us(device, plan.phases['decode']):.1f} us", flush=True)
+        with changed_constants(filter(None, changes.split(","))):
+            kernels = []
+            for kernel in plan.kernels:
+                if kernel.op == op and kernel.params.get("tokens", 1) == 1:
+                    spec = KernelSpec.make(kernel.op, **kernel.params)
+                    source = render("cuda", spec, kernel.name)
+                    data = compile_cuda(source, device.target, kernel.name, headers("cuda")).data
+                    kernel = replace(kernel, launches=cuda_launch.launches(spec, 1))
+                    device._functions[kernel.name] = load_function(data, kernel, device.target)
+                kernels.append(kernel)
+            device.plan = replace(plan, kernels=tuple(kernels))
+            print(f"  {variant}: {_graph_us(device, plan.phases['decode']):.1f} us", flush=True)
     finally:
         device.plan = plan
         device._functions.update(functions)
-        for module, values in before.items():
-            vars(module).update(values)
 
 
 def load_function(data: bytes, kernel, target: str):

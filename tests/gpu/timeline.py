@@ -14,10 +14,11 @@ import numpy as np
 from gqsa_runtime.device_cuda import call
 from gqsa_runtime.model import Model
 
-from gqsac.compiler import cuda_launch, records_launch
+from gqsac.compiler import cuda_launch
 from gqsac.compiler.kernel_spec import KernelSpec
 from gqsac.compiler.passes.compile_cuda import compile_cuda
 from gqsac.compiler.passes.render import headers, render
+from tests.gpu.constants import changed_constants
 from tests.gpu.measure_step import load_function
 
 MARKS, STATE_WORDS, MOST_BLOCKS = 8, 16, 512  # 64-bit words of a block; 32-bit words before the first block's
@@ -64,12 +65,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=16)
     parser.add_argument("--set", nargs="*", default=[])
     options = parser.parse_args()
-    for item in options.set:
-        name, value = item.split("=")
-        for module in (cuda_launch, records_launch):
-            if hasattr(module, name):
-                setattr(module, name, eval(value))
-    with Model.open(options.file, device="cuda") as model:
+    with changed_constants(options.set), Model.open(options.file, device="cuda") as model:
         model.engine.prefill(np.random.default_rng(0).integers(0, model.program.vocab_size, options.context))
         model.engine._upload(np.array([1], np.int32))
         _show(model, _run(model), options.layer)
