@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from gqsa_runtime.errors import InputError
 from gqsa_runtime.format import ALIGNMENT
+from gqsa_runtime.inspect_ import size as in_words
 
 from gqsac.compiler.stacks import stacks_of
 from gqsac.compress.goal import Goal
-from gqsac.compress.options import Options, in_words
+from gqsac.compress.options import Options
 from gqsac.compress.partial import PartialFolder
 from gqsac.compress.row_costs import row_costs
 from gqsac.compress.sensitivity import sensitivities

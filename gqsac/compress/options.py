@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 from gqsa_runtime.errors import InputError
+from gqsa_runtime.inspect_ import size as in_words
 
 from gqsac.bsr import BITS, GROUP_SIZES
 from gqsac.compress.select import ALLOCATIONS, PATTERNS
@@ -149,14 +150,6 @@ def target_in_words(options: Options) -> str:
         if n_bytes is not None:
             return f"{in_words(n_bytes)} for {what}, {rows}"
     return f"{o.target_bpw:.2f} bits per weight, {rows}"
-
-
-def in_words(n_bytes: float) -> str:
-    """A size for people: "90.78 MB"."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n_bytes >= unit:
-            return f"{n_bytes / unit:.2f} {name}"
-    return f"{n_bytes:.0f} bytes"
 
 
 def with_scale_groups(options: Options, columns: Iterable[int]) -> Options:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from gqsa_runtime.inspect_ import size as in_words
 
 from gqsac.compiler.passes.choose_layouts import stored_bytes
 from gqsac.compress.allot_widths import Allotment
-from gqsac.compress.options import Options, in_words
+from gqsac.compress.options import Options
 from gqsac.compress.write import write_json
 from gqsac.quantized_matrix import QuantizedMatrix, scales_in_use
 

@@ -30,8 +30,6 @@ def launch_state(context: int, slots: int | np.ndarray, positions: abc.Sequence[
 
     context: positions of one slot. slots: of the tokens, or of all of them. positions: n_tokens integers.
     """
-    if len(positions) == 1 and isinstance(slots, int):  # each step does it
-        return np.array((1, context, slots, positions[0]), np.int32)
     state = np.empty(state_elements(len(positions)), np.int32)
     state[:2] = len(positions), context
     state[2::2], state[3::2] = slots, positions
@@ -282,7 +280,7 @@ class Engine:
     def _upload(self, ids: np.ndarray) -> None:
         """Tokens and the state of a launch that appends them."""
         self.device.upload("tokens", ids)
-        positions = range(self.position, self.position + len(ids))
+        positions = np.arange(self.position, self.position + len(ids))
         self.device.upload("state", launch_state(self.context, 0, positions))
 
     def _logits(self) -> np.ndarray:

@@ -209,9 +209,9 @@ def _cell(value) -> str:
     return str(value)
 
 
-def size(n_bytes: int) -> str:
+def size(n_bytes: float) -> str:
     """Bytes for people, in powers of 1000."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n_bytes >= factor:
             return f"{n_bytes / factor:.2f} {unit}"
-    return f"{n_bytes} B"
+    return f"{n_bytes:.0f} B"

@@ -114,6 +114,11 @@ class Rope:
     long_inv_freq: str | None = None
     original_context: int | None = None
 
+    @property
+    def tensors(self) -> set[str]:
+        """Names of its tensors of frequencies."""
+        return {self.inv_freq, self.long_inv_freq} - {None}
+
 
 @dataclass(frozen=True)
 class Binary:
@@ -163,8 +168,7 @@ class Plan:
     def tensors(self, ropes: Mapping[str, Rope]) -> set[str]:
         """Names of the tensors that a device reads: those of the steps, and the frequencies of the rotary tables."""
         named = {arg.name for step in self.steps() for arg in step.args if arg.kind == "tensor"}
-        frequencies = {name for rope in ropes.values() for name in (rope.inv_freq, rope.long_inv_freq)}
-        return named | (frequencies - {None})
+        return named.union(*(rope.tensors for rope in ropes.values()))
 
     @classmethod
     def from_raw(cls, raw: dict) -> Plan:

@@ -32,7 +32,7 @@ class RopeTables:
 
     def __init__(self, ropes: Mapping[str, Rope], tensors: Mapping[str, np.ndarray], context: int):
         self._ropes, self._context = ropes, context
-        names = {rope.inv_freq for rope in ropes.values()} | {rope.long_inv_freq for rope in ropes.values()} - {None}
+        names = set().union(*(rope.tensors for rope in ropes.values()))
         self._frequencies = {name: np.array(tensors[name], np.float32).reshape(-1) for name in sorted(names)}
 
     def make(self, long: frozenset[str]) -> Iterator[tuple[str, np.ndarray]]:
