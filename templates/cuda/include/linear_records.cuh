@@ -69,8 +69,9 @@ private:
 };
 
 // C: K, N_BLOCKS, WIDTHS, MASKED_WIDTHS, RECORD_BYTES, WARPS, STAGES, BLOCKS (of the grid, along x), LOCAL_BLOCKS
-// (most row blocks of a block), LEFT_TO_COPY (records of a warp, when the next kernel may start; 0: at once), NORM, EPS, EPILOGUE, places in shared memory (PLANES_AT, RANGES_AT, SUMS_AT, BLOCKS_AT, RING_AT, PHASES_AT) and
-// what epilogue.cuh needs. TOKENS: in one tile (blockIdx.y); from 2 on x comes as planes and ranges.
+// (most row blocks of a block), LEFT_TO_COPY (records of a warp, when the next kernel may start; 0: at once), NORM, EPS,
+// EPILOGUE, places in shared memory (PLANES_AT, RANGES_AT, SUMS_AT, BLOCKS_AT, RING_AT, PHASES_AT) and what epilogue.cuh
+// needs. TOKENS: in one tile (blockIdx.y); from 2 on x comes as planes and ranges.
 template <class C, int TOKENS>
 struct LinearRecords {
     static constexpr int TEAMS = (TOKENS + 3) / 4;  // four tokens share an mma
