@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from random import Random
 
@@ -84,10 +84,7 @@ def run(kinds: dict[str, float], seconds: float, mutants: int, seed: int, jobs: 
                 total += count
             if not pending:
                 break
-            done = next((future for future in pending if future.done()), None)
-            if done is None:
-                time.sleep(0.002)
-                continue
+            done = wait(pending, return_when=FIRST_COMPLETED).done.pop()
             found, started_s = done.result(), pending.pop(done)
             kind, into = found["kind"], figures[found["kind"]]
             spent[kind] += time.time() - started_s
