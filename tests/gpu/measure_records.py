@@ -1,12 +1,13 @@
 """Speed of the decode linears of LLaMA-7B over records on this GPU, as a share of its read bandwidth.
 
-python -m tests.gpu.measure_records [--weights w4 w4-groups …] [--layers 32] [--set NAME=VALUE …]
+python -m tests.gpu.measure_records [--weights w4 w4-groups …] [--layers 32] [--tokens 1] [--set NAME=VALUE …]
 
 A CUDA graph runs the four linears of `layers` blocks as a dependent chain with its norms, gates and residuals,
 each started early, over three blocks' worth of weights in turn, so that nothing stays in the L2 cache. Prints a line
 per kind of weights: us of a block as it is ("early"), "free" of waits for inputs, and then, to see what a kernel
-waits for, without sums (only "copies") and without any copies but the first (only "sums"). --set changes a constant
-of gqsac.compiler, to try geometries out.
+waits for, without sums (only "copies") and without any copies but the first (only "sums"). Several tokens are made
+integers by launches of their own, which are in the chain too. --set changes a constant of gqsac.compiler, to try
+geometries out.
 """
 
 import argparse
@@ -54,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=1, help="of one launch, 1 to 8")
     parser.add_argument("--set", nargs="*", default=[])
     parser.add_argument("--variants", nargs="*", default=[""], help="each a list for --set, separated by semicolons")
     options = parser.parse_args()
@@ -61,7 +63,7 @@ def main() -> None:
     bandwidth = _copy_bandwidth(gpu)
     print(f"copy {bandwidth / 1e9:.0f} GB/s")
     for kind in options.weights:
-        weights = [_linear(gpu, rows, k, *KINDS[kind], changes) for rows, k, changes in LINEARS]
+        weights = [_linear(gpu, rows, k, options.tokens, *KINDS[kind], changes) for rows, k, changes in LINEARS]
         for variant in options.variants:
             with changed_constants([*options.set, *filter(None, variant.split(";"))]):
                 try:
@@ -74,7 +76,7 @@ def main() -> None:
                     gpu.free(address)
 
 
-def _linear(gpu, rows, k, widths, pattern, changes):
+def _linear(gpu, rows, k, tokens, widths, pattern, changes):
     """(params, bytes, device parts of each distinct copy, specs without launch)."""
     rng = np.random.default_rng(rows + k)
     pairs = None
@@ -86,7 +88,7 @@ def _linear(gpu, rows, k, widths, pattern, changes):
     plan = make_plan(matrix.row_bits, k, matrix.keep, pairs)
     out_width = rows // (2 if pairs is not None else 1)
     params = {
-        "tokens": 1, "rows": rows, "k": k, "x_stride": k, "out_stride": out_width, "bias": False,
+        "tokens": tokens, "rows": rows, "k": k, "x_stride": k, "out_stride": out_width, "bias": False,
         "activation": "none", "residual": False, "residual_stride": out_width, "norm": "none", "eps": 1e-6,
         "epilogue": "rows", "out_width": out_width, **changes, **plan.constants,
     }  # fmt: skip
@@ -101,29 +103,41 @@ def _linear(gpu, rows, k, widths, pattern, changes):
 
 
 def _measure(gpu, kind, variant, weights, layers, bandwidth):
+    tokens = weights[0][0]["tokens"]
     specs = [KernelSpec.make("linear_records", **params) for params, *_ in weights]
+    quantize = [
+        KernelSpec.make("quantize", **{name: params[name] for name in ("tokens", "k", "x_stride", "norm", "eps")})
+        for params, *_ in weights
+    ]
     rng = np.random.default_rng(0)
-    hidden, wide, inner, norm = (gpu.allocate(4 * n) for n in (HIDDEN, 3 * HIDDEN, INNER, HIDDEN))
+    hidden, wide, inner, norm, planes, ranges = (
+        gpu.allocate(4 * tokens * n) for n in (HIDDEN, 3 * HIDDEN, INNER, HIDDEN, INNER, INNER)
+    )
     gpu.upload(norm, np.ones(HIDDEN, np.float32))
-    state = gpu.allocate(64)
-    gpu.upload(state, np.array([1, 0] * 8, np.int32))
+    state = gpu.allocate(128)
+    gpu.upload(state, np.array([tokens, 0] * 8, np.int32))
     ends = ((hidden, wide), (wide, hidden), (hidden, inner), (inner, hidden))
     n_bytes = layers * sum(weight[1] for weight in weights)
     n_weights = layers * sum(weight[3] for weight in weights)
-    result = np.empty(HIDDEN, np.float32)
+    result = np.empty(tokens * HIDDEN, np.float32)
     line = f"{kind:10} {8 * n_bytes / n_weights:.3f} bits"
     for name, change in _CHANGES.items():
-        kernels = GpuKernels(gpu, name_kernels(specs), gpu.target, change)
+        made = name_kernels([*specs, *(quantize if tokens > 1 else ())])
+        kernels = GpuKernels(gpu, made, gpu.target, change)
         steps = []
         for layer in range(layers):
-            for spec, (params, _, blobs, _), (x, out) in zip(specs, weights, ends, strict=True):
-                pointers = [
-                    x, None, None, norm if params["norm"] != "none" else None, None, *blobs[layer % DISTINCT], None,
-                    hidden if params["residual"] else None, out, state,
-                ]  # fmt: skip
-                steps.append((kernels.function(spec), launch(spec, 1, gpu.target), pointers))
+            for spec, first, (params, _, blobs, _), (x, out) in zip(specs, quantize, weights, ends, strict=True):
+                normed = norm if params["norm"] != "none" else None
+                activations = [x, None, None, normed, None]
+                if tokens > 1:
+                    pointers = [x, normed, None, planes, ranges, state]
+                    steps.append((kernels.function(first), launch(first, tokens, gpu.target), pointers))
+                    activations = [None, planes, ranges, None, None]
+                residual = hidden if params["residual"] else None
+                pointers = [*activations, *blobs[layer % DISTINCT], None, residual, out, state]
+                steps.append((kernels.function(spec), launch(spec, tokens, gpu.target), pointers))
         for address, n in ((hidden, HIDDEN), (wide, 3 * HIDDEN), (inner, INNER)):
-            gpu.upload(address, rng.normal(size=n).astype(np.float32))
+            gpu.upload(address, rng.normal(size=tokens * n).astype(np.float32))
         seconds = _time_graph(gpu, steps, True)
         line += f"  {name} {seconds * 1e6 / layers:6.2f}"
         if name == "early":
@@ -132,7 +146,7 @@ def _measure(gpu, kind, variant, weights, layers, bandwidth):
     geometry = [records_launch(params, gpu.target) for params, *_ in weights]
     shown = " ".join(f"{g.blocks}x{g.constants['STAGES']}" for g in geometry)
     print(f"{line}  {variant or '-'}  [{shown}] {'' if np.isfinite(result).all() else 'NOT FINITE'}", flush=True)
-    for address in (hidden, wide, inner, norm, state):
+    for address in (hidden, wide, inner, norm, planes, ranges, state):
         gpu.free(address)
 
 
