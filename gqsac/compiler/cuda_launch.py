@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from gqsa_runtime.errors import UnsupportedError
-from gqsa_runtime.program import DTYPE_BYTES, Launch
+from gqsa_runtime.program import Launch
 
 from gqsac.compiler.kernel_spec import KernelSpec
 from gqsac.compiler.records_launch import (
@@ -30,7 +30,9 @@ _ARGMAX_BLOCK = 1024
 _MAX_WARP_NORM_WIDTH = 512  # wider rows take a block
 _ATTENTION_DECODE_BLOCK = 512
 _ATTENTION_PREFILL_BLOCK = 256
-_RUN_KEYS = 256  # fewest cached rows worth a run of the context, when one token attends
+# When one token attends: fewest cached rows worth a run of the context; warps of a block, the first number of them that
+# has room for two tiles of 16 rows each; most tiles of a warp.
+_RUN_KEYS, _ATTENTION_WARPS, _ATTENTION_STAGES = 256, (8, 4, 2, 1), 4
 _DENSE_BLOCK = 256
 
 
@@ -195,26 +197,24 @@ def splits_of(heads: int, kv_heads: int) -> int:
 def _queries(heads: int, kv_heads: int) -> int:
     """Heads of one KV head that a block takes: the cache is read once for all of them."""
     group = heads // kv_heads
-    return max(n for n in (1, 2, 3, 4) if group % n == 0)
+    return max(n for n in range(1, 9) if group % n == 0)
 
 
 def _append_attention(p, target: str):
     head_dim, queries = p["head_dim"], _queries(p["heads"], p["kv_heads"])
-    partial = head_dim + 2
     own = target == "sm_90"
-    warps, stages, element_bytes = 16 if own and queries == 1 else 8, 2, DTYPE_BYTES[p["kv_dtype"]]
-    # Lanes of 8 elements each: a power of two of them share a key.
-    keys_at_once = WARP // (1 << (head_dim // 8 - 1).bit_length())
-    merged_at = (queries + 2) * head_dim * 4
-    ring_at = merged_at + _ceil_div(warps * queries * partial * 4, 16) * 16
-    key_bytes = warps * stages * 2 * keys_at_once * head_dim * element_bytes
+    row_bytes = 2 * head_dim + 16
+    own_at = 16 * row_bytes  # behind the queries
+    ring_at = own_at + 2 * 2 * head_dim
+    stage_bytes = 2 * 16 * row_bytes
     room = (SM_90_HALF_BYTES if own else MAX_SHARED_BYTES) - ring_at
-    unroll = max(1, min(8 // element_bytes, room // key_bytes))
+    warps = next(n for n in _ATTENTION_WARPS if n == 1 or 2 * n * stage_bytes <= room)
+    stages = min(_ATTENTION_STAGES, room // (warps * stage_bytes))
     constants = {
-        "QUERIES": queries, "KEYS": _RUN_KEYS, "WARPS": warps, "UNROLL": unroll, "STAGES": stages, "PARTIAL": partial,
-        "MERGED_AT": merged_at, "RING_AT": ring_at,
+        "QUERIES": queries, "KEYS": _RUN_KEYS, "WARPS": warps, "STAGES": stages, "ROW_BYTES": row_bytes,
+        "OWN_AT": own_at, "RING_AT": ring_at,
     }  # fmt: skip
-    blocks, shared_bytes = p["heads"] // queries * p["splits"], ring_at + unroll * key_bytes
+    blocks, shared_bytes = p["heads"] // queries * p["splits"], ring_at + warps * stages * stage_bytes
     if own:
         # Like the linears around it one block on each multiprocessor, beside one other: see records_launch.
         blocks, shared_bytes = max(blocks, MULTIPROCESSORS), max(shared_bytes, MIN_BYTES)

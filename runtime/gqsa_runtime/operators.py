@@ -101,8 +101,8 @@ def _check_heads(p: Mapping) -> str | None:
 
 
 def _check_append_attention(p: Mapping) -> str | None:
-    if p["head_dim"] % 8 or p["head_dim"] > 256:
-        return f"head_dim is {p['head_dim']}, expected a multiple of 8 up to 256"
+    if p["head_dim"] % 16 or p["head_dim"] > 256:
+        return f"head_dim is {p['head_dim']}, expected a multiple of 16 up to 256"
     return _check_heads(p)
 
 
@@ -339,11 +339,14 @@ OPERATORS: dict[str, Operator] = {
         _check_attention_halves,
         families=("cuda",),
     ),
-    # partials: [heads / queries, splits, queries, head_dim + 2], whatever number of heads a block takes.
+    # partials: head_dim values and two numbers of each head and run, whatever number of heads a block takes.
     "append_attention": Operator(
         "kv_append and attention of one token in one kernel, the context in up to `splits` runs; q stays as it is; "
         "counters are 0 before and after",
-        {**_HEADS, "tokens": (1,), "rotary_dim": COUNT, "scale": NUMBER, "window": COUNT, "splits": SIZE},
+        {
+            **_HEADS, "tokens": (1,), "kv_dtype": ("f16",), "rotary_dim": COUNT, "scale": NUMBER, "window": COUNT,
+            "splits": SIZE,
+        },
         (
             Operand("q", "f32", lambda p, t, c: p["heads"] * p["head_dim"]),
             Operand("k", "f32", lambda p, t, c: p["kv_heads"] * p["head_dim"]),

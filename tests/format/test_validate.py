@@ -227,7 +227,7 @@ def test_a_target_may_have_a_launch_of_its_own():
     assert kernel.launch("sm_90") == own and kernel.launch("sm_80") == kernel.launch("compute_80") == others
 
 
-APPEND_ATTENTION = {"tokens": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "kv_dtype": "f32", "rotary_dim": 4,
+APPEND_ATTENTION = {"tokens": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "kv_dtype": "f16", "rotary_dim": 4,
                     "scale": 0.25, "window": 0, "splits": 8}  # fmt: skip
 
 
@@ -294,8 +294,10 @@ def test_params_that_do_not_fit_together():
         assert "multiple of 16 up to 128" in check_params(
             "attention_halves", {**ATTENTION_HALVES, "head_dim": head_dim}
         )
-    for head_dim in (12, 264):
-        assert "multiple of 8 up to 256" in check_params("append_attention", {**APPEND_ATTENTION, "head_dim": head_dim})
+    for head_dim in (24, 272):
+        assert "multiple of 16 up to 256" in check_params(
+            "append_attention", {**APPEND_ATTENTION, "head_dim": head_dim}
+        )
     refuse("whole groups", kernels=with_param("linear_sparse_t1", k=40))
     refuse("whole groups", kernels=with_param("linear_sparse_t1", k=16 * 5000))
     refuse("KV heads", kernels=with_param("attention_t1", heads=2, kv_heads=3))

@@ -609,10 +609,10 @@ def _append_attention(rng, p, case):
 
 
 def _append_attention_cases():
-    def case(name, position, heads=4, kv_heads=2, head_dim=64, kv_dtype="f16", window=0, places=(), **changes):
+    def case(name, position, heads=4, kv_heads=2, head_dim=64, window=0, places=(), **changes):
         params = {
             "tokens": 1, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": head_dim**-0.5,
-            "window": window, "kv_dtype": kv_dtype, "rotary_dim": head_dim, "splits": 4, **changes,
+            "window": window, "kv_dtype": "f16", "rotary_dim": head_dim, "splits": 4, **changes,
         }  # fmt: skip
         spec = KernelSpec.make("append_attention", **params)
         context = 704 if position > 90 else 96
@@ -620,11 +620,10 @@ def _append_attention_cases():
             f"append_attention/{name}", spec, _append_attention, 1, position, 1, context, atol=5e-5, places=places
         )
 
-    for kv_dtype in ("f16", "f32"):
-        for heads, kv_heads, head_dim in ((9, 3, 64), (2, 2, 80), (8, 1, 128), (2, 1, 256), (5, 1, 24)):
-            shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "kv_dtype": kv_dtype}
-            yield case(f"h{heads}_kv{kv_heads}_d{head_dim}_{kv_dtype}", 70, **shape)
-    for position in (0, 1, 31, 90, 127, 128, 260, 700):
+    shapes = ((9, 3, 64), (2, 2, 80), (8, 1, 128), (14, 2, 64), (22, 2, 48), (2, 1, 256), (5, 1, 16))
+    for heads, kv_heads, head_dim in shapes:
+        yield case(f"h{heads}_kv{kv_heads}_d{head_dim}", 70, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    for position in (0, 1, 15, 16, 31, 90, 127, 128, 260, 700):
         yield case(f"position_{position}", position)
     for window in (1, 16, 40, 4096):
         yield case(f"window_{window}", 90, window=window)

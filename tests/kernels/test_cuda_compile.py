@@ -103,7 +103,7 @@ def _real_shapes() -> list[KernelSpec]:
         ),
         *(_append_attention(head_dim=head_dim, rotary_dim=head_dim) for head_dim in (64, 80, 128, 256)),
         *(_append_attention(heads=heads, kv_heads=kv_heads) for heads, kv_heads in ((32, 32), (14, 2), (64, 8))),
-        _append_attention(kv_dtype="f32", window=4096),
+        _append_attention(window=4096),
     ]
 
 

@@ -293,15 +293,15 @@ class _Specializer:
         caches = (Argument("k_cache", op.layer), Argument("v_cache", op.layer))
         rope = Argument("rope", op.rope) if op.rope is not None else NULL
         rotary_dim = self.graph.ropes[op.rope].rotary_dim if op.rope is not None else 0
-        if self.family == "cuda" and self.tokens == 1 and OPERATORS["append_attention"].check(heads) is None:
+        in_halves = self.family == "cuda" and self.kv_dtype == "f16"
+        if in_halves and self.tokens == 1 and OPERATORS["append_attention"].check(heads) is None:
             return [self.append_attention(op, rope, caches, rotary_dim, heads)]
         q_stride = self.stride(op.q)
         append = self.call(
             "kv_append", (op.q, op.k, op.v, rope, *caches), rotary_dim=rotary_dim, q_stride=q_stride,
             k_stride=self.stride(op.k), v_stride=self.stride(op.v), **heads,
         )  # fmt: skip
-        on_tensor_cores = self.family == "cuda" and self.tokens > 1 and not self.exact and self.kv_dtype == "f16"
-        in_halves = on_tensor_cores and OPERATORS["attention_halves"].check(heads) is None
+        in_halves &= self.tokens > 1 and not self.exact and OPERATORS["attention_halves"].check(heads) is None
         attend = self.call(
             "attention_halves" if in_halves else "attention", (op.q, *caches, op.output), scale=float(op.scale),
             window=op.window, q_stride=q_stride, out_stride=self.stride(op.output), **heads,

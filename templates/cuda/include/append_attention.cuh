@@ -1,54 +1,48 @@
 // Attention of one token in one launch: rotates q and k, appends k and v to the cache, and splits the context among
 // blocks, so that one sequence fills the GPU at any length.
 //
-// A block takes QUERIES heads that share a KV head, and a run of cached rows. LANES lanes hold one head vector, so a
-// warp takes WARP / LANES keys at once; each such group of lanes runs its own softmax over the keys it meets (online:
-// running maximum, sum and weighted values). Groups, warps and at last runs are merged in a fixed order, the runs by
-// whichever block is done last. How many runs there are, the position alone decides.
+// A block takes QUERIES heads that share a KV head, and a run of rows. Its warps take tiles of 16 rows in turn through
+// rings of their own in shared memory. Scores and weighted values are products of halves on the tensor cores, but
+// nothing is rounded to a half that the cache does not hold as one: a query, and later a weight, is the sum of two
+// halves, which are rows h and 8 + h of an mma's A. Scores stand in the layout of D of one mma, which is that of A of
+// the next, so weights never leave their lanes. Each warp runs its own softmax over the rows it meets (online: running
+// maximum, sum and weighted values); warps and at last runs are merged in a fixed order, the runs by whichever block is
+// done last. How many runs there are, the position alone decides.
 //
-// A warp's keys and values pass through its own ring in shared memory. Rows before this token are of earlier steps, so
-// the first are on their way before the inputs are waited for; this token's own row never comes from the cache.
+// Rows before this token are of earlier steps, so the first are on their way before the inputs are waited for; this
+// token's own row never comes from the cache.
 #pragma once
 #include "kv_cache.cuh"
 
-// C: HEADS, KV_HEADS, HEAD_DIM (a multiple of 8, at most 256), ROTARY_DIM, SCALE, WINDOW, Cache, QUERIES, SPLITS (most
-// runs), KEYS (fewest rows worth a run), WARPS, UNROLL (keys of a stage for each group of lanes), STAGES (of a ring),
-// PARTIAL (HEAD_DIM + 2: values, largest score, sum), places in shared memory (MERGED_AT, RING_AT).
-// partials: [HEADS / QUERIES, SPLITS, QUERIES, PARTIAL]. counters: [HEADS / QUERIES], 0 before and after.
+// C: HEADS, KV_HEADS, HEAD_DIM (a multiple of 16), ROTARY_DIM, SCALE, WINDOW, QUERIES (at most 8), SPLITS (most runs),
+// KEYS (fewest rows worth a run), WARPS, STAGES (of a ring), ROW_BYTES (from row to row in shared memory: an odd number
+// of 16 bytes, so that eight rows share no banks), places in shared memory (OWN_AT, RING_AT).
+// partials: values [HEADS / QUERIES, SPLITS, QUERIES, HEAD_DIM], then {largest score, sum} [HEADS / QUERIES, SPLITS,
+// QUERIES]. counters: [HEADS / QUERIES], 0 before and after.
 template <class C>
 struct AppendAttention {
-    using Element = typename C::Cache::Element;
-    using Raw = typename C::Cache::Raw8;
-    static constexpr int HALF = C::ROTARY_DIM / 2, VECTOR = 8, VECTORS = C::HEAD_DIM / VECTOR;
-    static constexpr int LANES = power_of_two_above(VECTORS), KEYS_AT_ONCE = WARP / LANES;
-    static constexpr int STEP = KEYS_AT_ONCE * C::UNROLL;  // keys of a stage
-    static constexpr int PIECES = C::HEAD_DIM * sizeof(Element) / 16, STAGE_BYTES = 2 * STEP * PIECES * 16;
+    using Element = CacheF16::Element;
+    static constexpr int HALF = C::ROTARY_DIM / 2, ROWS = 16, STEPS = C::HEAD_DIM / 16, DIMS = C::HEAD_DIM / 8;
+    static constexpr int TILE_BYTES = ROWS * C::ROW_BYTES, STAGE_BYTES = 2 * TILE_BYTES;  // keys, then values
+    static constexpr int RING_BYTES = C::STAGES * STAGE_BYTES;
     static constexpr int THREADS = C::WARPS * WARP, GROUPS = C::HEADS / C::QUERIES;
+    static_assert(C::HEAD_DIM % 16 == 0 && C::QUERIES <= 8 && C::ROW_BYTES % 32 == 16, "whole fragments, odd strides");
 
-    // The softmax of a group of lanes so far, for one head; a lane has its eight of the values.
-    struct Softmax {
-        float largest, sum, values[VECTOR];
+    // What runs hand over.
+    struct Partials {
+        float4* values;
+        float2* ends;  // {largest score, sum}
 
-        __device__ __forceinline__ void rise_to(float top) {
-            const float shrink = expf(largest - top);
-            largest = top, sum *= shrink;
-#pragma unroll
-            for (int e = 0; e < VECTOR; ++e) values[e] *= shrink;
-        }
-
-        __device__ __forceinline__ void add(float weight, const float (&row)[VECTOR]) {
-            sum += weight;
-#pragma unroll
-            for (int e = 0; e < VECTOR; ++e) values[e] = fmaf(weight, row[e], values[e]);
-        }
+        __device__ __forceinline__ Partials(float* partials, int place)
+            : values(reinterpret_cast<float4*>(partials) + place * (C::SPLITS * C::QUERIES * C::HEAD_DIM / 4)),
+              ends(reinterpret_cast<float2*>(partials + C::HEADS * C::SPLITS * C::HEAD_DIM) +
+                   place * (C::SPLITS * C::QUERIES)) {}
     };
 
     static __device__ __forceinline__ void run(const float* q, const float* k, const float* v, const float* rope,
                                                Element* k_cache, Element* v_cache, float* partials, int* counters,
                                                float* out, const int* state) {
         GQSA_DYNAMIC_SHARED(unsigned char, shared);
-        float* const own = reinterpret_cast<float*>(shared);  // [QUERIES + 2, HEAD_DIM] queries, rotated and scaled, k, v
-        float* const merged = reinterpret_cast<float*>(shared + C::MERGED_AT);  // [WARPS, QUERIES, PARTIAL]
         __shared__ int is_last;
         let_dependents_start();
         // The host wrote the state before any kernel of this launch plan began: it needs no wait.
@@ -62,204 +56,247 @@ struct AppendAttention {
             return;
         }
         const int per_run = ceil_div(length - first, n_runs), begin = first + run * per_run;
-        const int end = min(begin + per_run, position);  // of the rows in the cache
+        const int end = min(begin + per_run, length), cached = min(end, position);  // this token's row is the last run's
         const int head = place * C::QUERIES, kv_head = head / (C::HEADS / C::KV_HEADS);
         const KvSlot<C::KV_HEADS * C::HEAD_DIM> slot(state, 0);
-        const int warp = threadIdx.x / WARP, lane = threadIdx.x % LANES, group = threadIdx.x % WARP / LANES;
-        const bool holds = lane < VECTORS;
+        const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, pair = lane / 4, quarter = lane % 4;
         k_cache += kv_head * C::HEAD_DIM;
         v_cache += kv_head * C::HEAD_DIM;
 
-        // A stage: [STEP, HEAD_DIM] keys, then values. Steps past the end are counted and empty.
-        unsigned char* const ring = shared + C::RING_AT + warp * (C::STAGES * STAGE_BYTES);
+        // Rows that the cache lacks are zeros: a weight of 0 times what lies there might be no number.
+        unsigned char* const ring = shared + C::RING_AT + warp * RING_BYTES;
         const auto fetch = [&](int stage, int start) {
             if (start < end)
-                for (int i = threadIdx.x % WARP; i < STEP * PIECES; i += WARP) {
-                    const size_t from = slot.row(min(start + i / PIECES, end - 1)) + i % PIECES * (16 / sizeof(Element));
-                    unsigned char* const to = ring + stage * STAGE_BYTES + i * 16;
-                    copy_16(to, k_cache + from), copy_16(to + STAGE_BYTES / 2, v_cache + from);
+                for (int i = lane; i < ROWS * DIMS; i += WARP) {
+                    const int row = i / DIMS, piece = i % DIMS;
+                    const size_t from = slot.row(start + row) + piece * 8;
+                    unsigned char* const to = ring + stage * STAGE_BYTES + row * C::ROW_BYTES + piece * 16;
+                    copy_16_or_zeros(to, k_cache + from, start + row < cached);
+                    copy_16_or_zeros(to + TILE_BYTES, v_cache + from, start + row < cached);
                 }
             copy_commit();
         };
-        int start = begin + warp * STEP, stage = 0;
+        int start = begin + warp * ROWS, stage = 0;
+        constexpr int TURN = C::WARPS * ROWS;
 #pragma unroll
-        for (int s = 0; s < C::STAGES; ++s) fetch(s, start + s * C::WARPS * STEP);
+        for (int s = 0; s < C::STAGES; ++s) fetch(s, start + s * TURN);
         // What comes next is at least on its way to the L2.
-        constexpr int LINE = 128 / static_cast<int>(sizeof(Element)), LINES = ceil_div(C::HEAD_DIM, LINE);
-        constexpr int TURN = C::STAGES * C::WARPS * STEP;
-        const int ahead = begin + TURN, behind = min(end, begin + 3 * TURN);
+        constexpr int LINES = ceil_div(C::HEAD_DIM, 64);
+        const int ahead = begin + C::STAGES * TURN, behind = min(cached, ahead + 2 * C::STAGES * TURN);
         for (int i = threadIdx.x; i < (behind - ahead) * LINES; i += THREADS) {
-            const size_t at = slot.row(ahead + i / LINES) + i % LINES * LINE;
+            const size_t at = slot.row(ahead + i / LINES) + i % LINES * 64;
             prefetch_l2(k_cache + at);
             prefetch_l2(v_cache + at);
         }
+        // A thread's elements of the queries, the key and the value. Angles are no kernel's output.
+        constexpr int ELEMENTS = ceil_div((C::QUERIES + 2) * C::HEAD_DIM, THREADS);
+        Rotation rotations[ELEMENTS];
+#pragma unroll
+        for (int j = 0; j < ELEMENTS; ++j)
+            rotations[j] = Rotation(rope + static_cast<size_t>(position) * C::ROTARY_DIM, element(j) % C::HEAD_DIM);
+        // Rows of A without a query.
+        for (int i = threadIdx.x; i < (8 - C::QUERIES) * 2 * DIMS; i += THREADS) {
+            const int row = i / DIMS, unused = C::QUERIES + row / 2 + row % 2 * 8;
+            *reinterpret_cast<uint4*>(shared + unused * C::ROW_BYTES + i % DIMS * 16) = uint4{0, 0, 0, 0};
+        }
         wait_for_inputs();
 
-        const float* const angles = rope + static_cast<size_t>(position) * C::ROTARY_DIM;
-        for (int i = threadIdx.x; i < (C::QUERIES + 2) * C::HEAD_DIM; i += THREADS) {
-            const int which = i / C::HEAD_DIM, d = i % C::HEAD_DIM;
-            own[i] = which < C::QUERIES    ? rotated(q + (head + which) * C::HEAD_DIM, d, angles) * C::SCALE
-                     : which == C::QUERIES ? rotated(k + kv_head * C::HEAD_DIM, d, angles)
-                                           : v[kv_head * C::HEAD_DIM + d];
+        q += head * C::HEAD_DIM, k += kv_head * C::HEAD_DIM, v += kv_head * C::HEAD_DIM;
+        float elements[ELEMENTS], partners[ELEMENTS];  // all are asked for before the first is needed
+#pragma unroll
+        for (int j = 0; j < ELEMENTS; ++j) {
+            const int which = element(j) / C::HEAD_DIM, d = element(j) % C::HEAD_DIM;
+            const float* const from = which < C::QUERIES ? q + which * C::HEAD_DIM : which == C::QUERIES ? k : v;
+            elements[j] = which < C::QUERIES + 2 ? from[d] : 0.0f;
+            partners[j] = which <= C::QUERIES ? from[Rotation::partner(d)] : 0.0f;
+        }
+        unsigned short* const own = reinterpret_cast<unsigned short*>(shared + C::OWN_AT);  // [key and value, HEAD_DIM]
+#pragma unroll
+        for (int j = 0; j < ELEMENTS; ++j) {
+            const int which = element(j) / C::HEAD_DIM, d = element(j) % C::HEAD_DIM;
+            const float turned = rotations[j].of(elements[j], partners[j]);
+            if (which < C::QUERIES) {
+                // Times what makes exponentials powers of two.
+                constexpr float FACTOR = C::SCALE * 1.4426950408889634f;
+                const unsigned short high = float_to_half(turned * FACTOR);
+                unsigned short* const to = reinterpret_cast<unsigned short*>(shared + which * C::ROW_BYTES) + d;
+                to[0] = high;
+                to[8 * C::ROW_BYTES / 2] = float_to_half(turned * FACTOR - half_to_float(high));
+            } else if (which < C::QUERIES + 2) {
+                const bool key = which == C::QUERIES;
+                const unsigned short bits = float_to_half(key ? turned : elements[j]);
+                own[(key ? 0 : C::HEAD_DIM) + d] = bits;
+                // Heads of one KV head in several blocks all write the same.
+                if (run == n_runs - 1) (key ? k_cache : v_cache)[slot.row(position) + d] = bits;
+            }
         }
         __syncthreads();
-        float query[C::QUERIES][VECTOR];
-        Softmax heads[C::QUERIES];
-#pragma unroll
-        for (int h = 0; h < C::QUERIES; ++h) {
-            read8(own + h * C::HEAD_DIM, lane, query[h]);
-            heads[h] = {LOWEST, 0.0f, {}};
-        }
-        if (run == n_runs - 1 && warp == 0) {
-            float key[VECTOR], row[VECTOR];
-            read8(own + C::QUERIES * C::HEAD_DIM, lane, key);
-            read8(own + (C::QUERIES + 1) * C::HEAD_DIM, lane, row);
-            const Raw key_bits = C::Cache::to_raw8(key), row_bits = C::Cache::to_raw8(row);
-            if (group == 0 && holds) {
-                // Heads of one KV head in several blocks all write the same.
-                const size_t to = slot.row(position) + lane * VECTOR;
-                *reinterpret_cast<Raw*>(k_cache + to) = key_bits, *reinterpret_cast<Raw*>(v_cache + to) = row_bits;
-            }
-            C::Cache::widen8(key_bits, key), C::Cache::widen8(row_bits, row);
-#pragma unroll
-            for (int h = 0; h < C::QUERIES; ++h) {
-                const float score = dot(query[h], key);
-                if (group > 0) continue;
-                heads[h].largest = score;
-                heads[h].add(1.0f, row);
-            }
-        }
 
-        for (; start < end; start += C::WARPS * STEP) {
+        const int matrix_row = lane % 8, matrix = lane / 8;
+        const unsigned char* const queries = shared + (matrix % 2 * 8 + matrix_row) * C::ROW_BYTES + matrix / 2 * 16;
+        float values[DIMS][4] = {}, largest = LOWEST, sum = 0.0f;  // rows pair and 8 + pair of D are one query's
+        for (; start < end; start += TURN) {
             copy_wait<C::STAGES - 1>();
             __syncwarp();
-            const Element* const keys = reinterpret_cast<const Element*>(ring + stage * STAGE_BYTES);
-            const Element* const rows = keys + STEP * C::HEAD_DIM;
-            const auto read = [&](const Element* from, int u, float (&to)[VECTOR]) {
+            unsigned char* const tile = ring + stage * STAGE_BYTES;
+            if (position < end && start + ROWS > position) {
+                for (int i = lane; i < 2 * DIMS; i += WARP)
+                    *reinterpret_cast<uint4*>(tile + i / DIMS * TILE_BYTES + (position - start) * C::ROW_BYTES +
+                                              i % DIMS * 16) = reinterpret_cast<const uint4*>(own)[i];
+                __syncwarp();
+            }
+            float score[2][4] = {};
+            const unsigned char* const keys = tile + (matrix / 2 * 8 + matrix_row) * C::ROW_BYTES + matrix % 2 * 16;
 #pragma unroll
-                for (int e = 0; e < VECTOR; ++e) to[e] = 0.0f;
-                if (holds) C::Cache::load8(from + (u * KEYS_AT_ONCE + group) * C::HEAD_DIM + lane * VECTOR, to);
-            };
-            float weights[C::QUERIES][C::UNROLL];  // scores at first
+            for (int step = 0; step < STEPS; ++step) {
+                unsigned a[4], b[4];
+                load_matrices(a, queries + step * 32);
+                load_matrices(b, keys + step * 32);
+                mma_halves(score[0], a, b[0], b[1]);
+                mma_halves(score[1], a, b[2], b[3]);
+            }
+            float weight[2][2], top = largest;
 #pragma unroll
-            for (int u = 0; u < C::UNROLL; ++u) {
-                float key[VECTOR];
-                read(keys, u, key);
-                const bool counts = start + u * KEYS_AT_ONCE + group < end;
+            for (int c = 0; c < 2; ++c)
 #pragma unroll
-                for (int h = 0; h < C::QUERIES; ++h) {
-                    const float score = dot(query[h], key);
-                    weights[h][u] = counts ? score : LOWEST;
+                for (int e = 0; e < 2; ++e) {
+                    const bool counts = start + c * 8 + 2 * quarter + e < end;
+                    weight[c][e] = counts ? score[c][e] + score[c][2 + e] : LOWEST;
+                    top = fmaxf(top, weight[c][e]);
                 }
+            top = segment_max<4>(top);
+            if (top > largest) {  // seldom, after the first tiles
+                const float shrink = exp2f(largest - top);
+                largest = top, sum *= shrink;
+#pragma unroll
+                for (int d = 0; d < DIMS; ++d)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) values[d][i] *= shrink;
             }
+            unsigned a[4];
 #pragma unroll
-            for (int h = 0; h < C::QUERIES; ++h) {
-                float top = heads[h].largest;
+            for (int c = 0; c < 2; ++c) {
 #pragma unroll
-                for (int u = 0; u < C::UNROLL; ++u) top = fmaxf(top, weights[h][u]);
-                heads[h].rise_to(top);
-#pragma unroll
-                for (int u = 0; u < C::UNROLL; ++u)
-                    weights[h][u] = start + u * KEYS_AT_ONCE + group < end ? expf(weights[h][u] - top) : 0.0f;
+                for (int e = 0; e < 2; ++e) {
+                    float& one = weight[c][e];
+                    one = one == LOWEST ? 0.0f : exp2f(one - top);
+                    sum += one;
+                }
+                a[2 * c] = to_halves(weight[c][0], weight[c][1]);
+                a[2 * c + 1] = to_halves(weight[c][0] - half_to_float(a[2 * c] & 0xffff),
+                                         weight[c][1] - half_to_float(a[2 * c] >> 16));
             }
+            const unsigned char* const rows =
+                tile + TILE_BYTES + (matrix % 2 * 8 + matrix_row) * C::ROW_BYTES + matrix / 2 * 16;
 #pragma unroll
-            for (int u = 0; u < C::UNROLL; ++u) {
-                float row[VECTOR];
-                read(rows, u, row);
-#pragma unroll
-                for (int h = 0; h < C::QUERIES; ++h) heads[h].add(weights[h][u], row);
+            for (int step = 0; step < STEPS; ++step) {
+                unsigned b[4];
+                load_matrices_transposed(b, rows + step * 32);
+                mma_halves(values[2 * step], a, b[0], b[1]);
+                mma_halves(values[2 * step + 1], a, b[2], b[3]);
             }
             __syncwarp();
-            fetch(stage, start + C::STAGES * C::WARPS * STEP);
+            fetch(stage, start + C::STAGES * TURN);
             stage = stage + 1 == C::STAGES ? 0 : stage + 1;
         }
 
-        // Merge the warp's groups, then the warps through shared memory.
+        // A warp hands over in the place of its ring: {values [HEAD_DIM], largest score, sum} of each query.
+        __syncwarp();
+        constexpr int PARTIAL = C::HEAD_DIM + 2, BETWEEN_WARPS = RING_BYTES / 4;
+        static_assert(C::QUERIES * PARTIAL <= BETWEEN_WARPS, "the ring holds what its warp hands over");
+        sum = segment_sum<4>(sum);
+        if (pair < C::QUERIES) {
+            float* const to = reinterpret_cast<float*>(ring) + pair * PARTIAL;
 #pragma unroll
-        for (int h = 0; h < C::QUERIES; ++h) {
-            Softmax& one = heads[h];
-#pragma unroll
-            for (int offset = LANES; offset < WARP; offset *= 2) {
-                one.rise_to(fmaxf(one.largest, __shfl_xor_sync(ALL_LANES, one.largest, offset)));
-                one.sum += __shfl_xor_sync(ALL_LANES, one.sum, offset);
-#pragma unroll
-                for (int e = 0; e < VECTOR; ++e) one.values[e] += __shfl_xor_sync(ALL_LANES, one.values[e], offset);
-            }
-            float* const to = merged + (warp * C::QUERIES + h) * C::PARTIAL;
-            if (group == 0 && holds)
-#pragma unroll
-                for (int e = 0; e < VECTOR; ++e) to[lane * VECTOR + e] = one.values[e];
-            if (threadIdx.x % WARP == 0) to[C::HEAD_DIM] = one.largest, to[C::HEAD_DIM + 1] = one.sum;
+            for (int d = 0; d < DIMS; ++d)
+                *reinterpret_cast<float2*>(to + d * 8 + 2 * quarter) = {values[d][0] + values[d][2],
+                                                                        values[d][1] + values[d][3]};
+            if (quarter == 0) to[C::HEAD_DIM] = largest, to[C::HEAD_DIM + 1] = sum;
         }
         __syncthreads();
-        partials += static_cast<size_t>(place) * C::SPLITS * C::QUERIES * C::PARTIAL;
+        const Partials parts(partials, place);
         out += head * C::HEAD_DIM;
-        if (n_runs == 1) {
-            for (int i = threadIdx.x; i < C::QUERIES * C::HEAD_DIM; i += THREADS)
-                out[i] = merge<C::WARPS>(merged, C::WARPS, i).value();
-            return;
-        }
-        float* const mine = partials + run * C::QUERIES * C::PARTIAL;
         for (int i = threadIdx.x; i < C::QUERIES * C::HEAD_DIM; i += THREADS) {
-            const Merged one = merge<C::WARPS>(merged, C::WARPS, i);
-            float* const to = mine + i / C::HEAD_DIM * C::PARTIAL;
-            to[i % C::HEAD_DIM] = one.weighted;
-            if (i % C::HEAD_DIM == 0) to[C::HEAD_DIM] = one.top, to[C::HEAD_DIM + 1] = one.sum;
+            const float* const from = reinterpret_cast<const float*>(shared + C::RING_AT) + i / C::HEAD_DIM * PARTIAL;
+            float most = LOWEST, total = 0.0f, value = 0.0f;
+#pragma unroll
+            for (int w = 0; w < C::WARPS; ++w) most = fmaxf(most, from[w * BETWEEN_WARPS + C::HEAD_DIM]);
+#pragma unroll
+            for (int w = 0; w < C::WARPS; ++w) {
+                const float* const one = from + w * BETWEEN_WARPS;
+                const float factor = exp2f(one[C::HEAD_DIM] - most);
+                total = fmaf(one[C::HEAD_DIM + 1], factor, total);
+                value = fmaf(one[i % C::HEAD_DIM], factor, value);
+            }
+            if (n_runs == 1) {
+                out[i] = __fdividef(value, total);
+            } else {
+                reinterpret_cast<float*>(parts.values)[run * C::QUERIES * C::HEAD_DIM + i] = value;
+                if (i % C::HEAD_DIM == 0) parts.ends[run * C::QUERIES + i / C::HEAD_DIM] = {most, total};
+            }
         }
+        if (n_runs == 1) return;
         __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) is_last = atomicAdd(counters + place, 1) == n_runs - 1;
         __syncthreads();
         if (!is_last) return;
         __threadfence();
-        for (int i = threadIdx.x; i < C::QUERIES * C::HEAD_DIM; i += THREADS)
-            out[i] = merge<1>(partials, n_runs, i).value();
+        merge_runs(parts, n_runs, out);
         if (threadIdx.x == 0) counters[place] = 0;
     }
 
 private:
-    struct Merged {
-        float weighted, top, sum;
-        __device__ __forceinline__ float value() const { return __fdividef(weighted, sum); }
+    static __device__ __forceinline__ int element(int j) { return threadIdx.x + j * THREADS; }
+
+    // How element d of a head vector turns, in pairs (i, i + HALF).
+    struct Rotation {
+        float cosine, sine;
+
+        __device__ __forceinline__ Rotation() {}
+        __device__ __forceinline__ Rotation(const float* angles, int d) : cosine(1.0f), sine(0.0f) {
+            if (d < C::ROTARY_DIM) cosine = angles[d % max(HALF, 1)], sine = angles[HALF + d % max(HALF, 1)];
+            if (d < HALF) sine = -sine;
+        }
+        static __device__ __forceinline__ int partner(int d) {
+            return d >= C::ROTARY_DIM ? d : d < HALF ? d + HALF : d - HALF;
+        }
+        __device__ __forceinline__ float of(float element, float partner) const {
+            return element * cosine + partner * sine;
+        }
     };
 
-    // Element i of [QUERIES, HEAD_DIM] over n parts [QUERIES, PARTIAL]. AT_ONCE: how far the loops are unrolled.
-    template <int AT_ONCE>
-    static __device__ __forceinline__ Merged merge(const float* parts, int n, int i) {
-        parts += i / C::HEAD_DIM * C::PARTIAL;
-        Merged all = {0.0f, LOWEST, 0.0f};
-#pragma unroll AT_ONCE
-        for (int p = 0; p < n; ++p) all.top = fmaxf(all.top, parts[p * C::QUERIES * C::PARTIAL + C::HEAD_DIM]);
-#pragma unroll AT_ONCE
-        for (int p = 0; p < n; ++p) {
-            const float* const from = parts + p * C::QUERIES * C::PARTIAL;
-            const float weight = expf(from[C::HEAD_DIM] - all.top);
-            all.sum = fmaf(from[C::HEAD_DIM + 1], weight, all.sum);
-            all.weighted = fmaf(from[i % C::HEAD_DIM], weight, all.weighted);
+    // Eight runs at a time, so that their loads do not wait for each other.
+    static __device__ __forceinline__ void merge_runs(const Partials& parts, int n_runs, float* out) {
+        constexpr int AT_ONCE = 8, FOURS = C::HEAD_DIM / 4;
+        for (int i = threadIdx.x; i < C::QUERIES * FOURS; i += THREADS) {
+            float most = LOWEST, total = 0.0f, sums[4] = {};
+            for (int begin = 0; begin < n_runs; begin += AT_ONCE) {
+                float2 ends[AT_ONCE];
+                float4 values[AT_ONCE];
+                float top = most;
+#pragma unroll
+                for (int r = 0; r < AT_ONCE; ++r) {
+                    const int run = min(begin + r, n_runs - 1);
+                    ends[r] = parts.ends[run * C::QUERIES + i / FOURS];
+                    values[r] = parts.values[run * (C::QUERIES * FOURS) + i];
+                }
+#pragma unroll
+                for (int r = 0; r < AT_ONCE; ++r) top = fmaxf(top, ends[r].x);
+                const float shrink = exp2f(most - top);
+                most = top, total *= shrink;
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sums[e] *= shrink;
+#pragma unroll
+                for (int r = 0; r < AT_ONCE; ++r) {
+                    const float factor = begin + r < n_runs ? exp2f(ends[r].x - most) : 0.0f;
+                    total = fmaf(ends[r].y, factor, total);
+                    sums[0] = fmaf(values[r].x, factor, sums[0]), sums[1] = fmaf(values[r].y, factor, sums[1]);
+                    sums[2] = fmaf(values[r].z, factor, sums[2]), sums[3] = fmaf(values[r].w, factor, sums[3]);
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < 4; ++e) out[4 * i + e] = __fdividef(sums[e], total);
         }
-        return all;
-    }
-
-    // Over the lanes of a group, each with its eight.
-    static __device__ __forceinline__ float dot(const float (&a)[VECTOR], const float (&b)[VECTOR]) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int e = 0; e < VECTOR; ++e) sum = fmaf(a[e], b[e], sum);
-        return segment_sum<LANES>(sum);
-    }
-
-    // A lane's eight of a head vector, zeros past its end.
-    static __device__ __forceinline__ void read8(const float* from, int lane, float (&to)[VECTOR]) {
-#pragma unroll
-        for (int e = 0; e < VECTOR; ++e) to[e] = 0.0f;
-        if (lane < VECTORS) CacheF32::load8(from + lane * VECTOR, to);
-    }
-
-    // Element d of a head vector, in pairs (i, i + HALF).
-    static __device__ __forceinline__ float rotated(const float* from, int d, const float* angles) {
-        if (d >= C::ROTARY_DIM) return from[d];
-        const int pair = d < HALF ? d : d - HALF;
-        const float cosine = angles[pair], sine = angles[HALF + pair], low = from[pair], high = from[HALF + pair];
-        return d < HALF ? low * cosine - high * sine : high * cosine + low * sine;
     }
 };

@@ -275,6 +275,13 @@ inline void copy_16(void* to, const void* from) {
     emulation::check_alignment(from, 16);
     std::memcpy(to, from, 16);
 }
+inline void copy_16_or_zeros(void* to, const void* from, bool there) {
+    emulation::check_alignment(to, 16);
+    if (there)
+        copy_16(to, from);
+    else
+        std::memset(to, 0, 16);
+}
 inline void copy_commit() {}
 template <int LATER>
 inline void copy_wait() {}
