@@ -32,15 +32,24 @@ def records_launch(p, target: str) -> RecordsLaunch:
     """The launch of linear_records with the constants p on a target."""
     budget = SM_90_HALF_BYTES if target == "sm_90" else MAX_BYTES
     # The same number for any number of tokens, or sums would have another order.
-    warps = next((n for n in WARPS if _places(p, 1, 1, n)[1] + 2 * n * p["record_bytes"] <= budget), 2)
+    warps = next((n for n in WARPS if _places(p, 1, 1, n, True)[1] + 2 * n * p["record_bytes"] <= budget), 2)
     tokens = p["tokens"]
-    waves = -(-p["n_blocks"] // (MULTIPROCESSORS * (MAX_LOCAL if tokens == 1 else 2)))
-    blocks = MULTIPROCESSORS * waves
-    local = -(-p["n_blocks"] // blocks)
-    places, at = _places(p, tokens, local, warps)
-    stages = max(1, min(MAX_STAGES, (budget - at) // (warps * p["record_bytes"])))
+    if tokens > 1 and target == "sm_90":
+        budget = SM_90_BYTES
+    # Several tokens have many sums: fewer row blocks a block then, and at last no activations in shared memory.
+    fewest = -(-p["n_blocks"] // (MULTIPROCESSORS * MAX_LOCAL))
+    most = -(-p["n_blocks"] // MULTIPROCESSORS)
+    for staged, waves in ((staged, waves) for staged in (True, False) for waves in range(fewest, most + 1)):
+        blocks = MULTIPROCESSORS * waves
+        local = -(-p["n_blocks"] // blocks)
+        places, at = _places(p, tokens, local, warps, staged)
+        stages = min(MAX_STAGES, (budget - at) // (warps * p["record_bytes"]))
+        if tokens == 1 or stages >= 2:
+            break
+    stages = max(1, stages)
     constants = {"WARPS": warps, "STAGES": stages, "BLOCKS": blocks, "LOCAL_BLOCKS": local, **places, "RING_AT": at}
     constants["LEFT_TO_COPY"] = LEFT_TO_COPY if stages > 2 and tokens == 1 else 0
+    constants["STAGED"] = int(staged)
     return RecordsLaunch(blocks, warps * 32, max(at + warps * stages * p["record_bytes"], MIN_BYTES), constants)
 
 
@@ -70,12 +79,16 @@ def matmul_launch(p, target: str) -> RecordsLaunch:
     return RecordsLaunch(blocks, threads, barriers_at + _BARRIER_BYTES, constants)
 
 
-def _places(p, tokens: int, local: int, warps: int) -> tuple[dict[str, int], int]:
-    """Where things begin in shared memory, and where the ring does. local: row blocks of a block."""
-    places, at = {}, 0
+def _places(p, tokens: int, local: int, warps: int, staged: bool) -> tuple[dict[str, int], int]:
+    """Where things begin in shared memory, and where the ring does.
+
+    local: row blocks of a block. staged: the tokens' integers are there too, from one's ranges to the next one's an
+    odd number of places.
+    """
+    places, at, held = {}, 0, tokens if staged else 0
     for name, size in (
-        ("PLANES_AT", 2 * p["k"] if tokens == 1 else 0),
-        ("RANGES_AT", p["k"] // TILE * 8 if tokens == 1 else 0),
+        ("PLANES_AT", held * 2 * p["k"]),
+        ("RANGES_AT", held * (p["k"] // TILE | 1) * 8),
         ("PARTIALS_AT", 128),
         ("SUMS_AT", local * warps * ROWS * tokens * 4),
         ("BLOCKS_AT", (local + 2) * 4),

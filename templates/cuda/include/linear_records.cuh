@@ -70,8 +70,8 @@ private:
 
 // C: K, N_BLOCKS, WIDTHS, MASKED_WIDTHS, RECORD_BYTES, WARPS, STAGES, BLOCKS (of the grid, along x), LOCAL_BLOCKS
 // (most row blocks of a block), LEFT_TO_COPY (records of a warp, when the next kernel may start; 0: at once), NORM, EPS,
-// EPILOGUE, places in shared memory (PLANES_AT, RANGES_AT, SUMS_AT, BLOCKS_AT, RING_AT, PHASES_AT) and what epilogue.cuh
-// needs. TOKENS: in one tile (blockIdx.y); from 2 on x comes as planes and ranges.
+// EPILOGUE, STAGED (several tokens' integers fit into shared memory), places there (PLANES_AT, RANGES_AT, SUMS_AT,
+// BLOCKS_AT, RING_AT, PHASES_AT) and what epilogue.cuh needs. TOKENS: in one tile (blockIdx.y); from 2 on x comes as planes and ranges.
 template <class C, int TOKENS>
 struct LinearRecords {
     static constexpr int TEAMS = (TOKENS + 3) / 4;  // four tokens share an mma
@@ -127,6 +127,7 @@ struct LinearRecords {
         } else {
             planes += static_cast<long long>(first_token) * (2 * C::K);
             ranges += static_cast<long long>(first_token) * (C::K / TILE * 2);
+            if (C::STAGED) bring(planes, ranges, n_tokens, own_planes, own_ranges);
         }
         if (TOKENS == 1 && ahead.to >= 0) ahead.load(first_token, bias, residual, out);
         __syncthreads();
@@ -146,8 +147,10 @@ struct LinearRecords {
             while (record >= bound) end_block();
             if constexpr (TOKENS == 1)
                 multiply_one(bytes, me, own_planes, own_ranges, factor, y[0][0]);
+            else if constexpr (C::STAGED)
+                multiply_several(bytes, me, own_planes, own_ranges, n_tokens, y);
             else
-                multiply_several(bytes, lane, planes, ranges, n_tokens, y);
+                multiply_several(bytes, me, planes, reinterpret_cast<const float2*>(ranges), n_tokens, y);
             stream.go_on();
             let_start();
         }
@@ -207,12 +210,27 @@ struct LinearRecords {
         });
     }
 
+    // From one token's ranges to the next one's. In shared memory an odd number: four tokens share no banks.
+    static constexpr int RANGE_STRIDE = C::STAGED ? C::K / TILE | 1 : C::K / TILE;
+
+    // Several tokens' integers come to shared memory where there is room: each row block reads all of them.
+    static __device__ __forceinline__ void bring(const signed char* planes, const float* ranges, int n_tokens,
+                                                 unsigned* own_planes, float2* own_ranges) {
+        constexpr int THREADS = C::WARPS * WARP;
+        for (int i = threadIdx.x; i < n_tokens * (C::K / 8); i += THREADS) copy_16(own_planes + i * 4, planes + i * 16);
+        copy_commit();
+        for (int i = threadIdx.x; i < n_tokens * (C::K / TILE); i += THREADS)
+            own_ranges[i / (C::K / TILE) * RANGE_STRIDE + i % (C::K / TILE)] = reinterpret_cast<const float2*>(ranges)[i];
+        copy_wait<0>();
+    }
+
     // Several tokens: column 2 m (high plane) and 2 m + 1 (low) of B are token m of a team; lane (pair, quarter)
     // gets the sums of token `quarter`, added to y. Tokens past the last repeat it.
-    static __device__ __forceinline__ void multiply_several(Record record, int lane, const signed char* planes,
-                                                            const float* ranges, int n_tokens, float (*y)[SLOTS][2]) {
-        const int pair = lane / 4, quarter = lane % 4;
-        with_record<C>(record, lane, [&](auto of_width, int n, const unsigned char* fields, auto load) {
+    template <class Planes>
+    static __device__ __forceinline__ void multiply_several(Record record, const Lane& me, const Planes* planes,
+                                                            const float2* ranges, int n_tokens, float (*y)[SLOTS][2]) {
+        const int pair = me.lane / 4;
+        with_record<C>(record, me.lane, [&](auto of_width, int n, const unsigned char* fields, auto load) {
             using G = decltype(of_width);
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
@@ -223,15 +241,14 @@ struct LinearRecords {
 #pragma unroll
                 for (int team = 0; team < TEAMS; ++team) {
                     one_after_another();
-                    const int from = min(team * 4 + pair / 2, n_tokens - 1), to = min(team * 4 + quarter, n_tokens - 1);
-                    const uint4 four = reinterpret_cast<const uint4*>(planes + static_cast<long long>(from) * (2 * C::K))
-                        [tile * 8 + pair % 2 * 4 + quarter];
+                    const int from = min(team * 4 + pair / 2, n_tokens - 1);
+                    const int to = min(team * 4 + me.quarter, n_tokens - 1);
+                    const uint4 four = reinterpret_cast<const uint4*>(planes)[from * (C::K / 8) + tile * 8 + me.piece];
                     const unsigned words[4] = {four.x, four.y, four.z, four.w};
                     int sums[G::CLASSES][4];
                     G::clear(sums);
                     groups.multiply(words, sums);
-                    const float2 range =
-                        reinterpret_cast<const float2*>(ranges)[static_cast<long long>(to) * (C::K / TILE) + tile];
+                    const float2 range = ranges[to * RANGE_STRIDE + tile];
 #pragma unroll
                     for (int r = 0; r < 2; ++r)
                         y[team][t][r] +=

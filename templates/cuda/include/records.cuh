@@ -27,8 +27,8 @@ template <int WIDTH>
 struct Groups {
     // Sums of a tile or a record come in CLASSES parts, class c times 2^SHIFT(c).
     static constexpr int WIDTH_ = WIDTH;
-    static constexpr int CLASSES = WIDTH == 8 ? 1 : WIDTH == 4 ? 2 : WIDTH == 3 ? 3 : 4;
-    static constexpr int SHIFT = WIDTH == 4 ? 4 : 2;
+    static constexpr int CLASSES = WIDTH == 8 ? 1 : WIDTH >= 3 ? 2 : 4;
+    static constexpr int SHIFT = WIDTH >= 3 ? 4 : 2;
     static constexpr int WORDS = WIDTH == 8 ? 4 : WIDTH == 4 ? 2 : 1;  // of a row
     static constexpr int ENTRY_BYTES = 2 * WIDTH;
 
@@ -88,14 +88,12 @@ struct Groups {
             mma_32(sums[0], row[0][0] & LOW, row[1][0] & LOW, row[0][1] & LOW, row[1][1] & LOW, x[0], x[1]);
             mma_32(sums[1], row[0][0] & HIGH, row[1][0] & HIGH, row[0][1] & HIGH, row[1][1] & HIGH, x[2], x[3]);
         } else if constexpr (WIDTH == 3) {
-            const unsigned raised = high << 2;
-#pragma unroll
-            for (int s = 0; s < 3; ++s) {
-                const unsigned low = 0x03030303u << 2 * s, bit = 0x04040404u << 2 * s;
-                mma_16(sums[s], row[0][0] & low | raised & bit, row[1][0] & low | raised >> 1 & bit, x[s]);
-            }
-            mma_16(sums[0], row[0][0] >> 6 & 0x03030303u | high >> 4 & 0x04040404u,
-                   row[1][0] >> 6 & 0x03030303u | high >> 5 & 0x04040404u, x[3]);
+            // Four columns of a byte, two at a time as nibbles of their low bits and the high ones that stand above them.
+            constexpr unsigned LOW = 0x07070707u, HIGH = 0x70707070u, TWO = 0x33333333u;
+            const unsigned even[2] = {row[0][0] & TWO | high << 2 & ~TWO, row[1][0] & TWO | high << 1 & ~TWO};
+            const unsigned odd[2] = {row[0][0] >> 2 & TWO | high & ~TWO, row[1][0] >> 2 & TWO | high >> 1 & ~TWO};
+            mma_32(sums[0], even[0] & LOW, even[1] & LOW, odd[0] & LOW, odd[1] & LOW, x[0], x[1]);
+            mma_32(sums[1], even[0] & HIGH, even[1] & HIGH, odd[0] & HIGH, odd[1] & HIGH, x[2], x[3]);
         } else {
             constexpr unsigned LEVEL = WIDTH == 2 ? 0x03030303u : 0x01010101u;
             const unsigned second = WIDTH == 2 ? row[1][0] : row[0][0] >> 1;
