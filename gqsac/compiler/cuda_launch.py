@@ -144,7 +144,7 @@ def _linear_dense(p):
 def _linear_records(p, target: str):
     made = records_launch(p, target)
     return Geometry(
-        lambda n_tokens: (made.blocks, _ceil_div(n_tokens, p["tokens"])),
+        lambda n_tokens: (made.blocks, _ceil_div(n_tokens, made.constants["AT_ONCE"])),
         made.threads,
         made.shared_bytes,
         made.constants,
@@ -263,7 +263,6 @@ _GEOMETRIES: dict[str, Callable[..., Geometry]] = {
     "embedding_records": lambda p: _pointwise({"width": p["k"]}),
     "linear_records": _linear_records,
     "matmul_records": _matmul_records,
-    "quantize": _row_by_block,
     "halves": _row_by_block,
     "kv_append": _kv_append,
     "append_attention": _append_attention,

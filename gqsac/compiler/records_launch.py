@@ -9,6 +9,7 @@ MULTIPROCESSORS = 132  # blocks in a wave: one for each of the largest GPU's. An
 WARPS = tuple(range(16, 2, -2))  # of a block, the first that has room for two stages
 LEFT_TO_COPY = 2  # records of a warp, when the next kernel may start: where a ring holds more than that
 MAX_STAGES = 4  # of a warp's ring: with more in flight, activations wait behind weights
+FEW_STAGES = 2  # of it for several tokens
 MAX_BYTES = 98 * 1024  # fits every target
 SM_90_HALF_BYTES = 112 * 1024  # the same for two kernels side by side on sm_90
 # Two blocks share a multiprocessor of the largest GPU, never three: each gets one block of a kernel.
@@ -32,24 +33,19 @@ def records_launch(p, target: str) -> RecordsLaunch:
     """The launch of linear_records with the constants p on a target."""
     budget = SM_90_HALF_BYTES if target == "sm_90" else MAX_BYTES
     # The same number for any number of tokens, or sums would have another order.
-    warps = next((n for n in WARPS if _places(p, 1, 1, n, True)[1] + 2 * n * p["record_bytes"] <= budget), 2)
-    tokens = p["tokens"]
-    if tokens > 1 and target == "sm_90":
-        budget = SM_90_BYTES
-    # Several tokens have many sums: fewer row blocks a block then, and at last no activations in shared memory.
-    fewest = -(-p["n_blocks"] // (MULTIPROCESSORS * MAX_LOCAL))
-    most = -(-p["n_blocks"] // MULTIPROCESSORS)
-    for staged, waves in ((staged, waves) for staged in (True, False) for waves in range(fewest, most + 1)):
-        blocks = MULTIPROCESSORS * waves
-        local = -(-p["n_blocks"] // blocks)
-        places, at = _places(p, tokens, local, warps, staged)
-        stages = min(MAX_STAGES, (budget - at) // (warps * p["record_bytes"]))
-        if tokens == 1 or stages >= 2:
-            break
-    stages = max(1, stages)
+    warps = next((n for n in WARPS if _places(p, 1, 1, n)[1] + 2 * n * p["record_bytes"] <= budget), 2)
+    if p["tokens"] > 1:
+        budget, most_stages = SM_90_BYTES if target == "sm_90" else MAX_BYTES, FEW_STAGES
+        at_once, waves = _few_tokens(p, warps, budget)
+    else:
+        at_once, waves, most_stages = 1, _ceil_div(p["n_blocks"], MULTIPROCESSORS * MAX_LOCAL), MAX_STAGES
+    blocks = MULTIPROCESSORS * waves
+    local = _ceil_div(p["n_blocks"], blocks)
+    places, at = _places(p, at_once, local, warps)
+    stages = max(1, min(most_stages, (budget - at) // (warps * p["record_bytes"])))
     constants = {"WARPS": warps, "STAGES": stages, "BLOCKS": blocks, "LOCAL_BLOCKS": local, **places, "RING_AT": at}
-    constants["LEFT_TO_COPY"] = LEFT_TO_COPY if stages > 2 and tokens == 1 else 0
-    constants["STAGED"] = int(staged)
+    constants["LEFT_TO_COPY"] = LEFT_TO_COPY if stages > 2 and p["tokens"] == 1 else 0
+    constants["AT_ONCE"] = at_once
     return RecordsLaunch(blocks, warps * 32, max(at + warps * stages * p["record_bytes"], MIN_BYTES), constants)
 
 
@@ -79,17 +75,30 @@ def matmul_launch(p, target: str) -> RecordsLaunch:
     return RecordsLaunch(blocks, threads, barriers_at + _BARRIER_BYTES, constants)
 
 
-def _places(p, tokens: int, local: int, warps: int, staged: bool) -> tuple[dict[str, int], int]:
-    """Where things begin in shared memory, and where the ring does.
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
-    local: row blocks of a block. staged: the tokens' integers are there too, from one's ranges to the next one's an
-    odd number of places.
+
+def _few_tokens(p, warps: int, budget: int) -> tuple[int, int]:
+    """(tokens that a block takes at once, waves of blocks) where two stages fit into the budget of shared memory.
+
+    Their integers are all there, and their sums of all of a block's row blocks.
     """
-    places, at, held = {}, 0, tokens if staged else 0
+    for at_once in (n for n in (4, 2, 1) if n <= p["tokens"]):
+        for waves in range(1, _ceil_div(p["n_blocks"], MULTIPROCESSORS) + 1):
+            local = _ceil_div(p["n_blocks"], MULTIPROCESSORS * waves)
+            if local <= MAX_LOCAL and _places(p, at_once, local, warps)[1] + 2 * warps * p["record_bytes"] <= budget:
+                return at_once, waves
+    return 1, _ceil_div(p["n_blocks"], MULTIPROCESSORS)
+
+
+def _places(p, tokens: int, local: int, warps: int) -> tuple[dict[str, int], int]:
+    """Where things begin in shared memory, and where the ring does. local: row blocks of a block."""
+    places, at = {}, 0
     for name, size in (
-        ("PLANES_AT", held * 2 * p["k"]),
-        ("RANGES_AT", held * (p["k"] // TILE | 1) * 8),
-        ("PARTIALS_AT", 128),
+        ("PLANES_AT", tokens * 2 * p["k"]),
+        ("RANGES_AT", tokens * (p["k"] // TILE | 1) * 8),  # an odd number from token to token
+        ("PARTIALS_AT", tokens * 128),
         ("SUMS_AT", local * warps * ROWS * tokens * 4),
         ("BLOCKS_AT", (local + 2) * 4),
         ("PHASES_AT", warps * MAX_STAGES * 8),

@@ -16,7 +16,7 @@ import numpy as np
 
 from gqsa_runtime.errors import ClosedError, InputError
 from gqsa_runtime.operators import state_elements
-from gqsa_runtime.program import Plan, Program
+from gqsa_runtime.program import FEW_TOKENS, Plan, Program
 from gqsa_runtime.rope import long_ropes
 from gqsa_runtime.sampling import likeliest, not_finite
 from gqsa_runtime.sequence import Sequence
@@ -171,7 +171,7 @@ class Engine:
         """
         with self._alone():
             ids = self._checked(tokens, min(self.context - self.position, self.device.plan.prefill_chunk))
-            phase = "decode" if len(ids) == 1 else "prefill_body"
+            phase = "decode" if len(ids) == 1 else _body(ids)
             self._upload(ids)
             return phase, self.device.step_seconds(phase, repeats)
 
@@ -191,7 +191,7 @@ class Engine:
             self._use_ropes(len(inputs))  # what no longer fits them is computed again
             for chunk in _chunks(inputs[self.position :], self.device.plan.score_chunk):
                 start = self.position
-                self._launch(chunk, "prefill_body")
+                self._launch(chunk, _body(chunk))
                 if self.position < first:
                     continue
                 expected = targets[start : self.position]
@@ -267,7 +267,7 @@ class Engine:
             self._launch(ids, "decode")
         else:
             for chunk in _chunks(ids, self.device.plan.prefill_chunk):
-                self._launch(chunk, "prefill_body")
+                self._launch(chunk, _body(chunk))
             self.device.launch("last_logits")
         return len(stale)
 
@@ -315,6 +315,11 @@ class Engine:
                 f"expected 0 to {self.program.vocab_size - 1}"
             )
         return ids.astype(np.int32)
+
+
+def _body(chunk: np.ndarray) -> str:
+    """The phase that appends a chunk of a prompt."""
+    return "few_body" if len(chunk) <= FEW_TOKENS else "prefill_body"
 
 
 def _chunks(ids: np.ndarray, size: int) -> Iterator[np.ndarray]:

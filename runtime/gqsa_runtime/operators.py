@@ -78,6 +78,14 @@ class Operator:
         ]
 
 
+def families_of(op: str, params: Mapping) -> tuple[str, ...]:
+    """Whose targets have a kernel of operator `op` with these constants, which may be wrong."""
+    tokens = params.get("tokens", 1)
+    if op == "linear_records" and isinstance(tokens, int) and tokens > 1:
+        return ("cuda",) if tokens <= FUSED_TOKENS else ("cpu",)
+    return OPERATORS[op].families
+
+
 def check_params(op: str, params: Mapping) -> str | None:
     """What is wrong with the constants of a kernel of operator `op`, or None."""
     rules = OPERATORS[op].constants
@@ -164,6 +172,7 @@ _NORM_BIAS = Operand("norm_bias", "f32", lambda p, t, c: p["k"], "weight", lambd
 
 
 MATMUL_TOKENS = 128  # that a block of matmul_records takes
+FUSED_TOKENS = 4  # a linear_records of so many or fewer normalises and quantises them itself, several on CUDA alone
 
 
 def _halves(access: str) -> tuple[Operand, ...]:
@@ -179,16 +188,16 @@ def _tiles(per_tile: int):
 
 
 def _linear_records() -> Operator:
-    """One token is normalised and quantised by the kernel itself; several come quantised (operator quantize)."""
-    one, several = (lambda p: p["tokens"] == 1), (lambda p: p["tokens"] > 1)
+    """A few tokens are normalised and quantised by the kernel itself; more come quantised (operator quantize)."""
+    few, more = (lambda p: p["tokens"] <= FUSED_TOKENS), (lambda p: p["tokens"] > FUSED_TOKENS)
     linear = _linear(RECORDS)
     x, *weights, _ = linear.operands
     fused = (
-        Operand(x.name, x.dtype, x.elements, present=one),
-        Operand("planes", "i8", _tiles(2 * _TILE), present=several),
-        Operand("ranges", "f32", _tiles(2), present=several),
-        Operand("norm_weight", "f32", _NORM_WEIGHT.elements, "weight", lambda p: one(p) and p["norm"] != "none"),
-        Operand("norm_bias", "f32", _NORM_BIAS.elements, "weight", lambda p: one(p) and p["norm"] == "layer"),
+        Operand(x.name, x.dtype, x.elements, present=few),
+        Operand("planes", "i8", _tiles(2 * _TILE), present=more),
+        Operand("ranges", "f32", _tiles(2), present=more),
+        Operand("norm_weight", "f32", _NORM_WEIGHT.elements, "weight", lambda p: few(p) and p["norm"] != "none"),
+        Operand("norm_bias", "f32", _NORM_BIAS.elements, "weight", lambda p: few(p) and p["norm"] == "layer"),
     )
     out = next(operand for operand in weights if operand.name == "out")
     weights[weights.index(out)] = Operand("out", "f32", _rows("out_stride", "out_width"), "out")
@@ -300,6 +309,7 @@ OPERATORS: dict[str, Operator] = {
             _STATE,
         ),
         _check_tiles,
+        families=("cpu",),
     ),
     "halves": Operator(
         "halves = norm(x) / scale in f16 [tokens / 128, tiles, 128, 64], in the order that matmul_records wants; "

@@ -15,8 +15,8 @@ from gqsa_runtime.constants import NUMBER, allowed, shown
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.format import ALIGNMENT, MAX_NAME_CHARACTERS
 from gqsa_runtime.layouts import ContentRule, Layout
-from gqsa_runtime.operators import OPERATORS, Operand, check_params, state_elements
-from gqsa_runtime.program import DTYPE_BYTES, PHASES, Argument, Buffer, Kernel, Launch, Plan, Program, Step
+from gqsa_runtime.operators import OPERATORS, Operand, check_params, families_of, state_elements
+from gqsa_runtime.program import DTYPE_BYTES, FEW_TOKENS, PHASES, Argument, Buffer, Kernel, Launch, Plan, Program, Step
 from gqsa_runtime.reader import TensorInfo
 from gqsa_runtime.typecheck import conforms
 
@@ -154,7 +154,8 @@ class _PlanChecker:
                 where = f"step {index} of {phase} for {self.family} ({step.kernel})"
                 if step.kernel not in kernels:
                     raise _error(f"{where}: there is no such kernel")
-                self._check_step(where, kernels[step.kernel], step.args, scored if phase == "all_log_probs" else chunk)
+                most = {"all_log_probs": scored, "few_body": min(FEW_TOKENS, chunk)}.get(phase, chunk)
+                self._check_step(where, kernels[step.kernel], step.args, most)
 
     def _check_buffers(self) -> None:
         plan = self.plan
@@ -196,8 +197,8 @@ class _PlanChecker:
                 raise _error(f"kernel name {kernel.name[:80]!r} is not a C identifier")
             if kernel.op not in OPERATORS:
                 raise _error(f"kernel {kernel.name} is of the unknown operator {kernel.op!r}")
-            if self.family not in OPERATORS[kernel.op].families:
-                raise _error(f"kernel {kernel.name}: {self.family} targets have no operator {kernel.op!r}")
+            if self.family not in families_of(kernel.op, kernel.params):
+                raise _error(f"kernel {kernel.name}: {self.family} targets have no operator {kernel.op!r} like it")
             if "" not in kernel.launches if self.family == "cuda" else kernel.launches:
                 raise _error(f"kernel {kernel.name} for {self.family} has launches for {sorted(kernel.launches)}")
             for launch in kernel.launches.values():

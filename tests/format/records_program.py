@@ -104,6 +104,7 @@ def plan(**changes) -> Plan:
         "phases": {
             "decode": (embed(1), step("linear_records_t1", "gate", out="h"), step("head_t1", "embed", out="logits")),
             "prefill_body": (embed(8), quantize, step("linear_records_t8", "gate", out="h")),
+            "few_body": (embed(8), quantize, step("linear_records_t8", "gate", out="h")),
             "last_logits": (step("last_row", out="last"), step("head_t1", "embed", x="last", out="logits")),
             "all_log_probs": (quantize, step("head_t8", "embed", out="logits"), step("log_probs", result="log_probs")),
         },

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from gqsa_runtime.errors import FormatError
-from gqsa_runtime.operators import OPERATORS, check_params
+from gqsa_runtime.operators import OPERATORS, check_params, families_of
 from gqsa_runtime.program import Argument, Binary, Kernel, KVLayer, Launch, Plan, Program, Rope
 from gqsa_runtime.reader import TensorInfo
 from gqsa_runtime.validate import ContentChecks, validate
@@ -283,8 +283,12 @@ def test_a_family_has_its_own_operators_alone():
     validate(tiny.program(**cuda_program(cuda)), infos())
     families = {op: set(operator.families) for op, operator in OPERATORS.items()}
     assert {op for op, of in families.items() if of != {"cuda", "cpu"}} == {
-        "append_attention", "attention_halves", "halves", "matmul_records",
+        "append_attention", "attention_halves", "halves", "matmul_records", "quantize",
     }  # fmt: skip
+    linear = records_program.kernels()["linear_records_t8"]
+    assert families_of(linear.op, linear.params) == ("cpu",)
+    assert families_of(linear.op, {**linear.params, "tokens": 4}) == ("cuda",)
+    assert set(families_of(linear.op, {**linear.params, "tokens": 1})) == {"cuda", "cpu"}
 
 
 def test_params_that_do_not_fit_together():

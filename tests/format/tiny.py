@@ -109,6 +109,7 @@ def plan(**changes) -> Plan:
         "phases": {
             "decode": (*body("t1"), head("t1", "y"), choice),
             "prefill_body": tuple(body("t8")),
+            "few_body": tuple(body("t8")),
             "last_logits": (last, head("t1", "last"), choice),
             "all_log_probs": (head("t8", "y"), scores),
         },

@@ -5,9 +5,8 @@ python -m tests.gpu.measure_records [--weights w4 w4-groups …] [--layers 32] [
 A CUDA graph runs the four linears of `layers` blocks as a dependent chain with its norms, gates and residuals,
 each started early, over three blocks' worth of weights in turn, so that nothing stays in the L2 cache. Prints a line
 per kind of weights: us of a block as it is ("early"), "free" of waits for inputs, and then, to see what a kernel
-waits for, without sums (only "copies") and without any copies but the first (only "sums"). Several tokens are made
-integers by launches of their own, which are in the chain too. --set changes a constant of gqsac.compiler, to try
-geometries out.
+waits for, without sums (only "copies") and without any copies but the first (only "sums"). --set changes a constant
+of gqsac.compiler, to try geometries out.
 """
 
 import argparse
@@ -43,7 +42,9 @@ _CHANGES = {
     "early": lambda text: text,
     "free": lambda text: text.replace("griddepcontrol.wait;", ""),
     "copies": lambda text: text.replace(
-        "multiply_one(bytes, me, own_planes, own_ranges, factor, y[0][0]);", "y[0][0][0] += bytes.bytes[lane];"
+        "multiply_one(bytes, me, own_planes, own_ranges, factor, y[0]);", "y[0][0] += bytes.bytes[lane];"
+    ).replace(
+        "multiply_few(bytes, me, own_planes, own_ranges, factor, n_tokens, y);", "y[0][0] += bytes.bytes[lane];"
     ),
     "sums": lambda text: text.replace(
         "copy(stage, next, start, stop);", "if (!turn) ring.fetch(stage, records, 0);"
@@ -55,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=1, help="of one launch, 1 to 8")
+    parser.add_argument("--tokens", type=int, default=1, help="of one launch, 1 to 4")
     parser.add_argument("--set", nargs="*", default=[])
     parser.add_argument("--variants", nargs="*", default=[""], help="each a list for --set, separated by semicolons")
     options = parser.parse_args()
@@ -105,14 +106,8 @@ def _linear(gpu, rows, k, tokens, widths, pattern, changes):
 def _measure(gpu, kind, variant, weights, layers, bandwidth):
     tokens = weights[0][0]["tokens"]
     specs = [KernelSpec.make("linear_records", **params) for params, *_ in weights]
-    quantize = [
-        KernelSpec.make("quantize", **{name: params[name] for name in ("tokens", "k", "x_stride", "norm", "eps")})
-        for params, *_ in weights
-    ]
     rng = np.random.default_rng(0)
-    hidden, wide, inner, norm, planes, ranges = (
-        gpu.allocate(4 * tokens * n) for n in (HIDDEN, 3 * HIDDEN, INNER, HIDDEN, INNER, INNER)
-    )
+    hidden, wide, inner, norm = (gpu.allocate(4 * tokens * n) for n in (HIDDEN, 3 * HIDDEN, INNER, HIDDEN))
     gpu.upload(norm, np.ones(HIDDEN, np.float32))
     state = gpu.allocate(128)
     gpu.upload(state, np.array([tokens, 0] * 8, np.int32))
@@ -122,19 +117,14 @@ def _measure(gpu, kind, variant, weights, layers, bandwidth):
     result = np.empty(tokens * HIDDEN, np.float32)
     line = f"{kind:10} {8 * n_bytes / n_weights:.3f} bits"
     for name, change in _CHANGES.items():
-        made = name_kernels([*specs, *(quantize if tokens > 1 else ())])
-        kernels = GpuKernels(gpu, made, gpu.target, change)
+        kernels = GpuKernels(gpu, name_kernels(specs), gpu.target, change)
         steps = []
         for layer in range(layers):
-            for spec, first, (params, _, blobs, _), (x, out) in zip(specs, quantize, weights, ends, strict=True):
-                normed = norm if params["norm"] != "none" else None
-                activations = [x, None, None, normed, None]
-                if tokens > 1:
-                    pointers = [x, normed, None, planes, ranges, state]
-                    steps.append((kernels.function(first), launch(first, tokens, gpu.target), pointers))
-                    activations = [None, planes, ranges, None, None]
-                residual = hidden if params["residual"] else None
-                pointers = [*activations, *blobs[layer % DISTINCT], None, residual, out, state]
+            for spec, (params, _, blobs, _), (x, out) in zip(specs, weights, ends, strict=True):
+                pointers = [
+                    x, None, None, norm if params["norm"] != "none" else None, None, *blobs[layer % DISTINCT], None,
+                    hidden if params["residual"] else None, out, state,
+                ]  # fmt: skip
                 steps.append((kernels.function(spec), launch(spec, tokens, gpu.target), pointers))
         for address, n in ((hidden, HIDDEN), (wide, 3 * HIDDEN), (inner, INNER)):
             gpu.upload(address, rng.normal(size=tokens * n).astype(np.float32))
@@ -146,7 +136,7 @@ def _measure(gpu, kind, variant, weights, layers, bandwidth):
     geometry = [records_launch(params, gpu.target) for params, *_ in weights]
     shown = " ".join(f"{g.blocks}x{g.constants['STAGES']}" for g in geometry)
     print(f"{line}  {variant or '-'}  [{shown}] {'' if np.isfinite(result).all() else 'NOT FINITE'}", flush=True)
-    for address in (hidden, wide, inner, norm, planes, ranges, state):
+    for address in (hidden, wide, inner, norm, state):
         gpu.free(address)
 
 

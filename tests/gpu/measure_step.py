@@ -38,6 +38,7 @@ def main() -> None:
             model.engine.reset()
             model.engine.prefill(rng.integers(0, model.program.vocab_size, context))
             _host(model, rng)
+            _few(model)
             model.engine._upload(np.array([1], np.int32))
             _operators(model, context)
             for variant in options.variants:
@@ -63,6 +64,20 @@ def _host(model: Model, rng) -> None:
         token = timed("download", device.download, "argmax", 1)[0]
         times.setdefault("step", []).append(1e6 * (time.perf_counter() - began))
     print("host: " + ", ".join(f"{name} {statistics.median(all_us):.1f} us" for name, all_us in times.items()))
+
+
+def _few(model: Model) -> None:
+    """Steps of several tokens of one sequence, as a caller sees them."""
+    position = model.engine.position
+    for n_tokens in (1, 2, 4, 8):
+        seconds = []
+        for _ in range(REPEATS):
+            model.engine.rewind(position)
+            began = time.perf_counter()
+            model.engine.prefill([1] * n_tokens)
+            seconds.append(time.perf_counter() - began)
+        print(f"{n_tokens} tokens, to the last one's logits: {1e6 * statistics.median(seconds):.1f} us")
+    model.engine.rewind(position)
 
 
 def _graph_us(device, steps) -> float:

@@ -7,13 +7,13 @@ compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.sanitiz
 import sys
 
 from tests.gpu.cuda_device import Gpu, GpuKernels
-from tests.kernels.cases import CASES, KERNEL_NAMES
+from tests.kernels.cases import CUDA_CASES, CUDA_NAMES
 
 
 def main(words: list[str]) -> int:
     gpu = Gpu()
-    cases = [case for case in CASES if all(word in case.name for word in words)]
-    names = {case.spec: KERNEL_NAMES[case.spec] for case in cases}
+    cases = [case for case in CUDA_CASES if all(word in case.name for word in words)]
+    names = {case.spec: CUDA_NAMES[case.spec] for case in cases}
     kernels = GpuKernels(gpu, names, gpu.target)
     wrong = 0
     for case in cases:

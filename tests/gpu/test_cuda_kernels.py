@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.gpu.cuda_device import Gpu, GpuKernels
-from tests.kernels.cases import CASES, KERNEL_NAMES
+from tests.kernels.cases import CUDA_CASES, CUDA_NAMES
 
 pytestmark = pytest.mark.gpu
 
@@ -19,10 +19,10 @@ def gpu():
 
 @pytest.fixture(scope="module", params=["cubin", "ptx"])
 def kernels(gpu, request):
-    return GpuKernels(gpu, KERNEL_NAMES, gpu.target if request.param == "cubin" else "compute_80")
+    return GpuKernels(gpu, CUDA_NAMES, gpu.target if request.param == "cubin" else "compute_80")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.name)
 def test_kernel_matches_the_oracle(kernels, case):
     problem, again = case.build(), case.build()
     kernels.run(problem, case.max_tokens)

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 from gqsa_runtime.engine import launch_state
 from gqsa_runtime.layouts import GROUP_WORDS
-from gqsa_runtime.operators import OPERATORS, state_elements
+from gqsa_runtime.operators import OPERATORS, families_of, state_elements
 
 from gqsac.bsr import BsrStream, pack_values
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
@@ -645,6 +645,10 @@ CASES: tuple[Case, ...] = (
     *_append_attention_cases(),
     *cases_records.make_cases(Case, _HELPERS),
 )
-CPU_CASES: tuple[Case, ...] = tuple(case for case in CASES if "cpu" in OPERATORS[case.spec.op].families)
+CPU_CASES, CUDA_CASES = (
+    tuple(case for case in CASES if family in families_of(case.spec.op, dict(case.spec.params)))
+    for family in ("cpu", "cuda")
+)
 # Kernel names, unique over all cases: equal specs share one kernel.
 KERNEL_NAMES: dict[KernelSpec, str] = name_kernels([case.spec for case in CASES])
+CUDA_NAMES: dict[KernelSpec, str] = {case.spec: KERNEL_NAMES[case.spec] for case in CUDA_CASES}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS
-from gqsa_runtime.operators import state_elements
+from gqsa_runtime.operators import FUSED_TOKENS, state_elements
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -123,7 +123,7 @@ def _matmul_records(p, a, n, places, write):
 
 
 def _linear_records(p, a, n, places, write):
-    if p["tokens"] == 1:
+    if p["tokens"] <= FUSED_TOKENS:
         x = _normalized(p, a, _read(a["x"], n, p["x_stride"], p["k"]))
     else:
         n_tiles = p["k"] // 64

@@ -8,30 +8,28 @@ from gqsac.compiler.cuda_launch import own_targets
 from gqsac.compiler.kernel_spec import KernelSpec
 from gqsac.compiler.passes import render
 from tests.kernels import cuda_emulation
-from tests.kernels.cases import CASES, KERNEL_NAMES
+from tests.kernels.cases import CUDA_CASES, CUDA_NAMES
 
 pytestmark = pytest.mark.skipif(not cuda_emulation.is_available(), reason="host emulation needs g++")
 
 
 @pytest.fixture(scope="module")
 def kernels(request):
-    return cuda_emulation.EmulatedKernels(KERNEL_NAMES, request.config.cache.mkdir("cuda_emulation"))
+    return cuda_emulation.EmulatedKernels(CUDA_NAMES, request.config.cache.mkdir("cuda_emulation"))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.name)
 def test_kernel_matches_the_oracle(kernels, case):
     cuda_emulation.run_both_ways(kernels, case)
 
 
-OWN_CASES = [
-    case for case in CASES if "sm_90" in own_targets(case.spec.op) and dict(case.spec.params).get("tokens") != 8
-]
+OWN_CASES = [case for case in CUDA_CASES if "sm_90" in own_targets(case.spec.op)]
 
 
 @pytest.fixture(scope="module")
 def kernels_of_sm_90(request):
     """Kernels that are cut in their own way there, matmuls as they are where four warps multiply together."""
-    names = {case.spec: KERNEL_NAMES[case.spec] for case in OWN_CASES}
+    names = {case.spec: CUDA_NAMES[case.spec] for case in OWN_CASES}
     folder = request.config.cache.mkdir("cuda_emulation")
     return cuda_emulation.EmulatedKernels(names, folder, ("GQSA_WARP_GROUPS=1", "GQSA_SM_90=1"), "sm_90")
 
@@ -44,15 +42,18 @@ def test_a_cut_of_its_own_matches_the_oracle(kernels_of_sm_90, case):
 def test_every_operator_has_cases_of_both_variants():
     only_decode = ("last_row", "argmax", "append_attention")
     only_several = ("halves", "matmul_records", "attention_halves")
-    seen = {(case.spec.op, dict(case.spec.params).get("tokens", 1) > 1) for case in CASES}
+    seen = {(case.spec.op, dict(case.spec.params).get("tokens", 1) > 1) for case in CUDA_CASES}
     assert seen >= {
-        (op, tile) for op in OPERATORS for tile in (False, True) if op not in (only_decode if tile else only_several)
+        (op, tile)
+        for op, operator in OPERATORS.items()
+        for tile in (False, True)
+        if "cuda" in operator.families and op not in (only_decode if tile else only_several)
     }
 
 
 def _broken(monkeypatch, tmp_path, spec, old, new):
     """Kernels of one spec whose header text was changed: proof that the emulation notices."""
-    case = next(case for case in CASES if case.spec == spec)
+    case = next(case for case in CUDA_CASES if case.spec == spec)
     source = render.render("cuda", spec, "broken")
     for header, text in render.headers("cuda").items():
         if old in text:
@@ -64,7 +65,7 @@ def _broken(monkeypatch, tmp_path, spec, old, new):
 
 
 def _spec(name) -> KernelSpec:
-    return next(case.spec for case in CASES if case.name == name)
+    return next(case.spec for case in CUDA_CASES if case.name == name)
 
 
 def test_a_missing_barrier_is_noticed(monkeypatch, tmp_path):
@@ -94,7 +95,7 @@ def test_a_write_past_the_output_is_noticed(monkeypatch, tmp_path):
 def test_too_little_shared_memory_is_noticed(monkeypatch, tmp_path):
     spec = _spec("linear_sparse/g16_k576_w4")
     kernels = cuda_emulation.EmulatedKernels({spec: "kernel"}, tmp_path)
-    case = next(case for case in CASES if case.spec == spec)
+    case = next(case for case in CUDA_CASES if case.spec == spec)
     monkeypatch.setattr(cuda_emulation, "launch", lambda spec, max_tokens, target: Launch((2, 1, 1), 128, 576 * 4 - 16))
     with pytest.raises(AssertionError, match="shared memory"):
         kernels.run(spec, case.build().arguments, case.max_tokens)

@@ -4,6 +4,7 @@ import zlib
 
 import numpy as np
 from gqsa_runtime.model import Model
+from gqsa_runtime.program import FEW_TOKENS
 from gqsa_runtime.tokenizer import Tokenizer
 
 from tests.format import tiny
@@ -43,8 +44,9 @@ class FakeDevice:
         assert context == self.context and not slots.any()
         assert positions.tolist() == list(range(position, position + n_tokens))
         self.launches.append((phase, n_tokens, position))
-        if phase in ("decode", "prefill_body"):
-            assert 1 <= n_tokens <= (1 if phase == "decode" else self.plan.prefill_chunk)
+        if phase == "decode" or phase.endswith("_body"):
+            most = {"decode": 1, "few_body": FEW_TOKENS, "prefill_body": self.plan.prefill_chunk}[phase]
+            assert 1 <= n_tokens <= min(most, self.plan.prefill_chunk)
             assert position + n_tokens <= self.context
             self.cache[position : position + n_tokens] = self.buffers["tokens"][:n_tokens] + LONG * len(self.long)
         if phase in ("decode", "last_logits"):

@@ -272,7 +272,7 @@ def test_bench_in_words(gqsa, path):
         assert words in result.stdout
     found = gqsa("bench", path, "--at", "4", "--decode", "2", "--profile", "--json")
     rows = json.loads(found.stdout)["profile"]
-    assert {row["phase"] for row in rows} == {"decode", "prefill_body"}
+    assert {row["phase"] for row in rows} == {"decode", "few_body"}
     assert sum(row["of_phase"] for row in rows) == pytest.approx(2)
     head = next(row for row in rows if row["kernel"] == "linear_dense_t1")
     assert head["us"] == pytest.approx(20) and head["gb_per_s"] == pytest.approx(

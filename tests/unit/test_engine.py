@@ -244,7 +244,7 @@ def test_scores_of_a_part_keep_what_the_cache_shares(first, before):
     np.testing.assert_array_equal(part.log_probs, whole.log_probs[first - 1 :])
     np.testing.assert_array_equal(part.greedy, whole.greedy[first - 1 :])
     shared = min(first - 1, 3 if before[3:4] == [1] else len(before))
-    n_run = sum(n for phase, n, _ in made.device.launches[launched:] if phase == "prefill_body")
+    n_run = sum(n for phase, n, _ in made.device.launches[launched:] if phase == "few_body")
     assert n_run == len(TOKENS) - 1 - shared
 
 

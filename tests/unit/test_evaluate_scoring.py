@@ -131,7 +131,7 @@ def test_what_choices_share_is_run_once():
     model = fake_device.model()
     scorer = RuntimeScorer(model)
     scorer.score(requests(Encoder(scorer), "0123456789", [" abc", " abd", " x"]))
-    runs = [(n_tokens, at) for phase, n_tokens, at in model.device.launches if phase == "prefill_body"]
+    runs = [(n_tokens, at) for phase, n_tokens, at in model.device.launches if phase == "few_body"]
     # In chunks of 4: all of the first; of the others what follows the context, whose last token runs again.
     assert runs == [(4, 0), (4, 4), (4, 8), (1, 12), (4, 9), (2, 9)]
     # Log-probabilities where something is scored, and nowhere else.

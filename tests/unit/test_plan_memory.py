@@ -15,11 +15,12 @@ def call(*names: str) -> Call:
     return Call(SPEC, (*(ValueRef(name) for name in names), ValueRef("state")))
 
 
-def calls(body, widths, decode=()) -> Calls:
+def calls(body, widths, decode=(), few=()) -> Calls:
     """Calls whose hidden state is "d"; widths of f32 storages."""
     phases = {
         "decode": tuple(decode),
         "prefill_body": tuple(body),
+        "few_body": tuple(few),
         "last_logits": (call("d", "last"),),
         "all_log_probs": (),
     }
@@ -76,3 +77,12 @@ def test_storages_have_types():
     _, buffers = place(dataclasses.replace(made, storages=storages))
     assert (buffers["a"].dtype, buffers["a"].elements) == ("i8", 428)
     assert (buffers["state"].dtype, buffers["state"].elements) == ("i32", 11)
+
+
+def test_a_few_tokens_have_room_for_a_few():
+    body, few = [call("a", "b"), call("b", "d")], [call("few.a", "few.b"), call("few.b", "d")]
+    made = calls(body, dict.fromkeys(("a", "b", "d", "few.a", "few.b"), 16), few=few)
+    buffers = {buffer.name: buffer for buffer in plan_memory(made, prefill_chunk=32, score_chunk=4).buffers}
+    assert buffers["few.a"].elements == buffers["few.b"].elements == 8 * 16
+    assert buffers["a"].elements == buffers["d"].elements == 32 * 16
+    assert overlap(buffers["b"], buffers["few.a"]) and not overlap(buffers["d"], buffers["few.b"])

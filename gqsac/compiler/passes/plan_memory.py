@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from gqsa_runtime.format import ALIGNMENT
-from gqsa_runtime.program import DTYPE_BYTES, PHASES, Buffer
+from gqsa_runtime.program import DTYPE_BYTES, FEW_TOKENS, PHASES, Buffer
 
 from gqsac.compiler.passes.specialize import RESERVED, Calls, ValueRef
 
@@ -21,16 +21,19 @@ class MemoryPlan:
 def plan_memory(calls: Calls, prefill_chunk: int, score_chunk: int) -> MemoryPlan:
     """Places buffers by greatest size first, each at the lowest offset free during its lifetime.
 
-    What decode alone touches holds one token, what scores need theirs, everything else the prefill's. Reserved buffers
-    live throughout: the runtime reads and writes them between launches.
+    What decode alone touches holds one token, few_body's a few, what scores need theirs, everything else the
+    prefill's. Reserved buffers live throughout: the runtime reads and writes them between launches.
     """
     lifetimes = _lifetimes(calls)
     forever = (-1, 1 << 30)
-    in_chunks = set(RESERVED).union(*(_touched(calls, phase) for phase in PHASES if phase != "decode"))
+    most = dict.fromkeys(RESERVED, prefill_chunk)  # tokens
+    for phase in PHASES:
+        held = {"decode": 1, "few_body": min(FEW_TOKENS, prefill_chunk)}.get(phase, prefill_chunk)
+        most |= {name: max(held, most.get(name, 0)) for name in _touched(calls, phase)}
     buffers = []
     for name in {*RESERVED, *lifetimes}:
         storage = calls.storages[name]
-        n_tokens = score_chunk if storage.scored else prefill_chunk if name in in_chunks else 1
+        n_tokens = score_chunk if storage.scored else most[name]
         buffers.append((name, storage.dtype, storage.elements(n_tokens)))
 
     def size_of(buffer) -> int:

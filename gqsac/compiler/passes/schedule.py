@@ -1,6 +1,6 @@
 """Schedule: the launch plan of a family. Names the kernels, gives each its CUDA geometry, resolves arguments."""
 
-from gqsa_runtime.program import PHASES, Argument, Kernel, Plan, Step
+from gqsa_runtime.program import FEW_TOKENS, PHASES, Argument, Kernel, Plan, Step
 
 from gqsac.compiler.cuda_launch import launches
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
@@ -11,9 +11,11 @@ from gqsac.compiler.passes.specialize import Calls, ValueRef
 def schedule(calls: Calls, memory: MemoryPlan, family: str) -> tuple[dict[str, KernelSpec], Plan]:
     """The kernels by name, and the plan that launches them. family: "cuda" or "cpu"."""
     names = name_kernels([call.spec for phase in PHASES for call in calls.phases[phase]])
+    in_chunks = {call.spec for phase in PHASES if phase != "few_body" for call in calls.phases[phase]}
 
     def kernel(spec: KernelSpec, name: str) -> Kernel:
-        made = launches(spec, memory.prefill_chunk) if family == "cuda" else {}
+        most = memory.prefill_chunk if spec in in_chunks else min(FEW_TOKENS, memory.prefill_chunk)
+        made = launches(spec, most) if family == "cuda" else {}
         return Kernel(name, spec.op, dict(spec.params), made)
 
     plan = Plan(

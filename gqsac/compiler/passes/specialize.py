@@ -1,14 +1,14 @@
 """Specialize: turns each operator into kernel calls, all of their numbers stamped into a KernelSpec.
 
-A call still names storages; plan_memory gives them addresses. Every operator is specialised twice: for one
-token (decode) and for tiles of TOKEN_TILE tokens (prefill and scoring).
+A call still names storages; plan_memory gives them addresses. Every operator is specialised for one token (decode) and
+for tiles of TOKEN_TILE tokens (prefill and scoring), on CUDA also for a few tokens.
 """
 
 from dataclasses import dataclass
 
 from gqsa_runtime.layouts import RECORDS
 from gqsa_runtime.layouts.records import TILE
-from gqsa_runtime.operators import MATMUL_TOKENS, OPERATORS, state_elements
+from gqsa_runtime.operators import FUSED_TOKENS, MATMUL_TOKENS, OPERATORS, state_elements
 from gqsa_runtime.program import Argument
 
 from gqsac.compiler import ir
@@ -75,14 +75,15 @@ def specialize(
     kv_dtype: str = "f16",
     exact: bool = False,
 ) -> Calls:
-    """Calls for the four phases of gqsa_runtime.program.PHASES.
+    """Calls for the phases of gqsa_runtime.program.PHASES.
 
     family: "cuda" or "cpu". kv_dtype: "f16" or "f32". exact: products are of f32 activations.
     """
     body, head = graph.ops[:-1], graph.ops[-1]
     # Decode never runs between the phases that pass on a prefill's values: it has storages of its own, which may lie
-    # where a prefill's do.
-    decode, prefill = _resolve_slices(body, "decode."), _resolve_slices(body, "")
+    # where a prefill's do. So have a few tokens, but for what the head takes from either.
+    decode, prefill, few = (_resolve_slices(body, prefix) for prefix in ("decode.", "", "few."))
+    few = {value: prefill[head.x] if ref == few[head.x] else ref for value, ref in few.items()}
     hidden_width = next(ir.width(op) for op in body if op.output == prefill[head.x].storage)
     storages = {
         "tokens": Storage("i32", per_token=1),
@@ -93,22 +94,25 @@ def specialize(
         "argmax": Storage("i32", per_token=1, scored=True),
         "last": Storage("f32", per_token=0, fixed=hidden_width),
     }
-    for views in (decode, prefill):
+    for views in (decode, prefill, few):
         for op in body:
             if not isinstance(op, ir.Slice):
                 storages[views[op.output].storage] = Storage("f32", per_token=ir.width(op))
     for op in graph.ops:
         if isinstance(op, ir.Linear) and stored_parts.linears[op.output][0].layout is RECORDS:
-            if family == "cuda":
-                storages[f"{op.output}.halves"] = Storage("f16", per_token=op.k)
-                storages[f"{op.output}.scales"] = Storage("f32", per_token=1)
-            else:
-                storages[f"{op.output}.planes"] = Storage("i8", per_token=2 * op.k)
-                storages[f"{op.output}.ranges"] = Storage("f32", per_token=op.k // TILE * 2)
+            for value in (op.output, f"few.{op.output}"):
+                if family == "cuda":
+                    storages[f"{value}.halves"] = Storage("f16", per_token=op.k)
+                    storages[f"{value}.scales"] = Storage("f32", per_token=1)
+                else:
+                    storages[f"{value}.planes"] = Storage("i8", per_token=2 * op.k)
+                    storages[f"{value}.ranges"] = Storage("f32", per_token=op.k // TILE * 2)
 
-    def lower(ops, tokens: int, views: dict[str, ValueRef], **renamed: ValueRef) -> tuple[Call, ...]:
+    def lower(ops, tokens: int, views: dict[str, ValueRef], scratch: str = "", **renamed: ValueRef) -> tuple[Call, ...]:
         views = views | {graph.logits: ValueRef("logits")} | renamed
-        specializer = _Specializer(graph, packing, stored_parts, kv_dtype, exact, family, views, storages, tokens)
+        specializer = _Specializer(
+            graph, packing, stored_parts, kv_dtype, exact, family, views, storages, tokens, scratch
+        )
         return tuple(call for op in ops for call in specializer.calls(op))
 
     last_row = Call(
@@ -126,6 +130,7 @@ def specialize(
     phases = {
         "decode": (*lower(graph.ops, 1, decode), argmax),
         "prefill_body": lower(body, TOKEN_TILE, prefill),
+        "few_body": lower(body, FUSED_TOKENS if family == "cuda" else TOKEN_TILE, few, "few."),
         "last_logits": (last_row, *lower([head], 1, prefill, **{head.x: ValueRef("last")}), argmax),
         "all_log_probs": (*lower([head], TOKEN_TILE, prefill), log_probs),
     }
@@ -145,7 +150,7 @@ def _resolve_slices(ops: tuple[ir.Op, ...], prefix: str) -> dict[str, ValueRef]:
 
 
 class _Specializer:
-    def __init__(self, graph, packing, stored_parts, kv_dtype, exact, family, views, storages, tokens):
+    def __init__(self, graph, packing, stored_parts, kv_dtype, exact, family, views, storages, tokens, scratch):
         self.graph: ir.Graph = graph
         self.packing: Packing = packing
         self.stored_parts: StoredParts = stored_parts
@@ -155,6 +160,7 @@ class _Specializer:
         self.family: str = family
         self.storages: dict[str, Storage] = storages
         self.tokens: int = tokens
+        self.scratch: str = scratch  # what the names of storages between two calls of one operator begin with
 
     def stride(self, value: str) -> int:
         """Elements from row to row."""
@@ -244,8 +250,8 @@ class _Specializer:
         return calls
 
     def linear_records(self, op: ir.Linear) -> list[Call]:
-        """One token is normalised and quantised by the kernel itself; several are by a call of their own, on CUDA to
-        halves in place of integers."""
+        """One token, on CUDA a few, is normalised and quantised by the kernel itself; several are by a call of their
+        own, on CUDA to halves in place of integers."""
         names, constants = self.packing.linears[op.output], self.stored_parts.linears[op.output][0].constants
         norm = {"norm": "none", "eps": 0.0}
         weight = bias = NULL
@@ -274,15 +280,15 @@ class _Specializer:
             **constants,
         }
         x = {"x_stride": self.stride(op.x), **norm}
-        if self.tokens == 1:
+        if self.tokens <= FUSED_TOKENS:
             return [self.call("linear_records", (op.x, NULL, NULL, weight, bias, *own), **x, **constants)]
         if self.family == "cuda":
-            made = ValueRef(f"{op.output}.halves"), ValueRef(f"{op.output}.scales")
+            made = ValueRef(f"{self.scratch}{op.output}.halves"), ValueRef(f"{self.scratch}{op.output}.scales")
             return [
                 self.call("halves", (op.x, weight, bias, *made), k=op.k, **x),
                 self.call("matmul_records", (*made, *own), **{**constants, "tokens": MATMUL_TOKENS}),
             ]
-        made = ValueRef(f"{op.output}.planes"), ValueRef(f"{op.output}.ranges")
+        made = ValueRef(f"{self.scratch}{op.output}.planes"), ValueRef(f"{self.scratch}{op.output}.ranges")
         return [
             self.call("quantize", (op.x, weight, bias, *made), k=op.k, **x),
             self.call("linear_records", (NULL, *made, NULL, NULL, *own), **x, **constants),

@@ -1,4 +1,4 @@
-// y = W x over records (see records.cuh), for one token and for several.
+// y = W norm(x) over records (see records.cuh), for one token and for a few.
 //
 // A block takes consecutive row blocks; record r of the linear belongs to warp r % WARPS. A warp streams its records
 // through its own ring of copies, keeps the sums of the current row block in registers and puts them into shared memory
@@ -70,21 +70,20 @@ private:
 
 // C: K, N_BLOCKS, WIDTHS, MASKED_WIDTHS, RECORD_BYTES, WARPS, STAGES, BLOCKS (of the grid, along x), LOCAL_BLOCKS
 // (most row blocks of a block), LEFT_TO_COPY (records of a warp, when the next kernel may start; 0: at once), NORM, EPS,
-// EPILOGUE, STAGED (several tokens' integers fit into shared memory), places there (PLANES_AT, RANGES_AT, SUMS_AT,
-// BLOCKS_AT, RING_AT, PHASES_AT) and what epilogue.cuh needs. TOKENS: in one tile (blockIdx.y); from 2 on x comes as planes and ranges.
-template <class C, int TOKENS>
+// EPILOGUE, places in shared memory (PLANES_AT, RANGES_AT, PARTIALS_AT, SUMS_AT, BLOCKS_AT, RING_AT, PHASES_AT) and what
+// epilogue.cuh needs; ONE: a launch holds one token; AT_ONCE: tokens that a block takes (blockIdx.y), at most four.
+template <class C>
 struct LinearRecords {
-    static constexpr int TEAMS = (TOKENS + 3) / 4;  // four tokens share an mma
-    static constexpr int SLOTS = TOKENS == 1 ? 1 : TILES;
+    static constexpr int TOKENS = C::AT_ONCE, SLOTS = TOKENS == 1 ? 1 : TILES;
+    static_assert(TOKENS <= 4, "four tokens share an mma");
 
-    static __device__ __forceinline__ void run(const float* x, const signed char* planes, const float* ranges,
-                                               const float* norm_weight, const float* norm_bias,
+    static __device__ __forceinline__ void run(const float* x, const float* norm_weight, const float* norm_bias,
                                                const signed char* records, const int* starts, const int* blocks,
                                                const int* order, const float* bias, const float* residual, float* out,
                                                const int* state) {
         // The host wrote the state before any kernel of this launch plan began: it needs no wait.
-        const int first_token = blockIdx.y * TOKENS;
-        const int n_tokens = TOKENS == 1 ? 1 : min(TOKENS, count_tokens<TOKENS>(state) - first_token);
+        const int first_token = C::ONE ? 0 : blockIdx.y * TOKENS;
+        const int n_tokens = C::ONE ? 1 : min(TOKENS, count_tokens(state) - first_token);
         if (n_tokens <= 0) return;
 
         GQSA_DYNAMIC_SHARED(unsigned char, shared);
@@ -115,26 +114,29 @@ struct LinearRecords {
         if (!C::WHOLE)
             for (int i = threadIdx.x; i <= n_local; i += C::WARPS * WARP) bounds[i] = begins(i);
         RowQuantizer<C> quantizer;
-        if (TOKENS == 1) quantizer.prefetch(norm_weight, norm_bias);
+        quantizer.prefetch(norm_weight, norm_bias);
         // One token: a thread's first result is looked up ahead. Several need the registers.
         Result ahead(threadIdx.x, n_tokens);
         if (TOKENS == 1 && ahead.local < n_local) ahead.find(first_block, order);
         wait_for_inputs();
 
         float* const partials = reinterpret_cast<float*>(shared + C::PARTIALS_AT);
-        if (TOKENS == 1) {
-            quantizer.quantize(x, own_planes, own_ranges, partials);
-        } else {
-            planes += static_cast<long long>(first_token) * (2 * C::K);
-            ranges += static_cast<long long>(first_token) * (C::K / TILE * 2);
-            if (C::STAGED) bring(planes, ranges, n_tokens, own_planes, own_ranges);
-        }
+        float factor = 1.0f;  // of the token whose sums this lane gets
+#pragma unroll
+        for (int m = 0; m < TOKENS; ++m)
+            if (m < n_tokens)
+                quantizer.quantize(x + (first_token + m) * C::X_STRIDE, own_planes + m * (C::K / 2),
+                                   own_ranges + m * RANGE_STRIDE, partials + m * WARP);
         if (TOKENS == 1 && ahead.to >= 0) ahead.load(first_token, bias, residual, out);
         __syncthreads();
-        const float factor = TOKENS == 1 ? quantizer.factor(partials) : 1.0f;
+#pragma unroll
+        for (int m = 0; m < TOKENS; ++m) {
+            const float one = quantizer.factor(partials + m * WARP);
+            if (m == 0 || m == min(lane % 4, n_tokens - 1)) factor = one;
+        }
 
         const Lane me(lane);
-        float y[TEAMS][SLOTS][2] = {};
+        float y[SLOTS][2] = {};
         float* const own_sums = sums + held(warp * (16 * TOKENS));
         int local = 0, bound = C::WHOLE ? begins(1) : bounds[1];
         // A warp has sums of every row block, zeros where none of the records is its own.
@@ -146,11 +148,9 @@ struct LinearRecords {
             const Record bytes = {stream.take()};
             while (record >= bound) end_block();
             if constexpr (TOKENS == 1)
-                multiply_one(bytes, me, own_planes, own_ranges, factor, y[0][0]);
-            else if constexpr (C::STAGED)
-                multiply_several(bytes, me, own_planes, own_ranges, n_tokens, y);
+                multiply_one(bytes, me, own_planes, own_ranges, factor, y[0]);
             else
-                multiply_several(bytes, me, planes, reinterpret_cast<const float2*>(ranges), n_tokens, y);
+                multiply_few(bytes, me, own_planes, own_ranges, factor, n_tokens, y);
             stream.go_on();
             let_start();
         }
@@ -210,76 +210,56 @@ struct LinearRecords {
         });
     }
 
-    // From one token's ranges to the next one's. In shared memory an odd number: four tokens share no banks.
-    static constexpr int RANGE_STRIDE = C::STAGED ? C::K / TILE | 1 : C::K / TILE;
+    // From one token's ranges to the next one's: an odd number, so that four tokens share no banks.
+    static constexpr int RANGE_STRIDE = C::K / TILE | 1;
 
-    // Several tokens' integers come to shared memory where there is room: each row block reads all of them.
-    static __device__ __forceinline__ void bring(const signed char* planes, const float* ranges, int n_tokens,
-                                                 unsigned* own_planes, float2* own_ranges) {
-        constexpr int THREADS = C::WARPS * WARP;
-        for (int i = threadIdx.x; i < n_tokens * (C::K / 8); i += THREADS) copy_16(own_planes + i * 4, planes + i * 16);
-        copy_commit();
-        for (int i = threadIdx.x; i < n_tokens * (C::K / TILE); i += THREADS)
-            own_ranges[i / (C::K / TILE) * RANGE_STRIDE + i % (C::K / TILE)] = reinterpret_cast<const float2*>(ranges)[i];
-        copy_wait<0>();
-    }
-
-    // Several tokens: column 2 m (high plane) and 2 m + 1 (low) of B are token m of a team; lane (pair, quarter)
-    // gets the sums of token `quarter`, added to y. Tokens past the last repeat it.
-    template <class Planes>
-    static __device__ __forceinline__ void multiply_several(Record record, const Lane& me, const Planes* planes,
-                                                            const float2* ranges, int n_tokens, float (*y)[SLOTS][2]) {
-        const int pair = me.lane / 4;
+    // A few tokens: column 2 m (high plane) and 2 m + 1 (low) of B are token m; lane (pair, quarter) gets the sums of
+    // token `quarter`, added to y. Tokens past the last repeat it.
+    static __device__ __forceinline__ void multiply_few(Record record, const Lane& me, const unsigned* planes,
+                                                        const float2* ranges, float factor, int n_tokens,
+                                                        float (&y)[SLOTS][2]) {
+        const int pair = me.lane / 4, from = min(pair / 2, n_tokens - 1), to = min(me.quarter, n_tokens - 1);
         with_record<C>(record, me.lane, [&](auto of_width, int n, const unsigned char* fields, auto load) {
             using G = decltype(of_width);
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
                 if (t >= n) break;
+                one_after_another();
                 const G groups = load(t);
                 const int tile = record.tile(t);
+                const uint4 four = reinterpret_cast<const uint4*>(planes)[from * (C::K / 8) + tile * 8 + me.piece];
+                const unsigned words[4] = {four.x, four.y, four.z, four.w};
+                int sums[G::CLASSES][4];
+                G::clear(sums);
+                groups.multiply(words, sums);
+                float2 range = ranges[to * RANGE_STRIDE + tile];
+                range.x *= factor;
                 const Steps steps(fields, n, t * 8 + pair);
 #pragma unroll
-                for (int team = 0; team < TEAMS; ++team) {
-                    one_after_another();
-                    const int from = min(team * 4 + pair / 2, n_tokens - 1);
-                    const int to = min(team * 4 + me.quarter, n_tokens - 1);
-                    const uint4 four = reinterpret_cast<const uint4*>(planes)[from * (C::K / 8) + tile * 8 + me.piece];
-                    const unsigned words[4] = {four.x, four.y, four.z, four.w};
-                    int sums[G::CLASSES][4];
-                    G::clear(sums);
-                    groups.multiply(words, sums);
-                    const float2 range = ranges[to * RANGE_STRIDE + tile];
-#pragma unroll
-                    for (int r = 0; r < 2; ++r)
-                        y[team][t][r] +=
-                            steps.template product<G::WIDTH_>(r, G::total(sums, 2 * r), G::total(sums, 2 * r + 1), range);
-                }
+                for (int r = 0; r < 2; ++r)
+                    y[t][r] += steps.template product<G::WIDTH_>(r, G::total(sums, 2 * r), G::total(sums, 2 * r + 1), range);
             }
         });
     }
 
     // The warp's sums of a finished row block go to shared memory; slots are added in one order for any TOKENS.
-    static __device__ __forceinline__ void flush(float (*y)[SLOTS][2], float* to, const Lane& me) {
+    static __device__ __forceinline__ void flush(float (&y)[SLOTS][2], float* to, const Lane& me) {
+        if constexpr (TOKENS == 1) {
+            // Lanes of even quarters go on with row pair, the others with row pair + 8.
+            const bool odd = me.quarter % 2;
+            float sum = odd ? y[0][1] : y[0][0];
+            sum += __shfl_xor_sync(ALL_LANES, odd ? y[0][0] : y[0][1], 1);
+            sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+            if (me.quarter < 2) to[me.place] = sum;
+        } else {
+            const int pair = me.lane / 4, quarter = me.quarter;
 #pragma unroll
-        for (int team = 0; team < TEAMS; ++team) {
-            if constexpr (TOKENS == 1) {
-                // Lanes of even quarters go on with row pair, the others with row pair + 8.
-                const bool odd = me.quarter % 2;
-                float sum = odd ? y[0][0][1] : y[0][0][0];
-                sum += __shfl_xor_sync(ALL_LANES, odd ? y[0][0][0] : y[0][0][1], 1);
-                sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-                if (me.quarter < 2) to[me.place] = sum;
-            } else {
-                const int pair = me.lane / 4, quarter = me.quarter;
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const float sum = (y[team][0][r] + y[team][1][r]) + (y[team][2][r] + y[team][3][r]);
-                    if (team * 4 + quarter < TOKENS) to[(pair + 8 * r) * TOKENS + team * 4 + quarter] = sum;
-                }
-            }
-#pragma unroll
-            for (int s = 0; s < SLOTS; ++s) y[team][s][0] = y[team][s][1] = 0.0f;
+            for (int r = 0; r < 2; ++r)
+                if (quarter < TOKENS)
+                    to[(pair + 8 * r) * TOKENS + quarter] = (y[0][r] + y[1][r]) + (y[2][r] + y[3][r]);
         }
+#pragma unroll
+        for (int s = 0; s < SLOTS; ++s) y[s][0] = y[s][1] = 0.0f;
     }
 
     static __device__ __forceinline__ float add_warps(const float* sums, int local, int row, int token) {
