@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from gqsa_runtime.errors import UnsupportedError
+from gqsa_runtime.operators import FEW_TOKENS, tokens_held
 from gqsa_runtime.program import Launch
 
 from gqsac.compiler.kernel_spec import KernelSpec
@@ -203,22 +204,23 @@ def _queries(heads: int, kv_heads: int) -> int:
 def _append_attention(p, target: str):
     head_dim, queries = p["head_dim"], _queries(p["heads"], p["kv_heads"])
     own = target == "sm_90"
-    row_bytes = 2 * head_dim + 16
-    own_at = 16 * row_bytes  # behind the queries
-    ring_at = own_at + 2 * 2 * head_dim
-    stage_bytes = 2 * 16 * row_bytes
-    room = (SM_90_HALF_BYTES if own else MAX_SHARED_BYTES) - ring_at
+    tokens, row_bytes = tokens_held(p), 2 * head_dim + 16
+    own_at, own_bytes = 16 * row_bytes, 2 * 2 * head_dim  # behind the queries a key and a value of each token
+    ring_at, stage_bytes = own_at + tokens * own_bytes, 2 * 16 * row_bytes
+    budget = SM_90_HALF_BYTES if own else MAX_SHARED_BYTES
+    # The same number for one token and for a few, or sums would have another order.
+    room = budget - own_at - FEW_TOKENS * own_bytes
     warps = next(n for n in _ATTENTION_WARPS if n == 1 or 2 * n * stage_bytes <= room)
-    stages = min(_ATTENTION_STAGES, room // (warps * stage_bytes))
+    stages = min(_ATTENTION_STAGES, (budget - ring_at) // (warps * stage_bytes))
     constants = {
-        "QUERIES": queries, "KEYS": _RUN_KEYS, "WARPS": warps, "STAGES": stages, "ROW_BYTES": row_bytes,
-        "OWN_AT": own_at, "RING_AT": ring_at,
+        "TOKENS": tokens, "QUERIES": queries, "KEYS": _RUN_KEYS, "WARPS": warps, "STAGES": stages,
+        "ROW_BYTES": row_bytes, "OWN_AT": own_at, "RING_AT": ring_at,
     }  # fmt: skip
     blocks, shared_bytes = p["heads"] // queries * p["splits"], ring_at + warps * stages * stage_bytes
-    if own:
+    if own and tokens == 1:
         # Like the linears around it one block on each multiprocessor, beside one other: see records_launch.
         blocks, shared_bytes = max(blocks, MULTIPROCESSORS), max(shared_bytes, MIN_BYTES)
-    return Geometry(lambda n_tokens: (blocks, 1), warps * WARP, shared_bytes, constants)
+    return Geometry(lambda n_tokens: (blocks, min(n_tokens, tokens)), warps * WARP, shared_bytes, constants)
 
 
 def _pointwise(p):

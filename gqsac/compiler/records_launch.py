@@ -7,7 +7,9 @@ from gqsa_runtime.operators import MATMUL_TOKENS
 
 MULTIPROCESSORS = 132  # blocks in a wave: one for each of the largest GPU's. Another number only rounds otherwise
 WARPS = tuple(range(16, 2, -2))  # of a block, the first that has room for two stages
-LEFT_TO_COPY = 2  # records of a warp, when the next kernel may start: where a ring holds more than that
+# Records of a warp that are left to copy when the next kernel may start, where a ring has so many stages: masked
+# records take longer to add up than to copy.
+LEFT_TO_COPY, LEFT_FROM_STAGES = 2, {"whole": 4, "masked": 3}
 MAX_STAGES = 4  # of a warp's ring: with more in flight, activations wait behind weights
 FEW_STAGES = 2  # of it for several tokens
 MAX_BYTES = 98 * 1024  # fits every target
@@ -44,7 +46,8 @@ def records_launch(p, target: str) -> RecordsLaunch:
     places, at = _places(p, at_once, local, warps)
     stages = max(1, min(most_stages, (budget - at) // (warps * p["record_bytes"])))
     constants = {"WARPS": warps, "STAGES": stages, "BLOCKS": blocks, "LOCAL_BLOCKS": local, **places, "RING_AT": at}
-    constants["LEFT_TO_COPY"] = LEFT_TO_COPY if stages > 2 and p["tokens"] == 1 else 0
+    starts_late = p["tokens"] == 1 and stages >= LEFT_FROM_STAGES["masked" if p["masked_widths"] else "whole"]
+    constants["LEFT_TO_COPY"] = LEFT_TO_COPY if starts_late else 0
     constants["AT_ONCE"] = at_once
     return RecordsLaunch(blocks, warps * 32, max(at + warps * stages * p["record_bytes"], MIN_BYTES), constants)
 

@@ -15,8 +15,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from gqsa_runtime.errors import ClosedError, InputError
-from gqsa_runtime.operators import state_elements
-from gqsa_runtime.program import FEW_TOKENS, Plan, Program
+from gqsa_runtime.operators import FEW_TOKENS, state_elements
+from gqsa_runtime.program import Plan, Program
 from gqsa_runtime.rope import long_ropes
 from gqsa_runtime.sampling import likeliest, not_finite
 from gqsa_runtime.sequence import Sequence

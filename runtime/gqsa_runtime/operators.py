@@ -86,6 +86,16 @@ def families_of(op: str, params: Mapping) -> tuple[str, ...]:
     return OPERATORS[op].families
 
 
+def tokens_held(params: Mapping) -> int:
+    """Most tokens of a launch of a kernel for one token or a few."""
+    return 1 if params["tokens"] == 1 else FEW_TOKENS
+
+
+def partials_elements(params: Mapping) -> int:
+    """What append_attention hands over between the runs of a context, in f32."""
+    return tokens_held(params) * params["heads"] * params["splits"] * (params["head_dim"] + 2)
+
+
 def check_params(op: str, params: Mapping) -> str | None:
     """What is wrong with the constants of a kernel of operator `op`, or None."""
     rules = OPERATORS[op].constants
@@ -172,7 +182,9 @@ _NORM_BIAS = Operand("norm_bias", "f32", lambda p, t, c: p["k"], "weight", lambd
 
 
 MATMUL_TOKENS = 128  # that a block of matmul_records takes
-FUSED_TOKENS = 4  # a linear_records of so many or fewer normalises and quantises them itself, several on CUDA alone
+# Kernels for a few tokens, on CUDA alone: those made for more than one, up to FUSED_TOKENS. Their linears normalise and
+# quantise activations themselves, as those of one token do. A launch holds up to FEW_TOKENS.
+FUSED_TOKENS, FEW_TOKENS = 4, 8
 
 
 def _halves(access: str) -> tuple[Operand, ...]:
@@ -351,22 +363,22 @@ OPERATORS: dict[str, Operator] = {
     ),
     # partials: head_dim values and two numbers of each head and run, whatever number of heads a block takes.
     "append_attention": Operator(
-        "kv_append and attention of one token in one kernel, the context in up to `splits` runs; q stays as it is; "
-        "counters are 0 before and after",
+        "kv_append and attention of one token, or of each of a few, in one kernel, the context in up to `splits` runs; "
+        "q stays as it is; counters are 0 before and after",
         {
-            **_HEADS, "tokens": (1,), "kv_dtype": ("f16",), "rotary_dim": COUNT, "scale": NUMBER, "window": COUNT,
-            "splits": SIZE,
+            **_HEADS, "tokens": (1, FUSED_TOKENS), "kv_dtype": ("f16",), "rotary_dim": COUNT, "scale": NUMBER,
+            "window": COUNT, "splits": SIZE, "q_stride": SIZE, "k_stride": SIZE, "v_stride": SIZE, "out_stride": SIZE,
         },
         (
-            Operand("q", "f32", lambda p, t, c: p["heads"] * p["head_dim"]),
-            Operand("k", "f32", lambda p, t, c: p["kv_heads"] * p["head_dim"]),
-            Operand("v", "f32", lambda p, t, c: p["kv_heads"] * p["head_dim"]),
+            Operand("q", "f32", _rows("q_stride", "head_dim", "heads")),
+            Operand("k", "f32", _rows("k_stride", "head_dim", "kv_heads")),
+            Operand("v", "f32", _rows("v_stride", "head_dim", "kv_heads")),
             Operand("rope", "f32", lambda p, t, c: c * p["rotary_dim"], "in", lambda p: p["rotary_dim"] > 0),
             Operand("k_cache", "param:kv_dtype", _KV, "inout"),
             Operand("v_cache", "param:kv_dtype", _KV, "inout"),
-            Operand("partials", "f32", lambda p, t, c: p["heads"] * p["splits"] * (p["head_dim"] + 2), "out"),
-            Operand("counters", "i32", lambda p, t, c: p["heads"], "inout"),
-            Operand("out", "f32", lambda p, t, c: p["heads"] * p["head_dim"], "out"),
+            Operand("partials", "f32", lambda p, t, c: partials_elements(p), "out"),
+            Operand("counters", "i32", lambda p, t, c: tokens_held(p) * p["heads"], "inout"),
+            Operand("out", "f32", _rows("out_stride", "head_dim", "heads"), "out"),
             _STATE,
         ),
         _check_append_attention,

@@ -28,10 +28,9 @@ NUMPY_DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i16": np
 DTYPE_BYTES = {"f32": 4, "f16": 2, "i32": 4, "i16": 2, "i8": 1}
 
 # Phases: prefill_body then last_logits make a prompt's next-token logits; prefill_body then
-# all_log_probs score a text; few_body is in the place of prefill_body for a few tokens; decode is one token from
-# embedding to logits.
+# all_log_probs score a text; few_body is in the place of prefill_body for operators.FEW_TOKENS or fewer; decode is one
+# token from embedding to logits.
 PHASES = ("decode", "prefill_body", "few_body", "last_logits", "all_log_probs")
-FEW_TOKENS = 8  # at most, of few_body
 
 # Kind of binary -> family of its target. The targets of a family share a plan.
 FAMILIES = {"cubin": "cuda", "ptx": "cuda", "shared_object": "cpu"}

@@ -15,8 +15,8 @@ from gqsa_runtime.constants import NUMBER, allowed, shown
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.format import ALIGNMENT, MAX_NAME_CHARACTERS
 from gqsa_runtime.layouts import ContentRule, Layout
-from gqsa_runtime.operators import OPERATORS, Operand, check_params, families_of, state_elements
-from gqsa_runtime.program import DTYPE_BYTES, FEW_TOKENS, PHASES, Argument, Buffer, Kernel, Launch, Plan, Program, Step
+from gqsa_runtime.operators import FEW_TOKENS, OPERATORS, Operand, check_params, families_of, state_elements
+from gqsa_runtime.program import DTYPE_BYTES, PHASES, Argument, Buffer, Kernel, Launch, Plan, Program, Step
 from gqsa_runtime.reader import TensorInfo
 from gqsa_runtime.typecheck import conforms
 

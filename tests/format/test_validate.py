@@ -228,7 +228,8 @@ def test_a_target_may_have_a_launch_of_its_own():
 
 
 APPEND_ATTENTION = {"tokens": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "kv_dtype": "f16", "rotary_dim": 4,
-                    "scale": 0.25, "window": 0, "splits": 8}  # fmt: skip
+                    "scale": 0.25, "window": 0, "splits": 8, "q_stride": 32, "k_stride": 16, "v_stride": 16,
+                    "out_stride": 32}  # fmt: skip
 
 
 ATTENTION_HALVES = {"tokens": 128, "heads": 2, "kv_heads": 1, "head_dim": 16, "kv_dtype": "f16", "scale": 0.25,

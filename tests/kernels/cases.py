@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 from gqsa_runtime.engine import launch_state
 from gqsa_runtime.layouts import GROUP_WORDS
-from gqsa_runtime.operators import OPERATORS, families_of, state_elements
+from gqsa_runtime.operators import FUSED_TOKENS, OPERATORS, families_of, partials_elements, state_elements, tokens_held
 
 from gqsac.bsr import BsrStream, pack_values
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
@@ -592,33 +592,34 @@ def _attention_halves_cases():
 
 
 def _append_attention(rng, p, case):
-    past = _attention(
-        rng, {**p, "q_stride": p["heads"] * p["head_dim"], "out_stride": p["heads"] * p["head_dim"]}, case
-    )
+    past = _attention(rng, p, case)
     half = p["rotary_dim"] // 2
     angles = rng.random((case.context, half)) * 6.3
-    counters = _array(np.zeros(p["heads"]), np.int32)
+    counters = _array(np.zeros(tokens_held(p) * p["heads"]), np.int32)
+    kv_width = p["kv_heads"] * p["head_dim"]
     return {
         **past,
-        "k": _normal(rng, p["kv_heads"] * p["head_dim"]),
-        "v": _normal(rng, p["kv_heads"] * p["head_dim"]),
+        "k": _activations(rng, case, p, p["k_stride"], kv_width),
+        "v": _activations(rng, case, p, p["v_stride"], kv_width),
         "rope": _array(np.concatenate([np.cos(angles), np.sin(angles)], 1), np.float32) if half else None,
-        "partials": _output(p["heads"] * p["splits"] * (p["head_dim"] + 2), np.float32),
+        "partials": _output(partials_elements(p), np.float32),
         "counters": counters,
     }
 
 
 def _append_attention_cases():
-    def case(name, position, heads=4, kv_heads=2, head_dim=64, window=0, places=(), **changes):
+    def case(name, position, heads=4, kv_heads=2, head_dim=64, window=0, places=(), n_tokens=1, **changes):
         params = {
             "tokens": 1, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": head_dim**-0.5,
-            "window": window, "kv_dtype": "f16", "rotary_dim": head_dim, "splits": 4, **changes,
+            "window": window, "kv_dtype": "f16", "rotary_dim": head_dim, "splits": 4, "q_stride": heads * head_dim,
+            "k_stride": kv_heads * head_dim, "v_stride": kv_heads * head_dim, "out_stride": heads * head_dim, **changes,
         }  # fmt: skip
         spec = KernelSpec.make("append_attention", **params)
         context = 704 if position > 90 else 96
         return Case(
-            f"append_attention/{name}", spec, _append_attention, 1, position, 1, context, atol=5e-5, places=places
-        )
+            f"append_attention/{name}", spec, _append_attention, n_tokens, position, n_tokens, context, atol=5e-5,
+            places=places,
+        )  # fmt: skip
 
     shapes = ((9, 3, 64), (2, 2, 80), (8, 1, 128), (14, 2, 64), (22, 2, 48), (2, 1, 256), (5, 1, 16))
     for heads, kv_heads, head_dim in shapes:
@@ -631,6 +632,17 @@ def _append_attention_cases():
         yield case(f"rotary_{rotary_dim}", 40, rotary_dim=rotary_dim)
     yield case("one_run", 300, splits=1)
     yield case("slot_2", 37, places=((2, 37),))
+    few = {"tokens": FUSED_TOKENS}
+    for position, n_tokens in ((0, 1), (0, 8), (13, 5), (60, 8), (255, 4), (381, 3), (692, 8)):
+        yield case(f"few_{position}_{n_tokens}", position, n_tokens=n_tokens, **few)
+    for heads, kv_heads, head_dim in shapes:
+        shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, **few}
+        yield case(f"few_h{heads}_kv{kv_heads}_d{head_dim}", 70, n_tokens=3, **shape)
+    yield case("few_window", 80, window=4, n_tokens=7, **few)
+    yield case("few_without_rope", 40, rotary_dim=0, n_tokens=3, **few)
+    yield case("few_strides", 40, n_tokens=5, q_stride=300, k_stride=140, v_stride=131, out_stride=261, **few)
+    mixed = ((2, 37), (2, 38), (0, 8), (0, 9), (1, 0), (1, 1), (1, 2), (3, 12))
+    yield case("few_slots", 0, places=mixed, n_tokens=8, **few)
 
 
 _HELPERS = SimpleNamespace(

@@ -239,9 +239,8 @@ def _append_attention(p, a, n, places, write):
         else:
             caches[name] = rows.reshape(-1)
 
-    heads, kv_heads = p["heads"] * p["head_dim"], p["kv_heads"] * p["head_dim"]
-    _kv_append({**p, "q_stride": heads, "k_stride": kv_heads, "v_stride": kv_heads}, a, n, places, append)
-    _attention({**p, "q_stride": heads, "out_stride": heads}, {**a, **caches}, n, places, write)
+    _kv_append(p, a, n, places, append)
+    _attention({**p, "q_stride": p["heads"] * p["head_dim"]}, {**a, **caches}, n, places, write)
     return {"counters": a["counters"].copy()}
 
 

@@ -72,6 +72,8 @@ def _append_attention(**changes) -> KernelSpec:
         "rotary_dim": 128,
     }  # fmt: skip
     params |= changes
+    rows = {"q": params["heads"], "k": params["kv_heads"], "v": params["kv_heads"], "out": params["heads"]}
+    params |= {f"{name}_stride": heads * params["head_dim"] for name, heads in rows.items()}
     return KernelSpec.make("append_attention", splits=splits_of(params["heads"], params["kv_heads"]), **params)
 
 
@@ -104,6 +106,8 @@ def _real_shapes() -> list[KernelSpec]:
         *(_append_attention(head_dim=head_dim, rotary_dim=head_dim) for head_dim in (64, 80, 128, 256)),
         *(_append_attention(heads=heads, kv_heads=kv_heads) for heads, kv_heads in ((32, 32), (14, 2), (64, 8))),
         _append_attention(window=4096),
+        *(_append_attention(tokens=FUSED_TOKENS, kv_heads=kv_heads) for kv_heads in (8, 32)),
+        *(_append_attention(tokens=FUSED_TOKENS, head_dim=d, rotary_dim=d) for d in (64, 256)),
     ]
 
 

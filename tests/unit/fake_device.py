@@ -4,7 +4,7 @@ import zlib
 
 import numpy as np
 from gqsa_runtime.model import Model
-from gqsa_runtime.program import FEW_TOKENS
+from gqsa_runtime.operators import FEW_TOKENS
 from gqsa_runtime.tokenizer import Tokenizer
 
 from tests.format import tiny

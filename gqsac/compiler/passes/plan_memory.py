@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from gqsa_runtime.format import ALIGNMENT
-from gqsa_runtime.program import DTYPE_BYTES, FEW_TOKENS, PHASES, Buffer
+from gqsa_runtime.operators import FEW_TOKENS
+from gqsa_runtime.program import DTYPE_BYTES, PHASES, Buffer
 
 from gqsac.compiler.passes.specialize import RESERVED, Calls, ValueRef
 

@@ -1,6 +1,7 @@
 """Schedule: the launch plan of a family. Names the kernels, gives each its CUDA geometry, resolves arguments."""
 
-from gqsa_runtime.program import FEW_TOKENS, PHASES, Argument, Kernel, Plan, Step
+from gqsa_runtime.operators import FEW_TOKENS
+from gqsa_runtime.program import PHASES, Argument, Kernel, Plan, Step
 
 from gqsac.compiler.cuda_launch import launches
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from gqsa_runtime.layouts import RECORDS
 from gqsa_runtime.layouts.records import TILE
-from gqsa_runtime.operators import FUSED_TOKENS, MATMUL_TOKENS, OPERATORS, state_elements
+from gqsa_runtime.operators import (
+    FUSED_TOKENS,
+    MATMUL_TOKENS,
+    OPERATORS,
+    partials_elements,
+    state_elements,
+    tokens_held,
+)
 from gqsa_runtime.program import Argument
 
 from gqsac.compiler import ir
@@ -128,7 +135,7 @@ def specialize(
         tuple(ValueRef(name) for name in ("logits", "argmax", "state")),
     )
     phases = {
-        "decode": (*lower(graph.ops, 1, decode), argmax),
+        "decode": (*lower(graph.ops, 1, decode, "decode."), argmax),
         "prefill_body": lower(body, TOKEN_TILE, prefill),
         "few_body": lower(body, FUSED_TOKENS if family == "cuda" else TOKEN_TILE, few, "few."),
         "last_logits": (last_row, *lower([head], 1, prefill, **{head.x: ValueRef("last")}), argmax),
@@ -300,7 +307,7 @@ class _Specializer:
         rope = Argument("rope", op.rope) if op.rope is not None else NULL
         rotary_dim = self.graph.ropes[op.rope].rotary_dim if op.rope is not None else 0
         in_halves = self.family == "cuda" and self.kv_dtype == "f16"
-        if in_halves and self.tokens == 1 and OPERATORS["append_attention"].check(heads) is None:
+        if in_halves and self.tokens <= FUSED_TOKENS and OPERATORS["append_attention"].check(heads) is None:
             return [self.append_attention(op, rope, caches, rotary_dim, heads)]
         q_stride = self.stride(op.q)
         append = self.call(
@@ -316,18 +323,20 @@ class _Specializer:
 
     def append_attention(self, op: ir.Attention, rope, caches, rotary_dim: int, heads: dict) -> Call:
         """All of it in one launch, its runs of the context side by side."""
-        splits = splits_of(op.heads, op.kv_heads)
+        params = {
+            **heads, "tokens": self.tokens, "rotary_dim": rotary_dim, "scale": float(op.scale), "window": op.window,
+            "splits": splits_of(op.heads, op.kv_heads), "q_stride": self.stride(op.q), "k_stride": self.stride(op.k),
+            "v_stride": self.stride(op.v), "out_stride": self.stride(op.output),
+        }  # fmt: skip
         # All layers share the scratch: they run one after another, and each leaves its counters at 0.
-        partials = Storage("f32", fixed=op.heads * splits * (op.head_dim + 2))
-        known = self.storages.get("decode.partials", partials)
-        self.storages["decode.partials"] = max(known, partials, key=lambda storage: storage.fixed)
-        known = self.storages.get("decode.counters", Storage("i32"))
-        self.storages["decode.counters"] = Storage("i32", fixed=max(known.fixed, op.heads), lasting=True)
-        scratch = ValueRef("decode.partials"), ValueRef("decode.counters")
-        return self.call(
-            "append_attention", (op.q, op.k, op.v, rope, *caches, *scratch, op.output), rotary_dim=rotary_dim,
-            scale=float(op.scale), window=op.window, splits=splits, **heads,
-        )  # fmt: skip
+        partials, counters = f"{self.scratch}partials", f"{self.scratch}counters"
+        for name, storage in (
+            (partials, Storage("f32", fixed=partials_elements(params))),
+            (counters, Storage("i32", fixed=tokens_held(params) * op.heads, lasting=True)),
+        ):
+            self.storages[name] = max(self.storages.get(name, storage), storage, key=lambda storage: storage.fixed)
+        scratch = ValueRef(partials), ValueRef(counters)
+        return self.call("append_attention", (op.q, op.k, op.v, rope, *caches, *scratch, op.output), **params)
 
     def gated_activation(self, op: ir.GatedActivation) -> Call:
         return self.call(

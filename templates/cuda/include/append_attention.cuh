@@ -1,7 +1,7 @@
-// Attention of one token in one launch: rotates q and k, appends k and v to the cache, and splits the context among
-// blocks, so that one sequence fills the GPU at any length.
+// Attention of one token, or of each of a few, in one launch: rotates q and k, appends k and v to the cache, and splits
+// the context among blocks, so that one sequence fills the GPU at any length.
 //
-// A block takes QUERIES heads that share a KV head, and a run of rows. Its warps take tiles of 16 rows in turn through
+// A block takes QUERIES heads of a token that share a KV head, and a run of rows. Its warps take tiles of 16 rows in turn through
 // rings of their own in shared memory. Scores and weighted values are products of halves on the tensor cores, but
 // nothing is rounded to a half that the cache does not hold as one: a query, and later a weight, is the sum of two
 // halves, which are rows h and 8 + h of an mma's A. Scores stand in the layout of D of one mma, which is that of A of
@@ -9,16 +9,18 @@
 // maximum, sum and weighted values); warps and at last runs are merged in a fixed order, the runs by whichever block is
 // done last. How many runs there are, the position alone decides.
 //
-// Rows before this token are of earlier steps, so the first are on their way before the inputs are waited for; this
-// token's own row never comes from the cache.
+// Rows of earlier steps are in the cache, so the first are on their way before the inputs are waited for. Rows of this
+// launch, the token's own and those of the tokens before it in its sequence, never come from the cache: each block makes
+// them itself, and the same bits as a step for each of them would.
 #pragma once
 #include "kv_cache.cuh"
 
-// C: HEADS, KV_HEADS, HEAD_DIM (a multiple of 16), ROTARY_DIM, SCALE, WINDOW, QUERIES (at most 8), SPLITS (most runs),
-// KEYS (fewest rows worth a run), WARPS, STAGES (of a ring), ROW_BYTES (from row to row in shared memory: an odd number
-// of 16 bytes, so that eight rows share no banks), places in shared memory (OWN_AT, RING_AT).
-// partials: values [HEADS / QUERIES, SPLITS, QUERIES, HEAD_DIM], then {largest score, sum} [HEADS / QUERIES, SPLITS,
-// QUERIES]. counters: [HEADS / QUERIES], 0 before and after.
+// C: TOKENS (most of a launch: blockIdx.y), HEADS, KV_HEADS, HEAD_DIM (a multiple of 16), ROTARY_DIM, SCALE, WINDOW,
+// QUERIES (at most 8), SPLITS (most runs), KEYS (fewest rows worth a run), Q_STRIDE, K_STRIDE, V_STRIDE, OUT_STRIDE, WARPS,
+// STAGES (of a ring), ROW_BYTES (from row to row in shared memory: an odd number of 16 bytes, so that eight rows share no
+// banks), places in shared memory (OWN_AT, RING_AT).
+// partials: values [TOKENS, HEADS / QUERIES, SPLITS, QUERIES, HEAD_DIM], then {largest score, sum} [TOKENS, HEADS /
+// QUERIES, SPLITS, QUERIES]. counters: [TOKENS, HEADS / QUERIES], 0 before and after.
 template <class C>
 struct AppendAttention {
     using Element = CacheF16::Element;
@@ -35,7 +37,7 @@ struct AppendAttention {
 
         __device__ __forceinline__ Partials(float* partials, int place)
             : values(reinterpret_cast<float4*>(partials) + place * (C::SPLITS * C::QUERIES * C::HEAD_DIM / 4)),
-              ends(reinterpret_cast<float2*>(partials + C::HEADS * C::SPLITS * C::HEAD_DIM) +
+              ends(reinterpret_cast<float2*>(partials + C::TOKENS * C::HEADS * C::SPLITS * C::HEAD_DIM) +
                    place * (C::SPLITS * C::QUERIES)) {}
     };
 
@@ -46,19 +48,28 @@ struct AppendAttention {
         __shared__ int is_last;
         let_dependents_start();
         // The host wrote the state before any kernel of this launch plan began: it needs no wait.
-        const int position = position_of(state, 0), length = position + 1;
+        const int token = C::TOKENS == 1 ? 0 : blockIdx.y;
+        if (C::TOKENS > 1 && token >= count_tokens(state)) return;
+        const int position = position_of(state, token), length = position + 1;
         const int first = C::WINDOW > 0 ? max(0, length - C::WINDOW) : 0;
         const int n_runs = min(C::SPLITS, ceil_div(length - first, C::KEYS));
         const int place = blockIdx.x % GROUPS, run = blockIdx.x / GROUPS;
         if (run >= n_runs) {
+            if (C::TOKENS > 1) return;
             // It keeps its place until then: blocks of the next kernel would crowd into room that is free too early.
             wait_for_inputs();
             return;
         }
         const int per_run = ceil_div(length - first, n_runs), begin = first + run * per_run;
-        const int end = min(begin + per_run, length), cached = min(end, position);  // this token's row is the last run's
+        int n_own = 1;  // rows of this launch
+#pragma unroll
+        for (int i = 1; i < C::TOKENS; ++i)
+            if (n_own == i && i <= token && slot_of(state, token - i) == slot_of(state, token) &&
+                position_of(state, token - i) == position - i)
+                ++n_own;
+        const int end = min(begin + per_run, length), first_own = length - n_own, cached = min(end, first_own);
         const int head = place * C::QUERIES, kv_head = head / (C::HEADS / C::KV_HEADS);
-        const KvSlot<C::KV_HEADS * C::HEAD_DIM> slot(state, 0);
+        const KvSlot<C::KV_HEADS * C::HEAD_DIM> slot(state, token);
         const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, pair = lane / 4, quarter = lane % 4;
         k_cache += kv_head * C::HEAD_DIM;
         v_cache += kv_head * C::HEAD_DIM;
@@ -88,12 +99,13 @@ struct AppendAttention {
             prefetch_l2(k_cache + at);
             prefetch_l2(v_cache + at);
         }
-        // A thread's elements of the queries, the key and the value. Angles are no kernel's output.
-        constexpr int ELEMENTS = ceil_div((C::QUERIES + 2) * C::HEAD_DIM, THREADS);
+        // A thread's elements of the queries. Angles are no kernel's output.
+        constexpr int ELEMENTS = ceil_div(C::QUERIES * C::HEAD_DIM, THREADS);
         Rotation rotations[ELEMENTS];
 #pragma unroll
-        for (int j = 0; j < ELEMENTS; ++j)
-            rotations[j] = Rotation(rope + static_cast<size_t>(position) * C::ROTARY_DIM, element(j) % C::HEAD_DIM);
+        for (int j = 0; j < ELEMENTS; ++j) rotations[j] = Rotation(rope, position, element(j) % C::HEAD_DIM);
+        OwnRows own = {k + kv_head * C::HEAD_DIM, v + kv_head * C::HEAD_DIM, rope, token + 1 - n_own, n_own, first_own};
+        own.prefetch(0);
         // Rows of A without a query.
         for (int i = threadIdx.x; i < (8 - C::QUERIES) * 2 * DIMS; i += THREADS) {
             const int row = i / DIMS, unused = C::QUERIES + row / 2 + row % 2 * 8;
@@ -101,34 +113,37 @@ struct AppendAttention {
         }
         wait_for_inputs();
 
-        q += head * C::HEAD_DIM, k += kv_head * C::HEAD_DIM, v += kv_head * C::HEAD_DIM;
+        q += static_cast<size_t>(token) * C::Q_STRIDE + head * C::HEAD_DIM;
         float elements[ELEMENTS], partners[ELEMENTS];  // all are asked for before the first is needed
 #pragma unroll
         for (int j = 0; j < ELEMENTS; ++j) {
-            const int which = element(j) / C::HEAD_DIM, d = element(j) % C::HEAD_DIM;
-            const float* const from = which < C::QUERIES ? q + which * C::HEAD_DIM : which == C::QUERIES ? k : v;
-            elements[j] = which < C::QUERIES + 2 ? from[d] : 0.0f;
-            partners[j] = which <= C::QUERIES ? from[Rotation::partner(d)] : 0.0f;
+            const int d = element(j) % C::HEAD_DIM;
+            const bool there = element(j) < C::QUERIES * C::HEAD_DIM;
+            elements[j] = there ? q[element(j)] : 0.0f;
+            partners[j] = there ? q[element(j) - d + Rotation::partner(d)] : 0.0f;
         }
-        unsigned short* const own = reinterpret_cast<unsigned short*>(shared + C::OWN_AT);  // [key and value, HEAD_DIM]
+        own.load(0);
 #pragma unroll
         for (int j = 0; j < ELEMENTS; ++j) {
             const int which = element(j) / C::HEAD_DIM, d = element(j) % C::HEAD_DIM;
-            const float turned = rotations[j].of(elements[j], partners[j]);
-            if (which < C::QUERIES) {
-                // Times what makes exponentials powers of two.
-                constexpr float FACTOR = C::SCALE * 1.4426950408889634f;
-                const unsigned short high = float_to_half(turned * FACTOR);
-                unsigned short* const to = reinterpret_cast<unsigned short*>(shared + which * C::ROW_BYTES) + d;
-                to[0] = high;
-                to[8 * C::ROW_BYTES / 2] = float_to_half(turned * FACTOR - half_to_float(high));
-            } else if (which < C::QUERIES + 2) {
-                const bool key = which == C::QUERIES;
-                const unsigned short bits = float_to_half(key ? turned : elements[j]);
-                own[(key ? 0 : C::HEAD_DIM) + d] = bits;
-                // Heads of one KV head in several blocks all write the same.
-                if (run == n_runs - 1) (key ? k_cache : v_cache)[slot.row(position) + d] = bits;
-            }
+            if (which >= C::QUERIES) break;
+            // Times what makes exponentials powers of two.
+            constexpr float FACTOR = C::SCALE * 1.4426950408889634f;
+            const float turned = rotations[j].of(elements[j], partners[j]) * FACTOR;
+            const unsigned short high = float_to_half(turned);
+            unsigned short* const to = reinterpret_cast<unsigned short*>(shared + which * C::ROW_BYTES) + d;
+            to[0] = high;
+            to[8 * C::ROW_BYTES / 2] = float_to_half(turned - half_to_float(high));
+        }
+        // Heads of one KV head in several blocks all append the same.
+        Element* const k_row = run == n_runs - 1 ? k_cache + slot.row(position) : nullptr;
+        Element* const v_row = v_cache + slot.row(position);
+        unsigned short* const own_rows = reinterpret_cast<unsigned short*>(shared + C::OWN_AT);
+        own.store(0, own_rows, k_row, v_row);
+        for (int begin = OwnRows::BATCH; begin < n_own; begin += OwnRows::BATCH) {
+            own.prefetch(begin);
+            own.load(begin);
+            own.store(begin, own_rows, k_row, v_row);
         }
         __syncthreads();
 
@@ -139,10 +154,13 @@ struct AppendAttention {
             copy_wait<C::STAGES - 1>();
             __syncwarp();
             unsigned char* const tile = ring + stage * STAGE_BYTES;
-            if (position < end && start + ROWS > position) {
-                for (int i = lane; i < 2 * DIMS; i += WARP)
-                    *reinterpret_cast<uint4*>(tile + i / DIMS * TILE_BYTES + (position - start) * C::ROW_BYTES +
-                                              i % DIMS * 16) = reinterpret_cast<const uint4*>(own)[i];
+            if (start + ROWS > first_own) {
+                const int from = max(start, first_own), n_rows = min(start + ROWS, end) - from;
+                for (int i = lane; i < n_rows * 2 * DIMS; i += WARP) {
+                    const int row = from + i / (2 * DIMS), part = i / DIMS % 2, piece = i % DIMS;
+                    *reinterpret_cast<uint4*>(tile + part * TILE_BYTES + (row - start) * C::ROW_BYTES + piece * 16) =
+                        *reinterpret_cast<const uint4*>(own_rows + ((row - first_own) * 2 + part) * C::HEAD_DIM + piece * 8);
+                }
                 __syncwarp();
             }
             float score[2][4] = {};
@@ -214,8 +232,9 @@ struct AppendAttention {
             if (quarter == 0) to[C::HEAD_DIM] = largest, to[C::HEAD_DIM + 1] = sum;
         }
         __syncthreads();
-        const Partials parts(partials, place);
-        out += head * C::HEAD_DIM;
+        const int turn = token * GROUPS + place;
+        const Partials parts(partials, turn);
+        out += static_cast<size_t>(token) * C::OUT_STRIDE + head * C::HEAD_DIM;
         for (int i = threadIdx.x; i < C::QUERIES * C::HEAD_DIM; i += THREADS) {
             const float* const from = reinterpret_cast<const float*>(shared + C::RING_AT) + i / C::HEAD_DIM * PARTIAL;
             float most = LOWEST, total = 0.0f, value = 0.0f;
@@ -238,12 +257,12 @@ struct AppendAttention {
         if (n_runs == 1) return;
         __threadfence();
         __syncthreads();
-        if (threadIdx.x == 0) is_last = atomicAdd(counters + place, 1) == n_runs - 1;
+        if (threadIdx.x == 0) is_last = atomicAdd(counters + turn, 1) == n_runs - 1;
         __syncthreads();
         if (!is_last) return;
         __threadfence();
         merge_runs(parts, n_runs, out);
-        if (threadIdx.x == 0) counters[place] = 0;
+        if (threadIdx.x == 0) counters[turn] = 0;
     }
 
 private:
@@ -254,7 +273,8 @@ private:
         float cosine, sine;
 
         __device__ __forceinline__ Rotation() {}
-        __device__ __forceinline__ Rotation(const float* angles, int d) : cosine(1.0f), sine(0.0f) {
+        __device__ __forceinline__ Rotation(const float* rope, int position, int d) : cosine(1.0f), sine(0.0f) {
+            const float* const angles = rope + static_cast<size_t>(position) * C::ROTARY_DIM;
             if (d < C::ROTARY_DIM) cosine = angles[d % max(HALF, 1)], sine = angles[HALF + d % max(HALF, 1)];
             if (d < HALF) sine = -sine;
         }
@@ -263,6 +283,50 @@ private:
         }
         __device__ __forceinline__ float of(float element, float partner) const {
             return element * cosine + partner * sine;
+        }
+    };
+
+    // The rows of this launch that a token sees: keys, rotated, and values, a BATCH of rows at a time.
+    struct OwnRows {
+        static constexpr int BATCH = C::TOKENS < 4 ? C::TOKENS : 4, EACH = ceil_div(BATCH * C::HEAD_DIM, THREADS);
+        const float *k, *v, *rope;  // of the KV head
+        int token, n_rows, position;  // of the first row
+        Rotation rotations[EACH];
+        float keys[EACH], partners[EACH], values[EACH];
+
+        static __device__ __forceinline__ int row(int j, int begin) { return begin + element(j) / C::HEAD_DIM; }
+        static __device__ __forceinline__ int dim(int j) { return element(j) % C::HEAD_DIM; }
+        __device__ __forceinline__ bool has(int j, int begin) const {
+            return element(j) < BATCH * C::HEAD_DIM && row(j, begin) < n_rows;
+        }
+
+        __device__ __forceinline__ void prefetch(int begin) {
+#pragma unroll
+            for (int j = 0; j < EACH; ++j)
+                if (has(j, begin)) rotations[j] = Rotation(rope, position + row(j, begin), dim(j));
+        }
+
+        __device__ __forceinline__ void load(int begin) {
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) {
+                if (!has(j, begin)) continue;
+                const float* const key = k + static_cast<size_t>(token + row(j, begin)) * C::K_STRIDE;
+                keys[j] = key[dim(j)], partners[j] = key[Rotation::partner(dim(j))];
+                values[j] = v[static_cast<size_t>(token + row(j, begin)) * C::V_STRIDE + dim(j)];
+            }
+        }
+
+        // to: [rows, key and value, HEAD_DIM]. The last row goes to the cache too, where k_row is not null.
+        __device__ __forceinline__ void store(int begin, unsigned short* to, Element* k_row, Element* v_row) const {
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) {
+                if (!has(j, begin)) continue;
+                const unsigned short key = float_to_half(rotations[j].of(keys[j], partners[j]));
+                const unsigned short value = float_to_half(values[j]);
+                unsigned short* const place = to + row(j, begin) * (2 * C::HEAD_DIM) + dim(j);
+                place[0] = key, place[C::HEAD_DIM] = value;
+                if (k_row && row(j, begin) == n_rows - 1) k_row[dim(j)] = key, v_row[dim(j)] = value;
+            }
         }
     };
 

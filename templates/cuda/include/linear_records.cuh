@@ -122,11 +122,14 @@ struct LinearRecords {
 
         float* const partials = reinterpret_cast<float*>(shared + C::PARTIALS_AT);
         float factor = 1.0f;  // of the token whose sums this lane gets
+        typename RowQuantizer<C>::Row rows[TOKENS];  // all are asked for before the first is needed
+#pragma unroll
+        for (int m = 0; m < TOKENS; ++m)
+            if (m < n_tokens) rows[m] = quantizer.load(x + (first_token + m) * C::X_STRIDE);
 #pragma unroll
         for (int m = 0; m < TOKENS; ++m)
             if (m < n_tokens)
-                quantizer.quantize(x + (first_token + m) * C::X_STRIDE, own_planes + m * (C::K / 2),
-                                   own_ranges + m * RANGE_STRIDE, partials + m * WARP);
+                quantizer.quantize(rows[m], own_planes + m * (C::K / 2), own_ranges + m * RANGE_STRIDE, partials + m * WARP);
         if (TOKENS == 1 && ahead.to >= 0) ahead.load(first_token, bias, residual, out);
         __syncthreads();
 #pragma unroll

@@ -28,7 +28,14 @@ struct RowQuantizer {
         float v[PIECE];
     };
 
-    const float *x, *norm_weight, *norm_bias;
+    // What a thread has of a token's row, where that fits its registers.
+    struct Row {
+        const float* x;
+        bool aligned;
+        Piece held[HELD];
+    };
+
+    const float *norm_weight, *norm_bias;
     Piece weight[HELD];
     float mean, squares;
 
@@ -40,32 +47,36 @@ struct RowQuantizer {
             for (int j = 0; j < HELD; ++j) weight[j] = read(norm_weight, index(j), true);
     }
 
-    // x: the token's row. partials: a float per warp. A barrier must follow before results or factor() are used.
-    __device__ __forceinline__ void quantize(const float* x_, unsigned* planes, float2* ranges, float* partials) {
-        x = x_;
-        const bool aligned = is_aligned(x, 16);
-        if constexpr (HELD == PER_THREAD) {
-            Piece held[HELD];
+    __device__ __forceinline__ Row load(const float* x) const {
+        Row row = {x, is_aligned(x, 16), {}};
+        if (HELD == PER_THREAD)
 #pragma unroll
-            for (int j = 0; j < HELD; ++j) held[j] = read(x, index(j), aligned);
+            for (int j = 0; j < HELD; ++j) row.held[j] = read(x, index(j), row.aligned);
+        return row;
+    }
+
+    // partials: a float per warp. A barrier must follow before results or factor() are used.
+    __device__ __forceinline__ void quantize(const Row& row, unsigned* planes, float2* ranges, float* partials) {
+        if constexpr (HELD == PER_THREAD) {
             measure([&](auto add) {
 #pragma unroll
                 for (int j = 0; j < HELD; ++j)
-                    if (PIECES % THREADS == 0 || index(j) < PIECES) add(held[j]);
+                    if (PIECES % THREADS == 0 || index(j) < PIECES) add(row.held[j]);
             }, partials);
 #pragma unroll
             for (int j = 0; j < HELD; ++j)
-                if (PIECES % THREADS == 0 || index(j) / WARP * WARP < PIECES) store(index(j), held[j], weight[j], planes, ranges);
+                if (PIECES % THREADS == 0 || index(j) / WARP * WARP < PIECES)
+                    store(index(j), row.held[j], weight[j], planes, ranges);
         } else {
             measure([&](auto add) {
                 for (int j = 0; j < PER_THREAD; ++j)
-                    if (index(j) < PIECES) add(read(x, index(j), aligned));
+                    if (index(j) < PIECES) add(read(row.x, index(j), row.aligned));
             }, partials);
             for (int j = 0; j < PER_THREAD; ++j) {
                 if (index(j) / WARP * WARP >= PIECES) break;
                 Piece weights = {};
                 if (C::NORM != NO_NORM) weights = read(norm_weight, index(j), true);
-                store(index(j), read(x, index(j), aligned), weights, planes, ranges);
+                store(index(j), read(row.x, index(j), row.aligned), weights, planes, ranges);
             }
         }
         if (C::NORM == RMS_NORM) {
