@@ -48,8 +48,12 @@ class Stack:
         return make_plan(row_bits, self.columns, None, pairs).n_bytes
 
     def block_bytes(self, width: int) -> int:
-        """Bytes that one more block of 16 rows of a width takes."""
-        one, two = (make_plan(np.full(n * ROWS, width, np.uint8), self.columns).n_bytes for n in (1, 2))
+        """Bytes that one more block of 16 rows of a width takes, where a stack has other widths too."""
+        other = 4 if width == 8 else 8  # records of one width alone may be bare
+        one, two = (
+            make_plan(np.repeat(np.array([other, width], np.uint8), [ROWS, n * ROWS]), self.columns).n_bytes
+            for n in (1, 2)
+        )
         return two - one
 
 

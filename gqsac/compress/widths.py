@@ -70,8 +70,11 @@ class WidthBudget:
         costs: path -> f32 [rows, widths], comparable over the whole model. bits_per_weight: within `limits`.
         exact: count blocks as a file stores them; otherwise as if any number of rows made whole ones, which is faster.
         """
-        units = [self._units(stack, costs) for stack in self.stacks]
         budget = bits_per_weight * self.n_weights / 8
+        widest = self.uniform(self.widths[-1])
+        if self.n_bytes(widest) <= round(budget):  # less than its blocks count beside others
+            return widest
+        units = [self._units(stack, costs) for stack in self.stacks]
         every_cost = np.concatenate([u.costs for u in units])
         every_bytes = np.concatenate([np.tile(u.block_bytes / u.in_block, (len(u.costs), 1)) for u in units])
 
@@ -91,6 +94,9 @@ class WidthBudget:
 
             _, parts = _search(with_blocks, weight / _NEAR, 1e4 * scale, budget, 1e-4)
             _fill(units, parts, budget - fixed)
+            # A stack of one width may take less than its blocks count beside others.
+            found = self._by_path(units, parts)
+            return self.filled(costs, found, int(budget) - self.n_bytes(found))
         return self._by_path(units, parts)
 
     def filled(self, costs: dict[str, np.ndarray], row_bits: dict[str, np.ndarray], more: int) -> dict[str, np.ndarray]:

@@ -1,4 +1,5 @@
-"""A sound program over records: a table that the head shares, and a gated linear of mixed widths, some masked."""
+"""A sound program over records: a table that the head shares, a gated linear of mixed widths, some masked, and one
+whose records are bare."""
 
 import dataclasses
 
@@ -13,6 +14,7 @@ from tests.format import tiny
 from tests.kernels.random_records import random_keep, random_matrix
 
 K, ROWS, CHUNK, VOCAB = 320, 72, tiny.CHUNK, tiny.VOCAB
+BARE_ROWS, BARE_K = 40, 256
 PARTS = tuple(part.name for part in RECORDS.parts)
 
 
@@ -29,13 +31,18 @@ def _gated():
     return matrix, make_plan(matrix.row_bits, K, keep, np.arange(ROWS, dtype=np.int32).reshape(2, -1).T)
 
 
-SOURCES = {"embed": _table(), "gate": _gated()}
+def _bare():
+    matrix = random_matrix(BARE_ROWS, BARE_K, 4)
+    return matrix, make_plan(matrix.row_bits, BARE_K)
+
+
+SOURCES = {"embed": _table(), "gate": _gated(), "bare": _bare()}
 
 
 def tensors() -> dict[str, np.ndarray]:
     arrays = {"norm": np.ones(K, np.float32), "binary.cpu": np.arange(100, dtype=np.int8)}
     for name, source in SOURCES.items():
-        params = {"k": K, **source[1].constants}
+        params = {"k": source[1].columns, **source[1].constants}
         arrays |= {f"{name}.{part}": RECORDS.pack(part, source, params).copy() for part in PARTS}
     return arrays
 
@@ -49,7 +56,7 @@ def infos(arrays: dict[str, np.ndarray]) -> dict[str, TensorInfo]:
 
 def kernels() -> dict[str, Kernel]:
     """By name."""
-    table, gated = (source[1].constants for source in SOURCES.values())
+    table, gated, bare = (source[1].constants for source in SOURCES.values())
     linear = {"x_stride": K, "bias": False, "residual": False, "residual_stride": 0}
     made = {}
     for tokens in (1, 8):
@@ -65,6 +72,10 @@ def kernels() -> dict[str, Kernel]:
         for name, op, p in (*((op, op, p) for op, p in params.items()), ("head", "linear_records", head)):
             made[f"{name}_t{tokens}"] = Kernel(f"{name}_t{tokens}", op, {"tokens": tokens, **p}, {})
     del made["quantize_t1"]
+    params = {**linear, "norm": "none", "eps": 0.0, "tokens": 1, "rows": BARE_ROWS, "k": BARE_K,
+              "out_stride": BARE_ROWS, "out_width": BARE_ROWS, "activation": "none", "epilogue": "rows",
+              **bare}  # fmt: skip
+    made["bare_t1"] = Kernel("bare_t1", "linear_records", params, {})
     made["last_row"] = Kernel("last_row", "last_row", {"width": K, "x_stride": K}, {})
     made["log_probs"] = Kernel("log_probs", "log_probs", {"tokens": 8, "vocab": VOCAB, "x_stride": VOCAB}, {})
     return made
@@ -75,6 +86,7 @@ def plan(**changes) -> Plan:
     sizes = [("tokens", "i32", CHUNK), ("targets", "i32", CHUNK), ("state", "i32", state_elements(CHUNK)),
              ("logits", "f32", CHUNK * VOCAB), ("log_probs", "f32", CHUNK), ("argmax", "i32", CHUNK),
              ("last", "f32", K), ("x", "f32", CHUNK * K), ("h", "f32", CHUNK * ROWS // 2),
+             ("y", "f32", BARE_ROWS),
              ("planes", "i8", CHUNK * 2 * K), ("ranges", "f32", CHUNK * K // 64 * 2)]  # fmt: skip
     buffers, offset = [], 0
     for name, dtype, elements in sizes:
@@ -102,7 +114,8 @@ def plan(**changes) -> Plan:
         "prefill_chunk": CHUNK, "score_chunk": CHUNK,
         "buffers": tuple(buffers), "arena_bytes": offset, "kernels": tuple(made.values()),
         "phases": {
-            "decode": (embed(1), step("linear_records_t1", "gate", out="h"), step("head_t1", "embed", out="logits")),
+            "decode": (embed(1), step("linear_records_t1", "gate", out="h"), step("bare_t1", "bare", out="y"),
+                       step("head_t1", "embed", out="logits")),
             "prefill_body": (embed(8), quantize, step("linear_records_t8", "gate", out="h")),
             "few_body": (embed(8), quantize, step("linear_records_t8", "gate", out="h")),
             "last_logits": (step("last_row", out="last"), step("head_t1", "embed", x="last", out="logits")),

@@ -5,12 +5,12 @@ import pytest
 from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.layouts import RECORDS
-from gqsa_runtime.layouts.records import ALIGNMENT, MAX_RECORD_BYTES, make_plan
+from gqsa_runtime.layouts.records import ALIGNMENT, MAX_RECORD_BYTES, is_bare, make_plan
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.validate import ContentChecks, validate
 
 from tests.format import records_program, tiny
-from tests.format.records_program import PARTS, ROWS, SOURCES, VOCAB, K
+from tests.format.records_program import BARE_K, PARTS, ROWS, SOURCES, VOCAB, K
 from tests.kernels.random_records import random_matrix
 
 
@@ -58,13 +58,16 @@ def test_the_program_is_sound(tmp_path):
     validate(records_program.program(), records_program.infos(arrays))
     read_all(arrays, tmp_path)
     _, gated = SOURCES["gate"]
+    assert [is_bare(plan.constants) for _, plan in SOURCES.values()] == [False, False, True]
     assert {8, 4, 2} == set(gated.widths) and gated.masked.any() and not gated.masked.all()
 
 
 def test_every_part_has_a_rule():
     arrays = Tensors()
     checks = ContentChecks(records_program.program(), records_program.infos(arrays))
-    assert set(checks.names) == {f"{name}.{part}" for name in SOURCES for part in PARTS}
+    # Bare records hold no number by which a kernel looks for anything.
+    expected = {f"{name}.{part}" for name in SOURCES for part in PARTS} - {"bare.records", "bare.starts"}
+    assert set(checks.names) == expected
 
 
 def _set(array: str, place: int, value: int):
@@ -201,14 +204,14 @@ def test_a_record_that_is_short_before_the_last():
 
 
 def test_records_that_should_all_be_whole():
-    matrix = random_matrix(16, 256, 4)
+    matrix = random_matrix(32, 256, np.repeat([4, 2], 16))
     plan = make_plan(matrix.row_bits, 256)
-    params = {"rows": 16, "k": 256, "epilogue": "rows", **plan.constants}
+    params = {"rows": 32, "k": 256, "epilogue": "rows", **plan.constants}
     parts = {part: RECORDS.pack(part, (matrix, plan), params) for part in PARTS}
-    rule = RECORDS.rules(params, (1, int(plan.sizes[0])))["records"]
+    rule = RECORDS.rules(params, (2, int(plan.sizes.sum())))["records"]
     assert params["whole"] and rule.broken(parts["records"], parts["starts"], parts["blocks"]) is None
     parts["records"][9] = 3
-    assert "3 to 3 tiles, expected 4 to 4" in rule.broken(parts["records"], parts["starts"], parts["blocks"])
+    assert "3 to 4 tiles, expected 4 to 4" in rule.broken(parts["records"], parts["starts"], parts["blocks"])
 
 
 @pytest.mark.parametrize(("place", "value"), [(0, 1), (0, -1), (1, 10_000), (1, -1), (-1, 0), (-1, 10_000)])
@@ -273,14 +276,15 @@ def test_tables_hold_every_tile_where_kernels_look_for_it(tmp_path):
 
 def test_blocks_of_whole_linears_hold_every_tile():
     """Where a kernel is told that all are there it finds a block's records by arithmetic."""
-    matrix = random_matrix(32, 512, 4)
-    plan = make_plan(matrix.row_bits, 512)
-    params = {"rows": 32, "k": 512, "epilogue": "rows", **plan.constants}
-    assert params["whole"] and params["n_blocks"] == 2
-    rule = RECORDS.rules(params, (4, int(plan.sizes.sum())))["blocks"]
-    blocks = np.array([0, 2, 4], np.int32)
-    assert rule.broken(blocks) is None
-    assert "by 2 at a time" in rule.broken(np.array([0, 1, 4], np.int32))
+    for widths in (4, np.repeat([4, 2], 16)):  # bare ones, and such as have headers
+        matrix = random_matrix(32, 512, widths)
+        plan = make_plan(matrix.row_bits, 512)
+        params = {"rows": 32, "k": 512, "epilogue": "rows", **plan.constants}
+        assert params["whole"] and params["n_blocks"] == 2
+        rule = RECORDS.rules(params, (4, int(plan.sizes.sum())))["blocks"]
+        blocks = np.array([0, 2, 4], np.int32)
+        assert rule.broken(blocks) is None
+        assert "by 2 at a time" in rule.broken(np.array([0, 1, 4], np.int32))
     # Half of each block's tiles are gone, and still every record has four.
     keep = np.zeros((32, 32), bool)
     keep[:, :16] = True
@@ -290,11 +294,13 @@ def test_blocks_of_whole_linears_hold_every_tile():
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("part", PARTS)
 def test_numbers_of_elements(name, part):
-    for change in (lambda array: array[:-1], lambda array: np.append(array, array[-1:])):
+    for change in (lambda array: array[:-1], lambda array: np.append(array, np.ones(1, array.dtype))):
         arrays = Tensors()
         arrays[f"{name}.{part}"] = change(arrays[f"{name}.{part}"])
+        if arrays[f"{name}.{part}"].size == Tensors()[f"{name}.{part}"].size == 0:
+            continue
         program, infos = records_program.program(), records_program.infos(arrays)
-        if part == "starts":  # says how many records there are: the blocks then end elsewhere
+        if part == "starts" and name != "bare":  # says how many records there are: the blocks then end elsewhere
             with pytest.raises(FormatError, match="does not rise"):
                 checks = ContentChecks(program, infos)
                 for tensor in (f"{name}.starts", f"{name}.blocks"):
@@ -322,6 +328,23 @@ def test_a_table_smaller_than_the_vocabulary():
         ("head_t1", {"n_blocks": 16}, "n_blocks is 16"),
         ("linear_records_t1", {"k": K + 8}, "whole tiles of 64"),
         ("quantize_t8", {"k": K + 8}, "expected a multiple of 64"),
+        # Nothing but the constants says where bare records begin, and what is in them.
+        ("embedding_records_t1", {"whole": True}, "k is 320, expected whole records of 256 columns"),
+        ("bare_t1", {"k": BARE_K - 64}, "k is 192, expected whole records of 256 columns"),
+        ("bare_t1", {"k": 2 * BARE_K}, "6624 elements of 'bare.records', expected at least 13248"),
+        ("bare_t1", {"record_bytes": 2224}, "record_bytes is 2224, expected 2208 for four tiles of 4 bits"),
+        ("bare_t1", {"record_bytes": 2192}, "record_bytes is 2192, expected 2208"),
+        ("bare_t1", {"widths": 1 << 8}, "record_bytes is 2208, expected 4256"),
+        ("bare_t1", {"widths": 1 << 8, "record_bytes": 4256}, "6624 elements of 'bare.records', expected"),
+        ("bare_t1", {"widths": 1 << 2, "record_bytes": 1184}, "elements.*, expected"),
+        ("bare_t1", {"n_blocks": 4}, "elements.*, expected"),
+        ("bare_t1", {"n_blocks": (1 << 27) - 1}, "n_blocks is 134217727, whose records take"),
+        ("bare_t1", {"n_blocks": 2}, "n_blocks is 2, expected blocks"),
+        # Records that are not bare have starts.
+        ("bare_t1", {"whole": False}, "points to 0 elements of 'bare.starts', expected at least 1"),
+        ("bare_t1", {"widths": 1 << 2 | 1 << 4}, "points to 0 elements of 'bare.starts', expected at least 1"),
+        ("bare_t1", {"masked_widths": 1 << 4}, "points to 0 elements of 'bare.starts', expected at least 1"),
+        ("bare_t1", {"widths": 0}, "points to 0 elements of 'bare.starts', expected at least 1"),
     ],
 )
 def test_constants_that_do_not_fit_together(kernel, changes, message):

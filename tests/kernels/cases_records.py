@@ -15,7 +15,8 @@ TILE = 64
 def _source(p, pattern, seed):
     rows, k = p["rows"], p["k"]
     rng = np.random.default_rng(seed)
-    widths = rng.choice([0, 1, 2, 3, 4, 8], rows) if p["width"] == "mixed" else p["width"]
+    mixed = {"mixed": [0, 1, 2, 3, 4, 8], "two": [2, 4]}
+    widths = rng.choice(mixed[p["width"]], rows) if p["width"] in mixed else p["width"]
     pairs = None
     if p["epilogue"] == "gated":
         pairs = np.stack([np.arange(rows // 2), np.arange(rows // 2) + rows // 2], 1)
@@ -150,6 +151,16 @@ def make_cases(Case, helpers):
             yield case(f"w{width}_{pattern}", width, pattern)
         yield case(f"w{width}_groups_tile", width, "groups", **several)
         yield case(f"w{width}_groups_few", width, "groups", **few)
+    for width in (1, 2, 3, 4, 8):
+        yield case(f"bare_w{width}", width, k=512)
+        yield case(f"bare_w{width}_tile", width, k=512, **several)
+        yield case(f"bare_w{width}_few", width, k=512, **few)
+    yield case("bare_many_rows", 2, rows=16 * 140, k=512)  # a block of threads takes more than one of rows
+    yield case("bare_many_rows_tile", 2, rows=16 * 140, k=512, tokens=8, n_tokens=2)
+    yield case("bare_many_rows_few", 2, rows=16 * 140, k=512, tokens=4, n_tokens=2)
+    yield case("bare_k4608", k=4608, rows=33)  # more records in a row block than warps
+    yield case("whole_two_widths", "two", k=512)
+    yield case("whole_two_widths_tile", "two", k=512, **several)
     yield case("empty", pattern="empty", bias=True)
     yield case("empty_tile", pattern="empty", bias=True, **several)
     yield case("empty_few", pattern="empty", bias=True, **few)
@@ -219,9 +230,12 @@ def make_cases(Case, helpers):
 
     for width in (1, 2, 3, 4, 8, "mixed"):
         yield matmul(f"w{width}", width)
+    for width in (1, 2, 3, 4, 8):
+        yield matmul(f"bare_w{width}", width, k=512)
     for width in (2, 4, 8):
         for pattern in ("groups", "tiles", "skewed"):
             yield matmul(f"w{width}_{pattern}", width, pattern, k=448)
+    yield matmul("whole_two_widths", "two", k=512)
     yield matmul("empty", pattern="empty", bias=True)
     yield matmul("k64", k=64)
     yield matmul("k1024_whole", k=1024, rows=16 * 9)
@@ -233,4 +247,5 @@ def make_cases(Case, helpers):
     for n_tokens in (1, 63, 64, 65, 127, 128, 129):
         yield matmul(f"tokens_{n_tokens}", n_tokens=n_tokens, max_tokens=160, k=128, bias=True)
     yield matmul("gated", pattern="groups", rows=72, epilogue="gated", activation="silu", k=256)
+    yield matmul("gated_bare", 8, rows=72, epilogue="gated", activation="silu", k=256)
     yield matmul("gated_mixed_bias", "mixed", rows=72, epilogue="gated", activation="gelu", bias=True, k=192)

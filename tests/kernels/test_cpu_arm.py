@@ -41,15 +41,15 @@ def test_arm_kernel_matches_its_oracle(library, case):
 
 
 @pytest.mark.skipif(not supported_targets(), reason="this CPU runs no gqsac kernels to compare with")
-@pytest.mark.parametrize("pattern, widths", PATTERNS)
-def test_records_give_the_same_bits_as_on_this_machine(pattern, widths):
+@pytest.mark.parametrize("pattern, widths, k", PATTERNS)
+def test_records_give_the_same_bits_as_on_this_machine(pattern, widths, k):
     def emulated(data):
         library = ArmLibrary(data)
         return lambda name, arguments: library.run(name, arguments, _THREADS)
 
     widths = np.random.default_rng(1).choice(widths, ROWS)
-    here = outputs(supported_targets()[0], widths, pattern)
-    there = outputs("aarch64", widths, pattern, emulated)
+    here = outputs(supported_targets()[0], widths, pattern, k)
+    there = outputs("aarch64", widths, pattern, k, emulated)
     assert [result.tobytes() for result in there] == [result.tobytes() for result in here]
 
 

@@ -14,7 +14,7 @@ from gqsac.compiler.passes.render import render
 from tests.kernels.random_records import random_keep, random_matrix
 from tests.kernels.test_cpu_kernels import run_kernel
 
-ROWS, K = 96, 640
+ROWS = 96
 COUNTS = (1, 2, 6, 7, 70)  # one by one, turned, more than a tile of tokens
 
 pytestmark = pytest.mark.skipif(not supported_targets(), reason="this CPU runs no gqsac kernels")
@@ -26,11 +26,11 @@ def native(data):
     return lambda name, arguments: run_kernel(library, name, arguments, 3)
 
 
-def outputs(target, widths, pattern, load=native):
+def outputs(target, widths, pattern, k, load=native):
     """Results of decode for each of COUNTS[-1] tokens, then of prefill for each count."""
-    matrix = random_matrix(ROWS, K, widths, random_keep(ROWS, K, pattern), scale=K**-0.5)
-    plan = make_plan(matrix.row_bits, K, matrix.keep)
-    norm = {"k": K, "x_stride": K, "norm": "rms", "eps": 1e-5}
+    matrix = random_matrix(ROWS, k, widths, random_keep(ROWS, k, pattern), scale=k**-0.5)
+    plan = make_plan(matrix.row_bits, k, matrix.keep)
+    norm = {"k": k, "x_stride": k, "norm": "rms", "eps": 1e-5}
     linear = {
         "rows": ROWS, "out_width": ROWS, "out_stride": ROWS, "residual_stride": ROWS, "bias": False, "residual": False,
         "activation": "none", "epilogue": "rows", **norm, **plan.constants,
@@ -43,8 +43,8 @@ def outputs(target, widths, pattern, load=native):
     run_named = load(compile_cpu({name: render("cpu", spec, name) for name, spec in specs.items()}, target))
     weights = {part.name: RECORDS.pack(part.name, (matrix, plan), linear) for part in RECORDS.parts}
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((COUNTS[-1], K), np.float32)
-    weights["norm_weight"] = rng.standard_normal(K, np.float32)
+    x = rng.standard_normal((COUNTS[-1], k), np.float32)
+    weights["norm_weight"] = rng.standard_normal(k, np.float32)
 
     def run(name, n_tokens, **arguments):
         arguments = {**weights, "state": launch_state(n_tokens, 0, np.arange(n_tokens)), **arguments}
@@ -56,7 +56,7 @@ def outputs(target, widths, pattern, load=native):
         run("decode", 1, x=x[token], out=one[token])
     results = [one]
     for count in COUNTS:
-        planes, ranges = np.zeros((count, 2 * K), np.int8), np.zeros((count, K // 64, 2), np.float32)
+        planes, ranges = np.zeros((count, 2 * k), np.int8), np.zeros((count, k // 64, 2), np.float32)
         out = np.zeros((count, ROWS), np.float32)
         run("quantize", count, x=x, planes=planes, ranges=ranges)
         run("prefill", count, planes=planes, ranges=ranges, out=out)
@@ -64,15 +64,15 @@ def outputs(target, widths, pattern, load=native):
     return results
 
 
-PATTERNS = [("all", (1, 2, 3, 4, 8)), ("groups", (2, 4, 8))]
+PATTERNS = [("all", (1, 2, 3, 4, 8), 640), ("groups", (2, 4, 8), 640), ("all", (3,), 768)]  # the last: bare
 
 
-@pytest.mark.parametrize("pattern, widths", PATTERNS)
-def test_bits_depend_on_neither_target_nor_number_of_tokens(pattern, widths):
+@pytest.mark.parametrize("pattern, widths, k", PATTERNS)
+def test_bits_depend_on_neither_target_nor_number_of_tokens(pattern, widths, k):
     widths = np.random.default_rng(1).choice(widths, ROWS)
     first = None
     for target in supported_targets():
-        results = outputs(target, widths, pattern)
+        results = outputs(target, widths, pattern, k)
         first = results[0] if first is None else first
         for result in results:
             assert result.tobytes() == first[: len(result)].tobytes()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from gqsa_runtime.errors import GqsaError, UnsupportedError
-from gqsa_runtime.layouts.records import MASKED_WIDTHS, WIDTHS
+from gqsa_runtime.layouts.records import MASKED_WIDTHS, WIDTHS, is_bare
 from gqsa_runtime.operators import FUSED_TOKENS, OPERATORS
 
 from gqsac.compiler.cuda_launch import MAX_SHARED_BYTES, geometry, launch, own_targets, splits_of
@@ -46,8 +46,9 @@ def _records(width=4, masked=False, whole=True, **changes) -> KernelSpec:
         "epilogue": "rows", "n_blocks": 256, "widths": 0 if masked else widths,
         "masked_widths": widths if masked else 0,
         "whole": whole and not masked,
-        "record_bytes": 16 + 32 * masked + 4 * 32 + 4 * 8 + 4 * 128 * (width or 8),
     }  # fmt: skip
+    header = 0 if is_bare(params) else 16
+    params["record_bytes"] = header + 32 * masked + 4 * 32 + 4 * 8 + 4 * 128 * (width or 8)
     return KernelSpec.make("linear_records", **{**params, **changes})
 
 

@@ -151,8 +151,16 @@ def test_constants_of_records():
     assert RECORDS.check_constants(good) is None
     assert record_source(16, 256, 4)[1].constants == {
         "n_blocks": 1, "widths": 1 << 4, "masked_widths": 0, "whole": True,
-        "record_bytes": 16 + 4 * 32 + 4 * 8 + 4 * 512,
+        "record_bytes": 4 * 32 + 4 * 8 + 4 * 512,
     }  # fmt: skip
+    bare = {"rows": 16, "k": 256, **record_source(16, 256, 4)[1].constants}
+    assert RECORDS.check_constants({**bare, "rows": 16 * 1000, "n_blocks": 1000}) is None
+    for changes, message in (
+        ({"k": 320}, "k is 320, expected whole records of 256 columns"),
+        ({"record_bytes": 2224}, "record_bytes is 2224, expected 2208 for four tiles of 4 bits"),
+        ({"n_blocks": 1 << 26}, f"n_blocks is {1 << 26}, whose records take {1 << 35} bytes or more"),
+    ):
+        assert message in RECORDS.check_constants({**bare, **changes})
     for changes, message in (
         ({"k": 352}, "k is 352, expected whole tiles of 64"),
         ({"k": 64 << 15}, "below 32768"),
@@ -166,6 +174,42 @@ def test_constants_of_records():
         ({"masked_widths": 1 << 9}, "masked_widths is 512"),
     ):
         assert message in RECORDS.check_constants({**good, **changes})
+
+
+@pytest.mark.parametrize("width", records.WIDTHS)
+def test_a_linear_of_one_width_needs_neither_headers_nor_starts(width):
+    rows, columns = 37, 768
+    matrix, plan = record_source(rows, columns, width)
+    params = {"rows": rows, "k": columns, **plan.constants}
+    assert records.is_bare(params) and params["record_bytes"] == 4 * (32 + 8 + 128 * width)
+    arrays = packed(RECORDS, params, (matrix, plan))
+    assert arrays["starts"].size == 0 and arrays["records"].size == 3 * 3 * params["record_bytes"]
+    assert plan.n_bytes == sum(array.nbytes for array in arrays.values())
+    # The bytes are those of the records that the first block has beside others, without their headers.
+    others = np.full(16, 4 if width == 8 else 8, np.uint8)
+    taken = matrix.rows - 5  # two whole blocks
+    mixed = random_matrix(taken + 16, columns, np.append(np.full(taken, width, np.uint8), others))
+    for name in ("levels", "scales", "zeros"):
+        getattr(mixed, name)[:taken] = getattr(matrix, name)[:taken]
+    with_headers = make_plan(mixed.row_bits, columns)
+    assert not records.is_bare(with_headers.constants)
+    block = int(np.flatnonzero(with_headers.widths == width)[0])
+    first = int(np.flatnonzero(with_headers.block == block)[0])
+    starts = RECORDS.pack("starts", (mixed, with_headers), {"k": columns, **with_headers.constants})
+    data = RECORDS.pack("records", (mixed, with_headers), {"k": columns, **with_headers.constants})
+    for i in range(6):
+        record = data[starts[first + i] * 16 + 16 : starts[first + i + 1] * 16]
+        assert (record == arrays["records"][i * record.size : (i + 1) * record.size]).all()
+
+
+@pytest.mark.parametrize(
+    ("columns", "widths", "pattern"), [(192, 4, "all"), (576, 4, "all"), (512, "two", "all"), (512, 4, "groups")]
+)
+def test_other_linears_have_headers(columns, widths, pattern):
+    matrix, plan = record_source(32, columns, np.repeat([2, 4], 16) if widths == "two" else widths, pattern)
+    assert not records.is_bare(plan.constants)
+    params = {"rows": 32, "k": columns, **plan.constants}
+    assert RECORDS.pack("starts", (matrix, plan), params).size == len(plan.block) + 1
 
 
 def test_the_largest_record():

@@ -66,6 +66,24 @@ def test_a_large_model_is_within_half_a_percent():
         assert 0.995 * target <= achieved <= target
 
 
+def test_stacks_of_one_width_take_less_and_others_get_the_rest():
+    """Records of one width alone have no headers where their columns fill them."""
+    stacks = tuple(Stack((f"{i}",), (256,), 512, False) for i in range(8))
+    budget, costs = WidthBudget(stacks, (2, 4)), some_costs(1, stacks, (2, 4))
+    for i in range(4):
+        costs[f"{i}"] *= 1e-6
+    least, most = budget.limits()
+    assert most * budget.n_weights / 8 < sum(16 * stack.block_bytes(4) for stack in stacks)
+    for target, widths in ((least, {2}), (most, {4})):
+        chosen = budget.choose(costs, target)
+        assert set(np.concatenate(list(chosen.values()))) == widths and budget.bits_per_weight(chosen) == target
+    block = stacks[0].block_bytes(4) - stacks[0].block_bytes(2)
+    for target in (2.5, 2.8, 3.1):
+        chosen = budget.choose(costs, target)
+        assert all(set(chosen[f"{i}"]) == {2} for i in range(4))
+        assert target - 8 * block / budget.n_weights < budget.bits_per_weight(chosen) <= target
+
+
 def test_the_choice_is_the_best_there_is():
     """Against every choice for four blocks of rows that are alike within a block."""
     stack = Stack(("a",), (64,), 64, False)

@@ -19,6 +19,9 @@ zeros are levels, so that a removed group can be multiplied as one that has the 
 Where a tile of a block keeps no group it is not stored, where all its groups stay no mask is: one layout for
 dense, tile-sparse, group-sparse and mixed widths. `order` says which row of the output each row of a block is,
 so rows may be sorted by width or paired for an epilogue.
+
+Where a linear has one width, no masks and four tiles in every record, headers and starts would say what is known.
+Its records are bare (see `is_bare`): no header, no starts; record i of a block holds tiles 4 i .. 4 i + 3.
 """
 
 from __future__ import annotations
@@ -37,9 +40,15 @@ ROWS, TILE, TILES, GROUP = 16, 64, 4, 16  # of a block, of a tile in columns, of
 ALIGNMENT = 16  # bytes: records begin at multiples of it, which starts count
 WIDTHS = (1, 2, 3, 4, 8)
 MASKED_WIDTHS = (2, 4, 8)
+RECORD_COLUMNS = TILES * TILE
 MAX_RECORD_BYTES = 16 + 32 + TILES * (32 + 8 + 128 * 8)
 _HEADER = 16
 _ZERO_STEPS = 16
+
+
+def is_bare(params: Mapping) -> bool:
+    """Whether records have no header and need no `starts`. params: the layout's constants."""
+    return bool(params["whole"]) and not params["masked_widths"] and params["widths"].bit_count() == 1
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,11 @@ class Plan:
     of ALIGNMENT.
 
     order: int32 [blocks * 16], -1 where a block has no such row. widths: uint8 [blocks].
-    kept: bool [blocks, 16, tiles, 4], None where nothing is removed.
+    kept: bool [blocks, 16, tiles, 4], None where nothing is removed. constants: what the layout adds to a kernel's.
     """
 
     columns: int
+    constants: dict
     order: np.ndarray
     widths: np.ndarray
     kept: np.ndarray | None
@@ -63,22 +73,8 @@ class Plan:
     @property
     def n_bytes(self) -> int:
         """Of all parts of the layout together."""
-        n_records = len(self.block)
-        return int(self.sizes.sum()) * ALIGNMENT + 4 * ((n_records + 1) + (len(self.widths) + 1) + len(self.order))
-
-    @property
-    def constants(self) -> dict:
-        """What the layout adds to a kernel's constants."""
-        used = self.widths[self.block]
-        whole, masked = set(used[~self.masked].tolist()), set(used[self.masked].tolist())
-        return {
-            "n_blocks": len(self.widths),
-            "widths": sum(1 << width for width in whole),
-            "masked_widths": sum(1 << width for width in masked),
-            "record_bytes": int(self.sizes.max(initial=1)) * ALIGNMENT,
-            "whole": bool((self.tiles >= 0).all())
-            and len(self.block) * TILES == len(self.widths) * (self.columns // TILE),
-        }
+        n_starts = 0 if is_bare(self.constants) else len(self.block) + 1
+        return int(self.sizes.sum()) * ALIGNMENT + 4 * (n_starts + (len(self.widths) + 1) + len(self.order))
 
 
 def make_plan(
@@ -121,8 +117,21 @@ def make_plan(
             raise ModelError("groups can be removed from rows of 2, 4 or 8 bits only")
         groups = np.where(tiles[..., None] >= 0, kept.sum(1)[block[:, None], np.maximum(tiles, 0)], 0).sum((1, 2))
         value_bytes = np.where(masked, groups * 2 * width, value_bytes)
-    size = _HEADER + 32 * masked + 32 * n + _padded(8 * n) + _padded(value_bytes)
-    return Plan(columns, order, widths, kept, block, tiles, masked, (size // ALIGNMENT).astype(np.int64))
+    kinds = {
+        "n_blocks": len(widths),
+        "widths": _bits(width[~masked]),
+        "masked_widths": _bits(width[masked]),
+        "whole": bool((n == TILES).all()) and len(block) * TILES == present.size,
+    }
+    header = 0 if is_bare(kinds) else _HEADER
+    size = (header + 32 * masked + 32 * n + _padded(8 * n) + _padded(value_bytes)) // ALIGNMENT
+    constants = {**kinds, "record_bytes": int(size.max(initial=1)) * ALIGNMENT}
+    return Plan(columns, constants, order, widths, kept, block, tiles, masked, size.astype(np.int64))
+
+
+def _bits(widths: np.ndarray) -> int:
+    """Bit w is set where width w occurs."""
+    return sum(1 << width for width in set(widths.tolist()))
 
 
 def _padded(n_bytes):
@@ -158,9 +167,9 @@ def _blocks(row_bits: np.ndarray, pairs: np.ndarray | None) -> tuple[np.ndarray,
 class Records(Layout):
     """records i8 [bytes], starts i32 [records + 1] in multiples of 16 bytes, blocks i32 [n_blocks + 1] records.
 
-    order i32 [n_blocks * 16], see `Plan`. widths, masked_widths: bit `w` is set where whole (masked) records
-    of w bits occur. record_bytes: of the largest. whole: all have four
-    tiles, and no block lacks a tile. pack's source: (QuantizedMatrix, Plan).
+    starts is i32 [0] where records are bare. order i32 [n_blocks * 16], see `Plan`. widths, masked_widths: bit `w` is
+    set where whole (masked) records of w bits occur. record_bytes: of the largest. whole: all have four tiles, and no
+    block lacks a tile. pack's source: (QuantizedMatrix, Plan).
     """
 
     op = "linear_records"
@@ -176,11 +185,12 @@ class Records(Layout):
     compressed = True
 
     def shapes(self, params: Mapping, n_groups) -> dict[str, tuple[int, ...]]:
-        """See Layout. n_groups: (records, size of all in multiples of ALIGNMENT)."""
-        n_records, size = n_groups or (0, 0)
+        """See Layout. n_groups: (records, size of all in multiples of ALIGNMENT), not asked of bare ones."""
+        bare = is_bare(params)
+        n_records, size = _bare_groups(params) if bare else n_groups or (0, 0)
         return {
             "records": (size * ALIGNMENT,),
-            "starts": (n_records + 1,),
+            "starts": (0 if bare else n_records + 1,),
             "blocks": (params["n_blocks"] + 1,),
             "order": (params["n_blocks"] * ROWS,),
         }
@@ -194,11 +204,15 @@ class Records(Layout):
 
     def count_groups(self, params: Mapping, elements: Mapping[str, int]):
         """See Layout."""
+        if is_bare(params):
+            return _bare_groups(params)
         return elements["starts"] - 1, elements["records"] // ALIGNMENT
 
     def rows_by_width(self, params: Mapping, read: Callable[[str], np.ndarray]) -> dict[int, int] | None:
         """See Layout. From the sizes of the blocks' first records: without masks each number of tiles has a remainder
         of its own, and a byte of levels in 16 rows of a tile is 128 of a record for each bit."""
+        if is_bare(params):
+            return {_bare_width(params): params["rows"]}
         if params["masked_widths"]:
             return None
         starts, blocks = (read(part).reshape(-1).astype(np.int64) for part in ("starts", "blocks"))
@@ -228,12 +242,27 @@ class Records(Layout):
         for name, possible in (("widths", WIDTHS), ("masked_widths", MASKED_WIDTHS)):
             if params[name] & ~sum(1 << width for width in possible):
                 return f"{name} is {params[name]}, expected bits {', '.join(map(str, possible))} alone"
+        if not is_bare(params):
+            return None
+        # Nothing in the file says it again: kernels work everything out from these numbers.
+        if k % RECORD_COLUMNS:
+            return f"k is {k}, expected whole records of {RECORD_COLUMNS} columns"
+        expected = _without_header(TILES, _bare_width(params))
+        if record_bytes != expected:
+            return f"record_bytes is {record_bytes}, expected {expected} for four tiles of {_bare_width(params)} bits"
+        if _bare_groups(params)[1] >= 1 << 31:  # kernels count pieces of ALIGNMENT bytes with 32 bits
+            return f"n_blocks is {n_blocks}, whose records take {ALIGNMENT << 31} bytes or more"
         return None
 
     def rules(self, params: Mapping, n_groups) -> dict[str, ContentRule]:
         """See Layout."""
         n_records, size = n_groups
         n_tiles = params["k"] // TILE
+        if is_bare(params):
+            return {
+                "blocks": RisesBy(n_tiles // TILES, n_records),
+                "order": OrderOf(params["rows"], params.get("epilogue", "table")),
+            }
         widths = tuple(params[name] for name in ("widths", "masked_widths"))
         # Without an epilogue it is a table, whose elements are found by their row and column alone.
         use = params.get("epilogue", "table")
@@ -255,22 +284,46 @@ class Records(Layout):
             return np.searchsorted(plan.block, np.arange(params["n_blocks"] + 1)).astype(np.int32)
         starts = np.concatenate([[0], np.cumsum(plan.sizes)])
         if part == "starts":
-            return starts.astype(np.int32)
+            return np.zeros(0, np.int32) if is_bare(params) else starts.astype(np.int32)
         return _pack_records(matrix, plan, starts).view(np.int8)
 
     def unpack(self, arrays: Mapping[str, np.ndarray], params: Mapping) -> np.ndarray:
         """See Layout."""
         order = arrays["order"].reshape(-1)[: params["n_blocks"] * ROWS]
         blocks = arrays["blocks"].reshape(-1)[: params["n_blocks"] + 1]
-        starts = arrays["starts"].reshape(-1)[: blocks[-1] + 1].astype(np.int64)
+        bare = is_bare(params)
+        if bare:
+            starts = np.arange(blocks[-1] + 1, dtype=np.int64) * (params["record_bytes"] // ALIGNMENT)
+        else:
+            starts = arrays["starts"].reshape(-1)[: blocks[-1] + 1].astype(np.int64)
         data = arrays["records"].reshape(-1).view(np.uint8)[: starts[-1] * ALIGNMENT]
         dense = np.zeros((len(order), params["k"] // TILE, TILE), np.float32)
         for index, block in enumerate(np.repeat(np.arange(params["n_blocks"]), np.diff(blocks))):
-            tiles, weights = _unpack_record(data[starts[index] * ALIGNMENT : starts[index + 1] * ALIGNMENT])
+            record = data[starts[index] * ALIGNMENT : starts[index + 1] * ALIGNMENT]
+            if bare:
+                tiles = np.arange(TILES) + (index - blocks[block]) * TILES
+                weights = _unpack_tiles(record, _bare_width(params), TILES)
+            else:
+                tiles, weights = _unpack_record(record)
             dense[block * ROWS : (block + 1) * ROWS, tiles] = weights
         result = np.zeros((params["rows"], params["k"]), np.float32)
         result[order[order >= 0]] = dense.reshape(len(order), -1)[order >= 0]
         return result
+
+
+def _bare_width(params: Mapping) -> int:
+    return params["widths"].bit_length() - 1
+
+
+def _without_header(n: int, width: int) -> int:
+    """Bytes of n whole tiles."""
+    return 32 * n + _padded(8 * n) + 128 * n * width
+
+
+def _bare_groups(params: Mapping) -> tuple[int, int]:
+    """(records, size of all in multiples of ALIGNMENT) where records are bare."""
+    n_records = params["n_blocks"] * (params["k"] // RECORD_COLUMNS)
+    return n_records, n_records * (_without_header(TILES, _bare_width(params)) // ALIGNMENT)
 
 
 @dataclass(frozen=True)
@@ -459,7 +512,9 @@ def _pack_records(matrix, plan: Plan, starts: np.ndarray) -> np.ndarray:
             header[:, 8], header[:, 9], header[:, 10] = w, count, masked
             zero_bytes = np.zeros((len(some), _padded(8 * count)), np.uint8)
             zero_bytes[:, : 8 * count] = nibbles[block, tiles].reshape(len(some), -1)
-            fields = [header, scales[block, tiles].reshape(len(some), -1).view(np.uint8), zero_bytes]
+            # Bare records are all of one kind.
+            fields = [] if is_bare(plan.constants) else [header]
+            fields += [scales[block, tiles].reshape(len(some), -1).view(np.uint8), zero_bytes]
             tile_levels = levels[block, :, :, tiles]  # [record, tile, half, pair, quarter, 16]
             if masked:
                 if w == 2 and (nibbles[block, tiles] & 0x33).any():
@@ -502,16 +557,23 @@ def _bits_of(words: np.ndarray) -> np.ndarray:
 def _unpack_record(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(tile numbers [n], float32 [16 rows, n, 64 columns]) of one record's bytes."""
     tiles, width, n, masked = data[:8].view(np.uint16), int(data[8]), int(data[9]), data[10]
-    at = _HEADER
+    kept, at = None, _HEADER
     if masked:
         kept = np.unpackbits(data[at : at + 8 * n], bitorder="little").reshape(n, 2, 8, 4).astype(bool)
         at += 32
-    scales = data[at : at + 32 * n].view(np.float16).reshape(n, 8, 2).astype(np.float32)
-    at += 32 * n
-    nibbles = data[at : at + 8 * n].reshape(n, 8, 1) >> np.array([0, 4], np.uint8) & 15
-    at += _padded(8 * n)
+    return tiles[:n], _unpack_tiles(data[at:], width, n, kept)
+
+
+def _unpack_tiles(data: np.ndarray, width: int, n: int, kept: np.ndarray | None = None) -> np.ndarray:
+    """float32 [16 rows, n, 64 columns] of a record's bytes behind its header and mask.
+
+    kept: bool [n, 2 halves, 8 pairs, 4 quarters], None for whole tiles.
+    """
+    scales = data[: 32 * n].view(np.float16).reshape(n, 8, 2).astype(np.float32)
+    nibbles = data[32 * n : 40 * n].reshape(n, 8, 1) >> np.array([0, 4], np.uint8) & 15
+    at = 32 * n + _padded(8 * n)
     levels = np.zeros((n, 2, 8, 4, GROUP), np.uint8)
-    if masked:
+    if kept is not None:
         count = int(kept.sum())
         levels[kept] = _levels_of(data[at : at + count * 2 * width].reshape(count, 2 * width), width)
     elif width == 8:
@@ -528,6 +590,6 @@ def _unpack_record(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     steps = nibbles * np.float32(2.0**width / _ZERO_STEPS)  # [n, pair, half]
     step = steps.transpose(0, 2, 1)[..., None, None]
     weights = (levels - step).astype(np.float32) * scales.transpose(0, 2, 1)[..., None, None]
-    if masked:
+    if kept is not None:
         weights = np.where(kept[..., None], weights, 0)
-    return tiles[:n], weights.reshape(n, ROWS, TILE).transpose(1, 0, 2)
+    return weights.reshape(n, ROWS, TILE).transpose(1, 0, 2)

@@ -1,7 +1,7 @@
 // y = W x over records (see records.h): what one token and several have in common.
 //
-// The kernel defines TOKENS, ROWS, K, N_BLOCKS, WIDTHS, MASKED_WIDTHS, WHOLE, NORM, EPS, GATED, ACTIVATION, HAS_BIAS,
-// HAS_RESIDUAL, OUT_STRIDE and RESIDUAL_STRIDE. A block of 16 rows is always summed by one share and in one order, so
+// The kernel defines TOKENS, ROWS, K, N_BLOCKS, NORM, EPS, GATED, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, OUT_STRIDE and
+// RESIDUAL_STRIDE, and what record_places.h needs. A block of 16 rows is always summed by one share and in one order, so
 // results do not depend on the number of threads.
 #ifndef GQSA_LINEAR_RECORDS_H
 #define GQSA_LINEAR_RECORDS_H
@@ -13,7 +13,7 @@
 #define BLOCK_UNITS 4  // of 16 bytes, what a block costs beside its bytes
 
 INLINE int64_t cost_before(const struct arguments *arg, int block) {
-    return arg->starts[arg->blocks[block]] + (int64_t)block * BLOCK_UNITS;
+    return start_of(arg, arg->blocks[block]) + (int64_t)block * BLOCK_UNITS;
 }
 
 // The first block of share `share`: shares have about equal numbers of bytes.
@@ -101,13 +101,13 @@ struct token {
 
 // Each tile of the weights meets one token after the other as it is unpacked.
 INLINE void multiply_few(const struct arguments *arg, int begin, int end, const struct token *tokens, int n_tokens) {
-    const uint8_t *records = (const uint8_t *)arg->records;
-    const int32_t *starts = arg->starts, *blocks = arg->blocks;
+    const int32_t *blocks = arg->blocks;
     for (int block = begin; block < end; block++) {
         vf acc[FEW] = {0};
         for (int i = blocks[block]; i < blocks[block + 1]; i++) {
-            FOR_EACH_TILE(records + (size_t)starts[i] * 16, {
-                const int tile = tile_of(head_, slot);
+            const uint8_t *record = record_at(arg, i);
+            FOR_EACH_TILE(record, {
+                const int tile = tile_of(record, i - blocks[block], slot);
                 const struct steps steps = load_steps(width, fields, n_tiles, slot);
                 for (int t = 0; t < n_tokens; t++)
                     acc[t] = add_products(acc[t], tile_sums(width, values, &tokens[t].x[tile]), steps,
@@ -121,7 +121,7 @@ INLINE void multiply_few(const struct arguments *arg, int begin, int end, const 
 
 // Weights are nobody's output: a share asks for its first before it looks at the activations.
 INLINE void prefetch_block(const struct arguments *arg, int block) {
-    prefetch((const uint8_t *)arg->records + (size_t)arg->starts[arg->blocks[block]] * 16, AHEAD);
+    prefetch(record_at(arg, arg->blocks[block]), AHEAD);
 }
 
 #endif

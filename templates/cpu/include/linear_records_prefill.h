@@ -106,8 +106,7 @@ static __attribute__((noinline)) void add_tile(const struct turned_tile *weights
 
 // Tokens first .. first + n_tokens - 1, up to TOKEN_TILE.
 static __attribute__((noinline)) void multiply_many(const struct arguments *arg, int begin, int end, int first, int n_tokens) {
-    const uint8_t *records = (const uint8_t *)arg->records;
-    const int32_t *starts = arg->starts, *blocks = arg->blocks;
+    const int32_t *blocks = arg->blocks;
     const int n_padded = (n_tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE * TOKENS_AT_ONCE;
     struct token_tile tokens;
     for (int i = 0; i < n_tokens; i++) pack_token(arg, &tokens, first + i, i);
@@ -121,11 +120,12 @@ static __attribute__((noinline)) void multiply_many(const struct arguments *arg,
         vf acc[TOKEN_TILE];
         memset(acc, 0, n_padded * sizeof *acc);
         for (int i = blocks[block]; i < blocks[block + 1]; i++) {
-            FOR_EACH_TILE(records + (size_t)starts[i] * 16, {
+            const uint8_t *record = record_at(arg, i);
+            FOR_EACH_TILE(record, {
                 struct turned_tile weights;
                 turn_tile(width, values, weights.words);
                 weights.steps = load_steps(width, fields, n_tiles, slot);
-                add_tile(&weights, &tokens, tile_of(head_, slot), n_tokens, acc);
+                add_tile(&weights, &tokens, tile_of(record, i - blocks[block], slot), n_tokens, acc);
             });
         }
         const struct rows rows = find_rows(arg, block);

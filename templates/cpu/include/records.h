@@ -1,14 +1,15 @@
 // Records: 16 rows by up to 4 tiles of 64 columns; the bytes are described in gqsa_runtime/layouts/records.py.
 //
-// The kernel defines WIDTHS, MASKED_WIDTHS and WHOLE. Whatever its width, a tile is unpacked to bytes in one order:
-// for each pair of rows (pair and pair + 8) two vectors, `nib` 0 with columns 0 .. 7 and 1 with columns 8 .. 15 of
-// each group, as words of four columns [4 quarters, 2 halves, 2]. Rows stand in the order [pair, half] in vectors of
-// 16, as their scales do. Sums within a tile are exact integers, so their order is free and nothing rounds but
-// the sum over tiles, which every target makes in one order: all give the same bits, for one token and for many.
+// Whatever its width, a tile is unpacked to bytes in one order: for each pair of rows (pair and pair + 8) two vectors,
+// `nib` 0 with columns 0 .. 7 and 1 with columns 8 .. 15 of each group, as words of four columns [4 quarters, 2 halves,
+// 2]. Rows stand in the order [pair, half] in vectors of 16, as their scales do. Sums within a tile are exact integers,
+// so their order is free and nothing rounds but the sum over tiles, which every target makes in one order: all give the
+// same bits, for one token and for many. record_places.h says what the kernel defines.
 #ifndef GQSA_RECORDS_H
 #define GQSA_RECORDS_H
 
 #include "quantized_rows.h"
+#include "record_places.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -17,7 +18,6 @@
 #endif
 
 #define PAIRS_OF_ROWS 8
-#define TILES 4  // of a record
 
 #if defined(__AVX512VNNI__)
 #define BYTE_DOTS 1  // levels times the bytes of q: the high plane first, then the low one
@@ -216,9 +216,6 @@ INLINE vf add_products(vf acc, vi sums, struct steps steps, float scale, int q_s
     return fma_v(__builtin_convertvector(products, vf), steps.scales * scale, acc);
 }
 
-// Bytes of the scales and zeros of n tiles.
-INLINE int steps_bytes(int n) { return 32 * n + (8 * n + 15) / 16 * 16; }
-
 // A byte for each pair of rows: the level of the zero of row pair + 8 * half. zeros: of the tile.
 INLINE uint64_t levels_of_zeros(int width, const uint8_t *zeros, int half) {
     const uint64_t each = 0x0101010101010101;
@@ -360,15 +357,11 @@ INLINE const uint8_t *make_whole(int width, const uint8_t *values, const uint32_
 #endif
 #endif
 
-INLINE int tile_of(const uint8_t *record, int slot) { return record[2 * slot] | record[2 * slot + 1] << 8; }
-
 #define AHEAD 4096  // bytes of records that are asked for before they are needed; behind the last it does nothing
 
 INLINE void prefetch(const uint8_t *from, int bytes) {
     UNROLL for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte);
 }
-
-#define ONE_KIND(set) (((set) & ((set) - 1)) == 0)
 
 // Runs body for each tile of a record in turn, with `width` (a constant), `slot`, `n_tiles`, `fields` and `values`, the
 // tile's levels as those of a whole one.
@@ -384,7 +377,7 @@ INLINE void prefetch(const uint8_t *from, int bytes) {
 #define OF_WIDTH(w, body)                                                                            \
     if ((WIDTHS & 1 << w) && !masked_ && (ONE_KIND(WIDTHS) || head_[8] == w)) {                      \
         enum { width = w };                                                                            \
-        const uint8_t *const fields = head_ + 16, *values = fields + steps_bytes(n_tiles);             \
+        const uint8_t *const fields = head_ + HEADER, *values = fields + steps_bytes(n_tiles);             \
         for (int slot = 0; slot < n_tiles; slot++, values += 128 * w) {                                \
             prefetch(values + AHEAD, 128 * w + 64);                                                    \
             body                                                                                       \

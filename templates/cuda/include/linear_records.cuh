@@ -9,16 +9,9 @@
 #include "epilogue.cuh"
 #include "quantized_rows.cuh"
 
-// Records of a row block where each holds all of its tiles, else 0.
-template <class C>
-constexpr int RECORDS_OF_BLOCK = C::WHOLE ? C::K / (TILE * TILES) : 0;
-
 // The records of this warp, in order: copied ahead into its ring, taken one by one.
 template <class C>
 struct RecordStream {
-    // All of one size: where they begin needs no look at a table.
-    static constexpr bool EQUAL = C::WHOLE && !C::MASKED_WIDTHS && one_kind(C::WIDTHS, 0);
-
     CopyRing<C::RECORD_BYTES, C::STAGES> ring;
     const unsigned char* records;
     const int* starts;
@@ -59,12 +52,12 @@ struct RecordStream {
 
 private:
     __device__ __forceinline__ void copy(int to, int record, int from, int behind) {
-        if (EQUAL) from = record * (C::RECORD_BYTES / 16), behind = from + C::RECORD_BYTES / 16;
+        if (BARE<C>) from = record * (C::RECORD_BYTES / 16), behind = from + C::RECORD_BYTES / 16;
         ring.fetch(to, records + static_cast<long long>(from) * 16, record < end ? (behind - from) * 16 : 0);
     }
 
     __device__ __forceinline__ void look_up() {
-        if (!EQUAL && next < end) start = starts[next], stop = starts[next + 1];
+        if (!BARE<C> && next < end) start = starts[next], stop = starts[next + 1];
     }
 };
 
@@ -148,8 +141,9 @@ struct LinearRecords {
             ++local, bound = C::WHOLE ? bound + RECORDS_OF_BLOCK<C> : bounds[local + 1];
         };
         for (; record < stream.end; record += C::WARPS) {
-            const Record bytes = {stream.take()};
+            const unsigned char* const taken = stream.take();
             while (record >= bound) end_block();
+            const Record<C> bytes = {taken, (record - bound + RECORDS_OF_BLOCK<C>) * TILES};
             if constexpr (TOKENS == 1)
                 multiply_one(bytes, me, own_planes, own_ranges, factor, y[0]);
             else
@@ -188,7 +182,7 @@ struct LinearRecords {
     // One token. Each tile slot has its own two of the eight columns of B, so the slots' sums end in different
     // lanes: lane (pair, quarter) gets slot `quarter`, high plane in elements 0 and 2, low plane in 1 and 3. It adds to
     // its sums y of the row block.
-    static __device__ __forceinline__ void multiply_one(Record record, const Lane& me, const unsigned* planes,
+    static __device__ __forceinline__ void multiply_one(Record<C> record, const Lane& me, const unsigned* planes,
                                                         const float2* ranges, float factor, float (&y)[2]) {
         with_record<C>(record, me.lane, [&](auto of_width, int n, const unsigned char* fields, auto load) {
             using G = decltype(of_width);
@@ -218,7 +212,7 @@ struct LinearRecords {
 
     // A few tokens: column 2 m (high plane) and 2 m + 1 (low) of B are token m; lane (pair, quarter) gets the sums of
     // token `quarter`, added to y. Tokens past the last repeat it.
-    static __device__ __forceinline__ void multiply_few(Record record, const Lane& me, const unsigned* planes,
+    static __device__ __forceinline__ void multiply_few(Record<C> record, const Lane& me, const unsigned* planes,
                                                         const float2* ranges, float factor, int n_tokens,
                                                         float (&y)[SLOTS][2]) {
         const int pair = me.lane / 4, from = min(pair / 2, n_tokens - 1), to = min(me.quarter, n_tokens - 1);

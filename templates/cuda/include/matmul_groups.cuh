@@ -41,7 +41,7 @@ struct MatmulHalf {
         if (half) rows.skip_to(MIDDLE, lane);
         else rows.end_before(MIDDLE, lane);
         from = to = 0;
-        if (rows.count > 0) from = rows.starts[0], to = rows.starts[1];
+        if (rows.count > 0) from = rows.start(0), to = rows.start(1);
 #pragma unroll
         for (int i = 0; i < COLUMNS * 4; ++i) sums[i / 4][i % 4] = 0.0f;
     }
@@ -54,7 +54,7 @@ struct MatmulHalf {
             bulk_copy(rows.place(rows.fetched), rows.records + static_cast<long long>(from) * 16, (to - from) * 16,
                       arrived + rows.fetched % 2);
         from = to;
-        if (++rows.fetched < rows.count) to = rows.starts[rows.fetched + 1];
+        if (++rows.fetched < rows.count) to = rows.start(rows.fetched + 1);
     }
 
     // Tokens past the last are left out: what they would have is used for nothing else.

@@ -12,14 +12,38 @@
 constexpr int TILE = 64, TILES = 4;
 constexpr float Q_MAX = 32639.0f;  // 127 * 256 + 127: its high byte is still a signed one
 
-// A record in shared memory.
+// Whether two sets of widths have one element together.
+__device__ __forceinline__ constexpr bool one_kind(int widths, int masked_widths) {
+    return (widths & (widths - 1)) == 0 && (masked_widths & (masked_widths - 1)) == 0 && !(widths && masked_widths);
+}
+
+// Whether records are bare: they have no header, all are of one size, and a row block holds all tiles, four by four.
+// C: WIDTHS, MASKED_WIDTHS (bit w is set where records of w bits occur), WHOLE (all records have four tiles).
+template <class C>
+constexpr bool BARE = C::WHOLE && C::WIDTHS && !C::MASKED_WIDTHS && one_kind(C::WIDTHS, 0);
+
+// Records of a row block where each holds all of its tiles, else 0.
+template <class C>
+constexpr int RECORDS_OF_BLOCK = C::WHOLE ? C::K / (TILE * TILES) : 0;
+
+// A record in shared memory. C: as for BARE.
+template <class C>
 struct Record {
+    static constexpr int HEADER = BARE<C> ? 0 : 16;
+
     const unsigned char* bytes;
+    int first;  // tile, of a bare one
 
     __device__ __forceinline__ int tile(int slot) const {
-        return reinterpret_cast<const unsigned short*>(bytes)[slot];
+        return BARE<C> ? first + slot : reinterpret_cast<const unsigned short*>(bytes)[slot];
     }
-    __device__ __forceinline__ unsigned kind() const { return reinterpret_cast<const unsigned*>(bytes)[2]; }
+    // For by_kind and tiles_of.
+    __device__ __forceinline__ unsigned kind() const {
+        return BARE<C> ? 0 : reinterpret_cast<const unsigned*>(bytes)[2];
+    }
+    __device__ __forceinline__ const unsigned char* whole_fields() const { return bytes + HEADER; }
+    __device__ __forceinline__ const uint2* mask() const { return reinterpret_cast<const uint2*>(bytes + HEADER); }
+    __device__ __forceinline__ const unsigned char* masked_fields() const { return bytes + HEADER + 32; }
 };
 
 // What one lane holds of a tile: its group's levels of both rows, as words in the order of mma fragments.
@@ -148,13 +172,8 @@ struct Steps {
 // Bytes of the scales and zeros of n tiles.
 __device__ __forceinline__ constexpr int fields_bytes(int n) { return 32 * n + ceil_div(8 * n, 16) * 16; }
 
-// Whether two sets of widths have one element together.
-__device__ __forceinline__ constexpr bool one_kind(int widths, int masked_widths) {
-    return (widths & (widths - 1)) == 0 && (masked_widths & (masked_widths - 1)) == 0 && !(widths && masked_widths);
-}
-
-// Calls whole(Groups<W>()) or masked(Groups<W>()), by a record's kind. C: WIDTHS, MASKED_WIDTHS (bit w is set where
-// records of w bits occur; code for others is not made).
+// Calls whole(Groups<W>()) or masked(Groups<W>()), by a record's kind. C: as for BARE; code for
+// widths that do not occur is not made.
 template <class C, class Whole, class Masked>
 __device__ __forceinline__ void by_kind(unsigned kind, Whole whole, Masked masked) {
     const int width = kind & 0xff;
@@ -173,12 +192,6 @@ __device__ __forceinline__ void by_kind(unsigned kind, Whole whole, Masked maske
     if ((C::WIDTHS & 1 << 8) && (ALONE || width == 8)) whole(Groups<8>());
 }
 
-// A record's kind, for by_kind and tiles_of. C as there, and WHOLE: all records have four tiles.
-template <class C>
-__device__ __forceinline__ unsigned kind_of(Record record) {
-    return C::WHOLE && one_kind(C::WIDTHS, C::MASKED_WIDTHS) ? 0 : record.kind();
-}
-
 template <class C>
 __device__ __forceinline__ int tiles_of(unsigned kind) {
     return C::WHOLE ? TILES : kind >> 8 & 0xff;
@@ -187,12 +200,12 @@ __device__ __forceinline__ int tiles_of(unsigned kind) {
 // Reads a record. body(kind, n, fields, load) is called once; kind is a Groups<W> to tell the width by, load(t) gives
 // the groups of tile t and is called for each t < n in turn.
 template <class C, class Body>
-__device__ __forceinline__ void with_record(Record record, int lane, Body body) {
-    const unsigned kind = kind_of<C>(record);
+__device__ __forceinline__ void with_record(Record<C> record, int lane, Body body) {
+    const unsigned kind = record.kind();
     const int n = tiles_of<C>(kind);
     const auto whole = [&](auto of_width) {
         using G = decltype(of_width);
-        const unsigned char* const steps = record.bytes + 16;
+        const unsigned char* const steps = record.whole_fields();
         const unsigned char* const values = steps + fields_bytes(n);
         body(of_width, n, steps, [&](int t) {
             G groups;
@@ -202,8 +215,8 @@ __device__ __forceinline__ void with_record(Record record, int lane, Body body) 
     };
     const auto masked = [&](auto of_width) {
         using G = decltype(of_width);
-        const uint2* const mask = reinterpret_cast<const uint2*>(record.bytes + 16);
-        const unsigned char* const steps = record.bytes + 48;
+        const uint2* const mask = record.mask();
+        const unsigned char* const steps = record.masked_fields();
         const unsigned char* values = steps + fields_bytes(n);
         body(of_width, n, steps, [&](int t) {
             G groups;
@@ -217,18 +230,17 @@ __device__ __forceinline__ void with_record(Record record, int lane, Body body) 
 }
 
 // Element (row, column) of a matrix [rows, K] in whole records of one width, 4 or 8 bits, whose rows stand in order.
-template <int WIDTH, int K>
+// C: K, and what BARE needs.
+template <class C>
 __device__ __forceinline__ float record_element(const signed char* records, const int* starts, const int* blocks,
                                                 int row, int column) {
-    // Where all records are of one size, nothing needs to be looked up.
-    constexpr bool EQUAL = K % (TILE * TILES) == 0;
-    constexpr int UNITS = (16 + fields_bytes(TILES) + TILES * 128 * WIDTH) / 16;
+    constexpr int WIDTH = C::WIDTHS == 1 << 8 ? 8 : 4, UNITS = (fields_bytes(TILES) + TILES * 128 * WIDTH) / 16;
     const int tile = column / TILE, slot = tile % TILES, half = row % 16 / 8, pair = row % 8;
-    const long long start = EQUAL ? (row / 16 * (K / (TILE * TILES)) + tile / TILES) * static_cast<long long>(UNITS)
-                                  : starts[blocks[row / 16] + tile / TILES];
-    const auto* const record = reinterpret_cast<const unsigned char*>(records) + start * 16;
-    const int n = EQUAL ? TILES : record[9], lane = pair * 4 + column % TILE / 16, i = column % 16;
-    const unsigned char* const fields = record + 16;
+    const long long start = BARE<C> ? (row / 16 * RECORDS_OF_BLOCK<C> + tile / TILES) * static_cast<long long>(UNITS)
+                                    : starts[blocks[row / 16] + tile / TILES];
+    const Record<C> record{reinterpret_cast<const unsigned char*>(records) + start * 16, tile - slot};
+    const int n = tiles_of<C>(record.kind()), lane = pair * 4 + column % TILE / 16, i = column % 16;
+    const unsigned char* const fields = record.whole_fields();
     const unsigned char* const values = fields + fields_bytes(n) + slot * (128 * WIDTH);
     const int level = WIDTH == 8 ? values[(half * WARP + lane) * 16 + i]
                                  : values[(lane * 2 + half) * 8 + i % 8] >> i / 8 * 4 & 15;

@@ -1,11 +1,11 @@
 // gated of W norm(x) over records of 16 rows by 4 tiles of 64 columns; see linear_records.cuh and records.cuh.
-// W [22016, 4096] in 1376 row blocks, records of at most 2224 bytes. x f32 [1, 4096],
+// W [22016, 4096] in 1376 row blocks, records of at most 2208 bytes. x f32 [1, 4096],
 // out f32 [n_tokens, 11008]. Launch: consecutive row blocks a block (x), blockIdx.y: tile of 1 token(s).
 #include "linear_records.cuh"
 
 struct linear_records_t1_r22016_k4096_constants {
     static constexpr int ROWS = 22016, K = 4096, N_BLOCKS = 1376;
-    static constexpr int WIDTHS = 16, MASKED_WIDTHS = 0, RECORD_BYTES = 2224;
+    static constexpr int WIDTHS = 16, MASKED_WIDTHS = 0, RECORD_BYTES = 2208;
     static constexpr bool WHOLE = 1;
     static constexpr int X_STRIDE = 4096, OUT_STRIDE = 11008, RESIDUAL_STRIDE = 0;
     static constexpr int NORM = RMS_NORM, ACTIVATION = SILU, EPILOGUE = GATED;
