@@ -37,7 +37,7 @@ def raw(pairs=None, infos=(), data=b"", **options) -> bytes:
 def test_sound_file_reads_back(tmp_path):
     with ArtifactFile.open(write(tmp_path, SOUND)) as file:
         assert file.program == tiny.program()
-        assert file.metadata["gqsa.format_version"] == 2
+        assert file.metadata["gqsa.format_version"] == 3
         assert list(file.tensors) == list(tiny.tensors())
         for name, expected in tiny.tensors().items():
             array = file.read(name)
@@ -105,11 +105,11 @@ def test_other_architecture(tmp_path):
 
 
 def test_newer_format_version(tmp_path):
-    refuse(tmp_path, tiny.file_bytes(**{"gqsa.format_version": 3}), "format version 3.*pip install ./runtime")
+    refuse(tmp_path, tiny.file_bytes(**{"gqsa.format_version": 4}), "format version 4.*pip install ./runtime")
 
 
 def test_older_format_version(tmp_path):
-    refuse(tmp_path, tiny.file_bytes(**{"gqsa.format_version": 1}), "format version 1, .*rebuild it with `gqsac build`")
+    refuse(tmp_path, tiny.file_bytes(**{"gqsa.format_version": 2}), "format version 2, .*rebuild it with `gqsac build`")
 
 
 def test_format_version_zero_or_wrong_type(tmp_path):

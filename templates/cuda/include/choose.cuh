@@ -1,0 +1,374 @@
+// The next token: the likeliest, or one drawn as `gqsa_runtime/sampling.py` defines it, bit for bit.
+//
+// Every block counts the tokens of a slice and sums their weights, by octave; whichever is done last adds up and goes on
+// alone: it finds the octave in which a place in the order lies (the last token that top-k or top-p keeps, the one that
+// is drawn), and in it the token, nine bits of its key at a time. All counts and sums are of integers, so that neither
+// the order of atomics nor which block is last can matter.
+#pragma once
+#include "common.cuh"
+
+// C: VOCAB, SLICE (logits of a block), SLICES, THREADS (of a block: a quarter of SLICE, and the bins of a tally).
+// partials: [SLICES] Partial. counters: [1], 0 before and after.
+template <class C>
+struct Choose {
+    using u64 = unsigned long long;
+    static constexpr int OCTAVES = 64, STEPS = 1 << 16, INDEX_BITS = 20, KEY_BITS = 36;
+    static constexpr int DIGIT_BITS = 9, BINS = 1 << DIGIT_BITS, WARPS = C::THREADS / WARP;
+    static constexpr int LISTED = 2048;  // most tokens of an octave that are listed, and not looked for again
+    static constexpr int COUNT_BIT = 40;  // of a slice's octave: the sum of weights below, the number of tokens above
+    static constexpr float LIMIT = 536870912.0f;
+    static_assert(C::THREADS == BINS && C::SLICE == 4 * C::THREADS && C::SLICES <= C::THREADS, "one thread each");
+
+    struct Partial {
+        float largest;
+        int index, octave, unused;
+        u64 octaves[OCTAVES];  // from that of the slice's largest down
+    };
+
+    struct Shared {
+        unsigned count[BINS], low[BINS], high[BINS];  // low, high: sums of the halves of weights, 12 bits each
+        u64 list[LISTED];
+        u64 masses[OCTAVES];
+        unsigned counts[OCTAVES];
+        u64 totals[WARPS];
+        float largest[WARPS];
+        int indices[WARPS];
+        int octaves[C::SLICES];
+        unsigned short slices[C::SLICES];
+        int n_slices, n_listed, is_last;
+    };
+
+    const float* const logits;
+    Partial* const partials;
+    Shared& shared;
+    const float scale;
+    int top = 0;  // whole part of the largest scaled logit
+    int last_octave = OCTAVES - 1;  // no token behind this octave and key is kept
+    u64 last_key = (1ull << KEY_BITS) - 1;
+    int collected = -1;  // the octave whose slices, and tokens if `listed`, are known
+    bool listed = false;
+
+    static __device__ __forceinline__ void run(const float* logits, int* partials, int* counters, int* token,
+                                               const int* state) {
+        __shared__ Shared shared;
+        wait_for_inputs();
+        let_dependents_start();
+        const int* const draw = draw_of(state);
+        Choose self{logits, reinterpret_cast<Partial*>(partials), shared, __uint_as_float(draw[0])};
+        self.count_slice();
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) shared.is_last = atomicAdd(counters, 1) == C::SLICES - 1;
+        __syncthreads();
+        if (!shared.is_last) return;
+        __threadfence();
+        const int chosen = self.choose(draw);
+        if (threadIdx.x == 0) {
+            *token = static_cast<unsigned>(chosen) < C::VOCAB ? chosen : -1;
+            *counters = 0;
+        }
+    }
+
+private:
+    static __device__ __forceinline__ float infinite() { return __uint_as_float(0x7f800000u); }
+
+    // Four logits from `first` on, -infinite behind the last.
+    __device__ __forceinline__ float4 load_four(int first) const {
+        if (first + 4 <= C::VOCAB) return *reinterpret_cast<const float4*>(logits + first);
+        const float none = -infinite();
+        return make_float4(first < C::VOCAB ? logits[first] : none, first + 1 < C::VOCAB ? logits[first + 1] : none,
+                           first + 2 < C::VOCAB ? logits[first + 2] : none, none);
+    }
+
+    // The block's largest and its first index, in every thread.
+    __device__ __forceinline__ void block_largest(float& best, int& index) const {
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        take_largest(best, index);
+        if (lane == 0) shared.largest[warp] = best, shared.indices[warp] = index;
+        __syncthreads();
+        best = lane < WARPS ? shared.largest[lane] : -infinite();
+        index = lane < WARPS ? shared.indices[lane] : C::VOCAB;
+        take_largest(best, index);
+    }
+
+    // One product, not fused with what follows.
+    __device__ __forceinline__ float scaled(float logit) const {
+        return fminf(fmaxf(__fmul_rn(logit, scale), -LIMIT), LIMIT);
+    }
+
+    static __device__ __forceinline__ int octave_of(float scaled) { return static_cast<int>(floorf(scaled)); }
+
+    // Just below a whole number the difference is rounded up to 1.
+    static __device__ __forceinline__ int step_of(float scaled) {
+        return min(static_cast<int>((scaled - floorf(scaled)) * STEPS), STEPS - 1);
+    }
+
+    // 2^(step / STEPS) in units of 2^-23.
+    static __device__ __forceinline__ unsigned weight_of(int step) {
+        const unsigned x = static_cast<unsigned>(step) << 16;
+        unsigned power = 4009631u;
+        power = 19363925u + __umulhi(power, x);
+        power = 119829401u + __umulhi(power, x);
+        power = 515749229u + __umulhi(power, x);
+        power = 1488531108u + __umulhi(power, x);
+        return ((1u << 31) + __umulhi(power, x)) >> 8;
+    }
+
+    __device__ __forceinline__ void add(int bin, int step) const {
+        const unsigned weight = weight_of(step);
+        atomicAdd(&shared.count[bin], 1u);
+        atomicAdd(&shared.low[bin], weight & 0xfff);
+        atomicAdd(&shared.high[bin], weight >> 12);
+    }
+
+    __device__ __forceinline__ u64 mass(int bin) const {
+        return (static_cast<u64>(shared.high[bin]) << 12) + shared.low[bin];
+    }
+
+    __device__ __forceinline__ void clear_tally() const {
+        __syncthreads();
+        shared.count[threadIdx.x] = shared.low[threadIdx.x] = shared.high[threadIdx.x] = 0;
+        __syncthreads();
+    }
+
+    // This block's slice. A NaN makes its largest infinite.
+    __device__ __forceinline__ void count_slice() {
+        const int first = blockIdx.x * C::SLICE + 4 * threadIdx.x;
+        const float4 four = load_four(first);
+        const float values[4] = {four.x, four.y, four.z, four.w};
+        float best = -infinite();
+        int index = C::VOCAB;
+        bool nan = false;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (values[i] > best) best = values[i], index = first + i;
+            nan |= values[i] != values[i];
+        }
+        if (nan) best = infinite();
+        block_largest(best, index);
+        Partial& mine = partials[blockIdx.x];
+        if (threadIdx.x == 0) mine.largest = best, mine.index = index;
+        if (scale == 0.0f) return;
+        const int octave = octave_of(scaled(best));
+        if (threadIdx.x == 0) mine.octave = octave;
+        clear_tally();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float value = scaled(values[i]);
+            const int down = octave - octave_of(value);
+            if (values[i] > -infinite() && down < OCTAVES) add(down, step_of(value));
+        }
+        __syncthreads();
+        if (threadIdx.x < OCTAVES)
+            mine.octaves[threadIdx.x] = static_cast<u64>(shared.count[threadIdx.x]) << COUNT_BIT | mass(threadIdx.x);
+    }
+
+    // By the last block, once all slices are counted.
+    __device__ __forceinline__ int choose(const int* draw) {
+        const int t = threadIdx.x;
+        float best = t < C::SLICES ? partials[t].largest : -infinite();
+        int index = t < C::SLICES ? partials[t].index : C::VOCAB;
+        if (t < C::SLICES && scale != 0.0f) shared.octaves[t] = partials[t].octave;
+        block_largest(best, index);
+        if (!(best > -infinite() && best < infinite())) return -1;
+        if (scale == 0.0f) return index;
+        top = octave_of(scaled(best));
+        add_up_slices();
+
+        const int top_k = draw[1];
+        if (top_k > 0 && top_k < sum_octaves<true>()) {
+            const Place at = find_octave<true>(top_k - 1);
+            keep_up_to(at.octave, find_key<true>(at.octave, at.position));
+        }
+        const u64 top_p = static_cast<u64>(static_cast<unsigned>(draw[3])) << 32;
+        if (top_p > 0) {
+            const Place at = share(top_p);
+            keep_up_to(at.octave, find_key<false>(at.octave, at.position));
+        }
+        if (draw[2] < OCTAVES * STEPS) {
+            const int last = STEPS - 1 - step_of(scaled(best)) + draw[2];
+            keep_up_to(last / STEPS, (static_cast<u64>(last % STEPS + 1) << INDEX_BITS) - 1);
+        }
+        const u64 counter = static_cast<unsigned>(draw[4]) | static_cast<u64>(static_cast<unsigned>(draw[5])) << 32;
+        const Place at = share(mixed(counter));
+        return static_cast<int>(find_key<false>(at.octave, at.position) & ((1 << INDEX_BITS) - 1));
+    }
+
+    // SplitMix64.
+    static __device__ __forceinline__ u64 mixed(u64 counter) {
+        counter = (counter ^ counter >> 30) * 0xBF58476D1CE4E5B9ull;
+        counter = (counter ^ counter >> 27) * 0x94D049BB133111EBull;
+        return counter ^ counter >> 31;
+    }
+
+    __device__ __forceinline__ void add_up_slices() const {
+        if (threadIdx.x < OCTAVES) shared.masses[threadIdx.x] = 0, shared.counts[threadIdx.x] = 0;
+        __syncthreads();
+        const int octave = threadIdx.x % OCTAVES;
+        u64 sum = 0;
+        unsigned count = 0;
+#pragma unroll 4
+        for (int slice = threadIdx.x / OCTAVES; slice < C::SLICES; slice += C::THREADS / OCTAVES) {
+            const u64 found = of_slice(slice, octave);
+            sum += found & ((1ull << COUNT_BIT) - 1), count += static_cast<unsigned>(found >> COUNT_BIT);
+        }
+        if (count > 0) atomicAdd(&shared.masses[octave], sum), atomicAdd(&shared.counts[octave], count);
+        __syncthreads();
+    }
+
+    __device__ __forceinline__ u64 of_slice(int slice, int octave) const {
+        const int down = octave - (top - shared.octaves[slice]);
+        return down >= 0 && down < OCTAVES ? partials[slice].octaves[down] : 0;
+    }
+
+    template <bool COUNTED>
+    __device__ __forceinline__ u64 of_octave(int octave) const {
+        return COUNTED ? shared.counts[octave] : shared.masses[octave] >> octave;
+    }
+
+    static __device__ __forceinline__ u64 scan(u64 value) {
+        const int lane = threadIdx.x % WARP;
+#pragma unroll
+        for (int offset = 1; offset < WARP; offset *= 2) {
+            const u64 other = __shfl_sync(ALL_LANES, value, max(lane - offset, 0));
+            if (lane >= offset) value += other;
+        }
+        return value;
+    }
+
+    // The lane whose amount holds a position in the sum of all; takes those before from the position.
+    static __device__ __forceinline__ int find_lane(u64 amount, u64& position) {
+        const u64 up_to = scan(amount);
+        const unsigned beyond = __ballot_sync(ALL_LANES, position < up_to);
+        const int lane = beyond ? __popc((beyond & (0u - beyond)) - 1) : WARP - 1;
+        position -= __shfl_sync(ALL_LANES, up_to - amount, lane);
+        return lane;
+    }
+
+    // Every warp does it for itself: lanes have two octaves each.
+    template <bool COUNTED>
+    __device__ __forceinline__ u64 of_lane() const {
+        const int lane = threadIdx.x % WARP;
+        return of_octave<COUNTED>(2 * lane) + of_octave<COUNTED>(2 * lane + 1);
+    }
+
+    template <bool COUNTED>
+    __device__ __forceinline__ u64 sum_octaves() const {
+        return __shfl_sync(ALL_LANES, scan(of_lane<COUNTED>()), WARP - 1);
+    }
+
+    struct Place {
+        int octave;
+        u64 position;
+    };
+
+    template <bool COUNTED>
+    __device__ __forceinline__ Place find_octave(u64 position) const {
+        int octave = 2 * find_lane(of_lane<COUNTED>(), position);
+        const u64 first = of_octave<COUNTED>(octave);
+        if (position >= first) ++octave, position -= first;
+        return {octave, position};
+    }
+
+    // Where the share fraction / 2^64 of all weights falls; position: in the octave's own units.
+    __device__ __forceinline__ Place share(u64 fraction) const {
+        const u64 total = sum_octaves<false>(), behind = total * fraction;
+        Place at = find_octave<false>(__umul64hi(total, fraction));
+        if (at.octave > 0) at.position = at.position << at.octave | behind >> (64 - at.octave);
+        return at;
+    }
+
+    // Calls use(key) for each token of the slices found whose octave this is. A key: the step turned round, the index.
+    template <class Use>
+    __device__ __forceinline__ void each_in_slices(int octave, Use use) const {
+        constexpr int AT_ONCE = 4;  // loads in flight
+        for (int slice = 0; slice < shared.n_slices; slice += AT_ONCE) {
+            float4 four[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i)
+                if (slice + i < shared.n_slices) four[i] = load_four(shared.slices[slice + i] * C::SLICE + 4 * threadIdx.x);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                if (slice + i >= shared.n_slices) break;
+                const float values[4] = {four[i].x, four[i].y, four[i].z, four[i].w};
+                const int first = shared.slices[slice + i] * C::SLICE + 4 * threadIdx.x;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const float value = scaled(values[j]);
+                    if (top - octave_of(value) == octave && values[j] > -infinite())
+                        use(static_cast<u64>(STEPS - 1 - step_of(value)) << INDEX_BITS | first + j);
+                }
+            }
+        }
+    }
+
+    // Which slices have tokens of an octave, and if they are not too many, which tokens.
+    __device__ __forceinline__ void collect(int octave) {
+        if (octave == collected) return;
+        collected = octave;
+        __syncthreads();
+        if (threadIdx.x == 0) shared.n_slices = shared.n_listed = 0;
+        __syncthreads();
+        if (threadIdx.x < C::SLICES && of_slice(threadIdx.x, octave) > 0)
+            shared.slices[atomicAdd(&shared.n_slices, 1)] = threadIdx.x;
+        listed = shared.counts[octave] <= LISTED;
+        __syncthreads();
+        if (!listed) return;
+        each_in_slices(octave, [&](u64 key) {
+            if (!is_kept(octave, key)) return;
+            const int place = atomicAdd(&shared.n_listed, 1);
+            if (place < LISTED) shared.list[place] = key;
+        });
+        __syncthreads();
+    }
+
+    __device__ __forceinline__ bool is_kept(int octave, u64 key) const {
+        return octave < last_octave || (octave == last_octave && key <= last_key);
+    }
+
+    // Counts the tokens of an octave that are kept, by key: bin (key - begin) >> shift, of keys from begin up to 512 bins on.
+    __device__ __forceinline__ void tally(int octave, u64 begin, int shift) const {
+        clear_tally();
+        const auto use = [&](u64 key) {
+            if (key >= begin && (key - begin) >> shift < BINS && is_kept(octave, key))
+                add(static_cast<int>((key - begin) >> shift), STEPS - 1 - static_cast<int>(key >> INDEX_BITS));
+        };
+        if (listed) {
+            for (int i = threadIdx.x; i < min(shared.n_listed, LISTED); i += C::THREADS) use(shared.list[i]);
+        } else {
+            each_in_slices(octave, use);
+        }
+        __syncthreads();
+    }
+
+    // The key of the token that holds a position among those of an octave, in tokens or in weights.
+    template <bool COUNTED>
+    __device__ __forceinline__ u64 find_key(int octave, u64 position) {
+        collect(octave);
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        u64 key = 0;
+        for (int shift = KEY_BITS - DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
+            tally(octave, key, shift);
+            const auto amount = [&](int bin) { return COUNTED ? static_cast<u64>(shared.count[bin]) : mass(bin); };
+            const u64 total = scan(amount(threadIdx.x));
+            if (lane == WARP - 1) shared.totals[warp] = total;
+            __syncthreads();
+            const int from = WARP * find_lane(lane < WARPS ? shared.totals[lane] : 0, position);
+            key += static_cast<u64>(from + find_lane(amount(from + lane), position)) << shift;
+        }
+        return key;
+    }
+
+    // Drops all tokens behind one.
+    __device__ __forceinline__ void keep_up_to(int octave, u64 key) {
+        if (octave > last_octave || (octave == last_octave && key >= last_key)) return;
+        collect(octave);
+        last_octave = octave, last_key = key;
+        tally(octave, 0, KEY_BITS);
+        if (threadIdx.x < OCTAVES && threadIdx.x >= octave) {
+            const bool same = threadIdx.x == octave;
+            shared.masses[threadIdx.x] = same ? mass(0) : 0, shared.counts[threadIdx.x] = same ? shared.count[0] : 0;
+        }
+        __syncthreads();
+    }
+};
