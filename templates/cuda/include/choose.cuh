@@ -174,25 +174,35 @@ private:
         if (scale == 0.0f) return index;
         top = octave_of(scaled(best));
         add_up_slices();
-
-        const int top_k = draw[1];
-        if (top_k > 0 && top_k < sum_octaves<true>()) {
-            const Place at = find_octave<true>(top_k - 1);
-            keep_up_to(at.octave, find_key<true>(at.octave, at.position));
+        // One loop for all, and in it one for each kind of work: code that runs once a token is not in any cache.
+#pragma unroll 1
+        for (int search = TOP_K;; ++search) {
+            Place at;
+            u64 key = 0;
+            int shift = KEY_BITS - DIGIT_BITS;
+            if (search == TOP_K) {
+                const u64 top_k = draw[1];
+                if (top_k == 0 || top_k >= sum_octaves(true)) continue;
+                at = find_octave(true, top_k - 1);
+            } else if (search == MIN_P) {
+                if (draw[2] >= OCTAVES * STEPS) continue;
+                const int last = STEPS - 1 - step_of(scaled(best)) + draw[2];
+                at = {last / STEPS, 0}, key = (static_cast<u64>(last % STEPS + 1) << INDEX_BITS) - 1;
+                if (!is_kept(at.octave, key)) continue;
+                shift = CUT;
+            } else {
+                if (search == TOP_P && draw[3] == 0) continue;
+                at = share(search == TOP_P ? word(draw, 3) << 32 : mixed(word(draw, 4) | word(draw, 5) << 32));
+            }
+            key = find_key(search, at, key, shift);
+            if (search == DRAWN) return static_cast<int>(key & ((1 << INDEX_BITS) - 1));
         }
-        const u64 top_p = static_cast<u64>(static_cast<unsigned>(draw[3])) << 32;
-        if (top_p > 0) {
-            const Place at = share(top_p);
-            keep_up_to(at.octave, find_key<false>(at.octave, at.position));
-        }
-        if (draw[2] < OCTAVES * STEPS) {
-            const int last = STEPS - 1 - step_of(scaled(best)) + draw[2];
-            keep_up_to(last / STEPS, (static_cast<u64>(last % STEPS + 1) << INDEX_BITS) - 1);
-        }
-        const u64 counter = static_cast<unsigned>(draw[4]) | static_cast<u64>(static_cast<unsigned>(draw[5])) << 32;
-        const Place at = share(mixed(counter));
-        return static_cast<int>(find_key<false>(at.octave, at.position) & ((1 << INDEX_BITS) - 1));
     }
+
+    enum Search { TOP_K, TOP_P, MIN_P, DRAWN };
+    static constexpr int CUT = -DIGIT_BITS;  // in place of a digit's shift: all behind the key is dropped
+
+    static __device__ __forceinline__ u64 word(const int* draw, int i) { return static_cast<unsigned>(draw[i]); }
 
     // SplitMix64.
     static __device__ __forceinline__ u64 mixed(u64 counter) {
@@ -221,9 +231,9 @@ private:
         return down >= 0 && down < OCTAVES ? partials[slice].octaves[down] : 0;
     }
 
-    template <bool COUNTED>
-    __device__ __forceinline__ u64 of_octave(int octave) const {
-        return COUNTED ? shared.counts[octave] : shared.masses[octave] >> octave;
+    // counted: in tokens, else in weights.
+    __device__ __forceinline__ u64 of_octave(bool counted, int octave) const {
+        return counted ? shared.counts[octave] : shared.masses[octave] >> octave;
     }
 
     static __device__ __forceinline__ u64 scan(u64 value) {
@@ -246,15 +256,13 @@ private:
     }
 
     // Every warp does it for itself: lanes have two octaves each.
-    template <bool COUNTED>
-    __device__ __forceinline__ u64 of_lane() const {
+    __device__ __forceinline__ u64 of_lane(bool counted) const {
         const int lane = threadIdx.x % WARP;
-        return of_octave<COUNTED>(2 * lane) + of_octave<COUNTED>(2 * lane + 1);
+        return of_octave(counted, 2 * lane) + of_octave(counted, 2 * lane + 1);
     }
 
-    template <bool COUNTED>
-    __device__ __forceinline__ u64 sum_octaves() const {
-        return __shfl_sync(ALL_LANES, scan(of_lane<COUNTED>()), WARP - 1);
+    __device__ __forceinline__ u64 sum_octaves(bool counted) const {
+        return __shfl_sync(ALL_LANES, scan(of_lane(counted)), WARP - 1);
     }
 
     struct Place {
@@ -262,113 +270,121 @@ private:
         u64 position;
     };
 
-    template <bool COUNTED>
-    __device__ __forceinline__ Place find_octave(u64 position) const {
-        int octave = 2 * find_lane(of_lane<COUNTED>(), position);
-        const u64 first = of_octave<COUNTED>(octave);
+    __device__ __forceinline__ Place find_octave(bool counted, u64 position) const {
+        int octave = 2 * find_lane(of_lane(counted), position);
+        const u64 first = of_octave(counted, octave);
         if (position >= first) ++octave, position -= first;
         return {octave, position};
     }
 
     // Where the share fraction / 2^64 of all weights falls; position: in the octave's own units.
     __device__ __forceinline__ Place share(u64 fraction) const {
-        const u64 total = sum_octaves<false>(), behind = total * fraction;
-        Place at = find_octave<false>(__umul64hi(total, fraction));
+        const u64 total = sum_octaves(false), behind = total * fraction;
+        Place at = find_octave(false, __umul64hi(total, fraction));
         if (at.octave > 0) at.position = at.position << at.octave | behind >> (64 - at.octave);
         return at;
-    }
-
-    // Calls use(key) for each token of the slices found whose octave this is. A key: the step turned round, the index.
-    template <class Use>
-    __device__ __forceinline__ void each_in_slices(int octave, Use use) const {
-        constexpr int AT_ONCE = 4;  // loads in flight
-        for (int slice = 0; slice < shared.n_slices; slice += AT_ONCE) {
-            float4 four[AT_ONCE];
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i)
-                if (slice + i < shared.n_slices) four[i] = load_four(shared.slices[slice + i] * C::SLICE + 4 * threadIdx.x);
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i) {
-                if (slice + i >= shared.n_slices) break;
-                const float values[4] = {four[i].x, four[i].y, four[i].z, four[i].w};
-                const int first = shared.slices[slice + i] * C::SLICE + 4 * threadIdx.x;
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const float value = scaled(values[j]);
-                    if (top - octave_of(value) == octave && values[j] > -infinite())
-                        use(static_cast<u64>(STEPS - 1 - step_of(value)) << INDEX_BITS | first + j);
-                }
-            }
-        }
-    }
-
-    // Which slices have tokens of an octave, and if they are not too many, which tokens.
-    __device__ __forceinline__ void collect(int octave) {
-        if (octave == collected) return;
-        collected = octave;
-        __syncthreads();
-        if (threadIdx.x == 0) shared.n_slices = shared.n_listed = 0;
-        __syncthreads();
-        if (threadIdx.x < C::SLICES && of_slice(threadIdx.x, octave) > 0)
-            shared.slices[atomicAdd(&shared.n_slices, 1)] = threadIdx.x;
-        listed = shared.counts[octave] <= LISTED;
-        __syncthreads();
-        if (!listed) return;
-        each_in_slices(octave, [&](u64 key) {
-            if (!is_kept(octave, key)) return;
-            const int place = atomicAdd(&shared.n_listed, 1);
-            if (place < LISTED) shared.list[place] = key;
-        });
-        __syncthreads();
     }
 
     __device__ __forceinline__ bool is_kept(int octave, u64 key) const {
         return octave < last_octave || (octave == last_octave && key <= last_key);
     }
 
-    // Counts the tokens of an octave that are kept, by key: bin (key - begin) >> shift, of keys from begin up to 512 bins on.
-    __device__ __forceinline__ void tally(int octave, u64 begin, int shift) const {
-        clear_tally();
-        const auto use = [&](u64 key) {
-            if (key >= begin && (key - begin) >> shift < BINS && is_kept(octave, key))
-                add(static_cast<int>((key - begin) >> shift), STEPS - 1 - static_cast<int>(key >> INDEX_BITS));
-        };
-        if (listed) {
-            for (int i = threadIdx.x; i < min(shared.n_listed, LISTED); i += C::THREADS) use(shared.list[i]);
-        } else {
-            each_in_slices(octave, use);
+    // A token's key is its step turned round, then its index. It is counted in bin (key - begin) >> shift, if there is such
+    // a one; where shift is negative it is listed.
+    __device__ __forceinline__ void take(int octave, u64 key, u64 begin, int shift) const {
+        if (!is_kept(octave, key)) return;
+        if (shift < 0) {
+            const int place = atomicAdd(&shared.n_listed, 1);
+            if (place < LISTED) shared.list[place] = key;
+        } else if (key >= begin && (key - begin) >> shift < BINS) {
+            add(static_cast<int>((key - begin) >> shift), STEPS - 1 - static_cast<int>(key >> INDEX_BITS));
         }
+    }
+
+    // All tokens of an octave, from the slices found.
+    __device__ __forceinline__ void take_from_slices(int octave, u64 begin, int shift) const {
+        constexpr int AT_ONCE = 4;  // loads in flight
+        const int n_slices = min(shared.n_slices, C::SLICES);
+#pragma unroll 1
+        for (int slice = 0; slice < n_slices; slice += AT_ONCE) {
+            float4 four[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i)
+                if (slice + i < n_slices) four[i] = load_four(shared.slices[slice + i] * C::SLICE + 4 * threadIdx.x);
+            unsigned found = 0;
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                if (slice + i >= n_slices) break;
+                found |= (is_in(octave, four[i].x) | is_in(octave, four[i].y) << 1 | is_in(octave, four[i].z) << 2 |
+                          is_in(octave, four[i].w) << 3) << 4 * i;
+            }
+#pragma unroll 1
+            for (; found != 0; found &= found - 1) {
+                const int bit = __popc((found & (0u - found)) - 1);
+                const int index = shared.slices[slice + bit / 4] * C::SLICE + 4 * threadIdx.x + bit % 4;
+                const int step = STEPS - 1 - step_of(scaled(logits[index]));
+                take(octave, static_cast<u64>(step) << INDEX_BITS | index, begin, shift);
+            }
+        }
+    }
+
+    __device__ __forceinline__ unsigned is_in(int octave, float logit) const {
+        return top - octave_of(scaled(logit)) == octave && logit > -infinite();
+    }
+
+    // Which slices have tokens of an octave.
+    __device__ __forceinline__ void find_slices(int octave) const {
+        __syncthreads();
+        if (threadIdx.x == 0) shared.n_slices = shared.n_listed = 0;
+        __syncthreads();
+        if (threadIdx.x < C::SLICES && of_slice(threadIdx.x, octave) > 0)
+            shared.slices[atomicAdd(&shared.n_slices, 1)] = threadIdx.x;
         __syncthreads();
     }
 
-    // The key of the token that holds a position among those of an octave, in tokens or in weights.
-    template <bool COUNTED>
-    __device__ __forceinline__ u64 find_key(int octave, u64 position) {
-        collect(octave);
+    // The key of the token that holds a place, found from its digit of a shift on down to the last; with the shift CUT the
+    // key is known. All but DRAWN drop the tokens behind it.
+    __device__ __forceinline__ u64 find_key(int search, Place at, u64 key, int shift) {
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-        u64 key = 0;
-        for (int shift = KEY_BITS - DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
-            tally(octave, key, shift);
-            const auto amount = [&](int bin) { return COUNTED ? static_cast<u64>(shared.count[bin]) : mass(bin); };
+        bool listing = false;
+        if (at.octave != collected) {
+            find_slices(at.octave);
+            collected = at.octave, listed = listing = shared.counts[at.octave] <= LISTED;
+        }
+#pragma unroll 1
+        for (;;) {
+            const bool cutting = shift == CUT;
+            if (cutting && search == DRAWN) return key;
+            const u64 begin = cutting ? 0 : key;
+            const int bin_shift = listing ? -1 : cutting ? KEY_BITS : shift;
+            if (cutting && !listing) last_octave = at.octave, last_key = key;
+            clear_tally();
+            if (listed && !listing) {
+                for (int i = threadIdx.x; i < min(shared.n_listed, LISTED); i += C::THREADS)
+                    take(at.octave, shared.list[i], begin, bin_shift);
+            } else {
+                take_from_slices(at.octave, begin, bin_shift);
+            }
+            __syncthreads();
+            if (listing) {
+                listing = false;
+                continue;
+            }
+            if (cutting) break;
+            const bool counted = search == TOP_K;
+            const auto amount = [&](int bin) { return counted ? static_cast<u64>(shared.count[bin]) : mass(bin); };
             const u64 total = scan(amount(threadIdx.x));
             if (lane == WARP - 1) shared.totals[warp] = total;
             __syncthreads();
-            const int from = WARP * find_lane(lane < WARPS ? shared.totals[lane] : 0, position);
-            key += static_cast<u64>(from + find_lane(amount(from + lane), position)) << shift;
+            const int from = WARP * find_lane(lane < WARPS ? shared.totals[lane] : 0, at.position);
+            key += static_cast<u64>(from + find_lane(amount(from + lane), at.position)) << shift;
+            shift -= DIGIT_BITS;
         }
-        return key;
-    }
-
-    // Drops all tokens behind one.
-    __device__ __forceinline__ void keep_up_to(int octave, u64 key) {
-        if (octave > last_octave || (octave == last_octave && key >= last_key)) return;
-        collect(octave);
-        last_octave = octave, last_key = key;
-        tally(octave, 0, KEY_BITS);
-        if (threadIdx.x < OCTAVES && threadIdx.x >= octave) {
-            const bool same = threadIdx.x == octave;
+        if (threadIdx.x < OCTAVES && threadIdx.x >= at.octave) {
+            const bool same = threadIdx.x == at.octave;
             shared.masses[threadIdx.x] = same ? mass(0) : 0, shared.counts[threadIdx.x] = same ? shared.count[0] : 0;
         }
         __syncthreads();
+        return key;
     }
 };
