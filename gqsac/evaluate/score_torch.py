@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from gqsa_runtime.errors import DeviceError, InputError, ModelError
 from gqsa_runtime.perplexity import PerplexityResult, first_tokens, needed_tokens

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-
 from gqsa_runtime import format as gqsa
 from gqsa_runtime.chat import ChatTemplate
 from gqsa_runtime.engine import Device, Engine, ScoreResult

@@ -55,7 +55,7 @@ def state_elements(max_tokens: int) -> int:
 
 MOST_CHOICES = (1 << 20) - 1  # tokens of a vocabulary that `choose` can choose from: its integers leave so many bits
 CHOOSE_SLICE = 2048  # logits that a block of `choose` counts
-# i32 that each block of `choose` hands over: its largest logit, where that is, its octave, NaN; and for each octave a u64.
+# i32 that each block of `choose` hands over: its largest logit, where that is, its octave, and a u64 for each octave.
 CHOOSE_PARTIAL = 4 + 2 * OCTAVES
 
 
@@ -410,11 +410,11 @@ OPERATORS: dict[str, Operator] = {
             _STATE,
         ),
     ),
-    # Ends decode and last_logits, so that a step hands over one number. partials, counters: of CUDA blocks; counters are
-    # 0 before and after.
+    # Ends decode and last_logits, so that a step hands over one number. CUDA's blocks alone use partials and counters,
+    # which are 0 before and after.
     "choose": Operator(
-        "token = first index of the largest logit, or one drawn as the draw in state asks (sampling.choose); -1 where a "
-        "logit is NaN or the largest is not finite",
+        "token = first index of the largest logit, or one drawn as the draw in state asks (sampling.py); -1 where a logit "
+        "is NaN or the largest is not finite",
         {"vocab": SIZE},
         (
             Operand("logits", "f32", lambda p, t, c: p["vocab"]),

@@ -4,10 +4,10 @@ steps to launch.
 Every activation is f32 `[n_tokens, width]`, a row per token, stored with a row stride that is a
 constant of the kernel. A kernel takes only pointers; all numbers are stamped into its code, except
 `state` = i32 [8 + 2 * n] {n_tokens, context, draw, slot and position of each token}: how many tokens this
-launch holds, how many positions a slot of the KV cache has, how the next token is chosen (sampling.py), and where in
-the cache each token belongs. A slot holds one sequence; the tokens of a launch may be of any slots. `operators.OPERATORS` gives each operator's
-operands in order, and `validate` checks every argument of every step against it, so that no kernel can be
-pointed outside its memory.
+launch holds, how many positions a slot of the KV cache has, how the next token is chosen (`sampling.py`), and
+where in the cache each token belongs. A slot holds one sequence; the tokens of a launch may be of any slots.
+`operators.OPERATORS` gives each operator's operands in order, and `validate` checks every argument of every step
+against it, so that no kernel can be pointed outside its memory.
 """
 
 from __future__ import annotations

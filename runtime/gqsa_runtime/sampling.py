@@ -8,8 +8,8 @@ A token's place in the order, likeliest first:
     scaled = logit * scale, one f32 product: the logarithm of its weight to base 2
     octave = floor(scaled of the likeliest) - floor(scaled), 0 up; from OCTAVES on a token is never drawn
     step   = its 16 bits behind the point; of equal octaves the larger step comes first, of equal steps the lower token
-Its weight is 2^(step / 2^16) in 24 bits (`_mantissas`), to a few parts in 10^7 of what `step` stands for, shifted right by
-its octave: an octave's weights are summed first, then shifted.
+Its weight is 2^(step / 2^16) in 24 bits (`_mantissas`), right to 2 parts in 10^7, shifted right by its octave: an
+octave's weights are summed first, then shifted.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ _INDEX_MASK = (1 << _INDEX_BITS) - 1
 
 
 def _places(logits: np.ndarray, best: int, scale: np.float32) -> np.ndarray:
-    """Of the tokens that may be drawn their places in the order, i64: octave, 16 bits of the step turned round, index."""
+    """Places in the order of the tokens that may be drawn, i64: octave, 16 bits of the step turned round, index."""
     with np.errstate(over="ignore"):
         scaled = np.clip(logits * scale, -LIMIT, LIMIT)
     whole = np.floor(scaled)

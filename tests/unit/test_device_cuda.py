@@ -259,7 +259,9 @@ class Chooser:
         # A step that is given no token goes on with the last one chosen.
         given = self.device._buffers["tokens"][0] in self.host.copied
         (token,) = on_device(self.device, "tokens" if given else "argmax", 1)
-        (n_tokens, context, *draw), (slot, position) = np.split(on_device(self.device, "state", state_elements(1)), [-2])
+        (n_tokens, context, *draw), (slot, position) = np.split(
+            on_device(self.device, "state", state_elements(1)), [-2]
+        )
         assert (n_tokens, context, slot) == (1, CONTEXT, 0) and position < CONTEXT
         self.steps.append((token, position))
         self.draws.append(np.array(draw, np.int32))

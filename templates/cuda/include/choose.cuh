@@ -35,6 +35,7 @@ struct Choose {
         int indices[WARPS];
         int octaves[C::SLICES];
         unsigned short slices[C::SLICES];
+        u64 found;
         int n_slices, n_listed, is_last;
     };
 
@@ -377,7 +378,15 @@ private:
             if (lane == WARP - 1) shared.totals[warp] = total;
             __syncthreads();
             const int from = WARP * find_lane(lane < WARPS ? shared.totals[lane] : 0, at.position);
-            key += static_cast<u64>(from + find_lane(amount(from + lane), at.position)) << shift;
+            const int bin = from + find_lane(amount(from + lane), at.position);
+            key += static_cast<u64>(bin) << shift;
+            if (listed && shared.count[bin] == 1) {  // no other digit has to be counted
+                for (int i = threadIdx.x; i < min(shared.n_listed, LISTED); i += C::THREADS)
+                    if (shared.list[i] >> shift == key >> shift && is_kept(at.octave, shared.list[i]))
+                        shared.found = shared.list[i];
+                __syncthreads();
+                key = shared.found, shift = 0;
+            }
             shift -= DIGIT_BITS;
         }
         if (threadIdx.x < OCTAVES && threadIdx.x >= at.octave) {
