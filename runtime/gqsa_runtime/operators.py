@@ -28,7 +28,7 @@ class Operand:
 
     dtype: of the memory pointed to, or "param:NAME" where the constant NAME gives it.
     elements: fewest elements the memory must hold, from (params, max_tokens, context); of a KV cache, those of a slot.
-    access: "in", "out", "inout" or "weight".
+    access: "in", "out", "inout", "weight", or "scratch": what is left there is of no use to anyone.
     present: whether the pointer is non-null for these params.
     """
 
@@ -55,8 +55,8 @@ def state_elements(max_tokens: int) -> int:
 
 MOST_CHOICES = (1 << 20) - 1  # tokens of a vocabulary that `choose` can choose from: its integers leave so many bits
 CHOOSE_SLICE = 2048  # logits that a block of `choose` counts
-# i32 that each block of `choose` hands over: its largest logit, where that is, its octave, and a u64 for each octave.
-CHOOSE_PARTIAL = 4 + 2 * OCTAVES
+# i32 that each block of `choose` hands over: its largest logit, where that is, its octave, a u64 for each octave, tokens.
+CHOOSE_PARTIAL = 4 + 2 * OCTAVES + CHOOSE_SLICE
 
 
 def _rows(stride: str, width: str, per_token: str | None = None):
@@ -413,12 +413,12 @@ OPERATORS: dict[str, Operator] = {
     # Ends decode and last_logits, so that a step hands over one number. CUDA's blocks alone use partials and counters,
     # which are 0 before and after.
     "choose": Operator(
-        "token = first index of the largest logit, or one drawn as the draw in state asks (sampling.py); -1 where a logit "
-        "is NaN or the largest is not finite",
+        "token = first index of the largest logit, or one drawn as the draw in state asks (sampling.py); -1 where "
+        "a logit is NaN or the largest is not finite",
         {"vocab": SIZE},
         (
             Operand("logits", "f32", lambda p, t, c: p["vocab"]),
-            Operand("partials", "i32", lambda p, t, c: -(-p["vocab"] // CHOOSE_SLICE) * CHOOSE_PARTIAL, "out"),
+            Operand("partials", "i32", lambda p, t, c: -(-p["vocab"] // CHOOSE_SLICE) * CHOOSE_PARTIAL, "scratch"),
             Operand("counters", "i32", lambda p, t, c: 1, "inout"),
             Operand("token", "i32", lambda p, t, c: 1, "out"),
             _STATE,

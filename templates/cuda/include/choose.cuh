@@ -1,9 +1,9 @@
 // The next token: the likeliest, or one drawn as `gqsa_runtime/sampling.py` defines it, bit for bit.
 //
-// Every block counts the tokens of a slice and sums their weights, by octave; whichever is done last adds up and goes on
-// alone: it finds the octave in which a place in the order lies (the last token that top-k or top-p keeps, the one that
-// is drawn), and in it the token, nine bits of its key at a time. All counts and sums are of integers, so that neither
-// the order of atomics nor which block is last can matter.
+// Every block sorts the tokens of a slice by octave, counts them and sums their weights; whichever is done last adds up
+// and goes on alone: it finds the octave in which a place in the order lies (the last token that top-k or top-p keeps,
+// the one that is drawn), and among its tokens the one, nine bits of their keys at a time. All counts and sums are of
+// integers, so that neither the order of atomics nor which block is last can matter.
 #pragma once
 #include "common.cuh"
 
@@ -15,14 +15,23 @@ struct Choose {
     static constexpr int OCTAVES = 64, STEPS = 1 << 16, INDEX_BITS = 20, KEY_BITS = 36;
     static constexpr int DIGIT_BITS = 9, BINS = 1 << DIGIT_BITS, WARPS = C::THREADS / WARP;
     static constexpr int LISTED = 2048;  // most tokens of an octave that are listed, and not looked for again
-    static constexpr int COUNT_BIT = 40;  // of a slice's octave: the sum of weights below, the number of tokens above
+    // A slice's octave in a word: the sum of its weights, from these bits on how many tokens it has and where they begin.
+    static constexpr int COUNT_BIT = 36, START_BIT = 48;
+    static constexpr int OFFSET_BITS = 11;  // of a token in its slice
     static constexpr float LIMIT = 536870912.0f;
     static_assert(C::THREADS == BINS && C::SLICE == 4 * C::THREADS && C::SLICES <= C::THREADS, "one thread each");
+    static_assert(C::SLICE == 1 << OFFSET_BITS && LISTED * 2 >= C::SLICE, "a slice is sorted in the list");
 
     struct Partial {
         float largest;
         int index, octave, unused;
         u64 octaves[OCTAVES];  // from that of the slice's largest down
+        unsigned tokens[C::SLICE];  // by octave: step, place in the slice
+    };
+
+    // Tokens of one octave in a slice.
+    struct Run {
+        unsigned short slice, start, count;
     };
 
     struct Shared {
@@ -33,10 +42,10 @@ struct Choose {
         u64 totals[WARPS];
         float largest[WARPS];
         int indices[WARPS];
-        int octaves[C::SLICES];
-        unsigned short slices[C::SLICES];
+        int octaves[C::SLICES], starts[OCTAVES];
+        Run runs[C::SLICES];
         u64 found;
-        int n_slices, n_listed, is_last;
+        int n_runs, n_listed, is_last;
     };
 
     const float* const logits;
@@ -115,11 +124,12 @@ private:
         return ((1u << 31) + __umulhi(power, x)) >> 8;
     }
 
-    __device__ __forceinline__ void add(int bin, int step) const {
+    // Returns how many have been added to the bin before.
+    __device__ __forceinline__ unsigned add(int bin, int step) const {
         const unsigned weight = weight_of(step);
-        atomicAdd(&shared.count[bin], 1u);
         atomicAdd(&shared.low[bin], weight & 0xfff);
         atomicAdd(&shared.high[bin], weight >> 12);
+        return atomicAdd(&shared.count[bin], 1u);
     }
 
     __device__ __forceinline__ u64 mass(int bin) const {
@@ -153,15 +163,33 @@ private:
         const int octave = octave_of(scaled(best));
         if (threadIdx.x == 0) mine.octave = octave;
         clear_tally();
+        int downs[4], steps[4];
+        unsigned ranks[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float value = scaled(values[i]);
-            const int down = octave - octave_of(value);
-            if (values[i] > -infinite() && down < OCTAVES) add(down, step_of(value));
+            downs[i] = values[i] > -infinite() ? octave - octave_of(value) : OCTAVES, steps[i] = step_of(value);
+            if (downs[i] < OCTAVES) ranks[i] = add(downs[i], steps[i]);
         }
         __syncthreads();
-        if (threadIdx.x < OCTAVES)
-            mine.octaves[threadIdx.x] = static_cast<u64>(shared.count[threadIdx.x]) << COUNT_BIT | mass(threadIdx.x);
+        const int lane = threadIdx.x % WARP;
+        if (threadIdx.x < WARP) {
+            const unsigned first = shared.count[2 * lane], both = first + shared.count[2 * lane + 1];
+            const int start = static_cast<int>(scan(both) - both);
+            shared.starts[2 * lane] = start, shared.starts[2 * lane + 1] = start + first;
+        }
+        __syncthreads();
+        unsigned* const sorted = reinterpret_cast<unsigned*>(shared.list);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (downs[i] < OCTAVES)
+                sorted[shared.starts[downs[i]] + ranks[i]] = steps[i] << OFFSET_BITS | (4 * threadIdx.x + i);
+        if (threadIdx.x < OCTAVES) {
+            const u64 start = shared.starts[threadIdx.x], count = shared.count[threadIdx.x];
+            mine.octaves[threadIdx.x] = start << START_BIT | count << COUNT_BIT | mass(threadIdx.x);
+        }
+        __syncthreads();
+        reinterpret_cast<uint4*>(mine.tokens)[threadIdx.x] = reinterpret_cast<const uint4*>(sorted)[threadIdx.x];
     }
 
     // By the last block, once all slices are counted.
@@ -218,14 +246,16 @@ private:
         const int octave = threadIdx.x % OCTAVES;
         u64 sum = 0;
         unsigned count = 0;
-#pragma unroll 4
+#pragma unroll 8
         for (int slice = threadIdx.x / OCTAVES; slice < C::SLICES; slice += C::THREADS / OCTAVES) {
             const u64 found = of_slice(slice, octave);
-            sum += found & ((1ull << COUNT_BIT) - 1), count += static_cast<unsigned>(found >> COUNT_BIT);
+            sum += found & ((1ull << COUNT_BIT) - 1), count += count_of(found);
         }
         if (count > 0) atomicAdd(&shared.masses[octave], sum), atomicAdd(&shared.counts[octave], count);
         __syncthreads();
     }
+
+    static __device__ __forceinline__ unsigned count_of(u64 octave) { return octave >> COUNT_BIT & 0xfff; }
 
     __device__ __forceinline__ u64 of_slice(int slice, int octave) const {
         const int down = octave - (top - shared.octaves[slice]);
@@ -290,56 +320,54 @@ private:
         return octave < last_octave || (octave == last_octave && key <= last_key);
     }
 
-    // A token's key is its step turned round, then its index. It is counted in bin (key - begin) >> shift, if there is such
-    // a one; where shift is negative it is listed.
-    __device__ __forceinline__ void take(int octave, u64 key, u64 begin, int shift) const {
-        if (!is_kept(octave, key)) return;
-        if (shift < 0) {
+    // A token's key is its step turned round, then its index. Of those that are kept: counted in bin (key - begin) >> shift,
+    // if there is such a one, or listed where that is 0.
+    __device__ __forceinline__ void take(int octave, u64 key, u64 begin, int shift, bool listing) const {
+        const u64 bin = (key - begin) >> shift;
+        if (!is_kept(octave, key) || bin >= (listing ? 1 : BINS)) return;
+        if (listing) {
             const int place = atomicAdd(&shared.n_listed, 1);
             if (place < LISTED) shared.list[place] = key;
-        } else if (key >= begin && (key - begin) >> shift < BINS) {
-            add(static_cast<int>((key - begin) >> shift), STEPS - 1 - static_cast<int>(key >> INDEX_BITS));
+        } else {
+            add(static_cast<int>(bin), STEPS - 1 - static_cast<int>(key >> INDEX_BITS));
         }
     }
 
-    // All tokens of an octave, from the slices found.
-    __device__ __forceinline__ void take_from_slices(int octave, u64 begin, int shift) const {
-        constexpr int AT_ONCE = 4;  // loads in flight
-        const int n_slices = min(shared.n_slices, C::SLICES);
+    // All tokens of an octave, from the runs found; 1 << bits threads take a run together.
+    __device__ __forceinline__ void take_from_slices(int octave, u64 begin, int shift, bool listing, int bits) const {
+        constexpr int AT_ONCE = 8;  // loads in flight
+        const int n_runs = min(shared.n_runs, C::SLICES);
 #pragma unroll 1
-        for (int slice = 0; slice < n_slices; slice += AT_ONCE) {
-            float4 four[AT_ONCE];
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i)
-                if (slice + i < n_slices) four[i] = load_four(shared.slices[slice + i] * C::SLICE + 4 * threadIdx.x);
-            unsigned found = 0;
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i) {
-                if (slice + i >= n_slices) break;
-                found |= (is_in(octave, four[i].x) | is_in(octave, four[i].y) << 1 | is_in(octave, four[i].z) << 2 |
-                          is_in(octave, four[i].w) << 3) << 4 * i;
-            }
+        for (int i = threadIdx.x >> bits; i < n_runs; i += C::THREADS >> bits) {
+            const Run run = shared.runs[i];
+            const unsigned* const from = partials[run.slice].tokens + run.start;
 #pragma unroll 1
-            for (; found != 0; found &= found - 1) {
-                const int bit = __popc((found & (0u - found)) - 1);
-                const int index = shared.slices[slice + bit / 4] * C::SLICE + 4 * threadIdx.x + bit % 4;
-                const int step = STEPS - 1 - step_of(scaled(logits[index]));
-                take(octave, static_cast<u64>(step) << INDEX_BITS | index, begin, shift);
+            for (int first = threadIdx.x & ((1 << bits) - 1); first < run.count; first += AT_ONCE << bits) {
+                unsigned tokens[AT_ONCE];
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; ++j)
+                    if (first + (j << bits) < run.count) tokens[j] = from[first + (j << bits)];
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; ++j) {
+                    if (first + (j << bits) >= run.count) break;
+                    const u64 step = tokens[j] >> OFFSET_BITS;
+                    const int index = run.slice * C::SLICE + tokens[j] % C::SLICE;
+                    take(octave, (STEPS - 1 - step) << INDEX_BITS | index, begin, shift, listing);
+                }
             }
         }
-    }
-
-    __device__ __forceinline__ unsigned is_in(int octave, float logit) const {
-        return top - octave_of(scaled(logit)) == octave && logit > -infinite();
     }
 
     // Which slices have tokens of an octave.
-    __device__ __forceinline__ void find_slices(int octave) const {
+    __device__ __forceinline__ void find_runs(int octave) const {
         __syncthreads();
-        if (threadIdx.x == 0) shared.n_slices = shared.n_listed = 0;
+        if (threadIdx.x == 0) shared.n_runs = shared.n_listed = 0;
         __syncthreads();
-        if (threadIdx.x < C::SLICES && of_slice(threadIdx.x, octave) > 0)
-            shared.slices[atomicAdd(&shared.n_slices, 1)] = threadIdx.x;
+        const u64 held = threadIdx.x < C::SLICES ? of_slice(threadIdx.x, octave) : 0;
+        if (count_of(held) > 0) {
+            Run& run = shared.runs[atomicAdd(&shared.n_runs, 1)];
+            run.slice = threadIdx.x, run.start = held >> START_BIT & (C::SLICE - 1), run.count = count_of(held);
+        }
         __syncthreads();
     }
 
@@ -347,28 +375,30 @@ private:
     // key is known. All but DRAWN drop the tokens behind it.
     __device__ __forceinline__ u64 find_key(int search, Place at, u64 key, int shift) {
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-        bool listing = false;
+        const bool few = shared.counts[at.octave] <= LISTED;
+        bool listing = false, partly = false;  // partly: what is listed begins with `begin` and the digits of list_shift
+        int list_shift = KEY_BITS;
         if (at.octave != collected) {
-            find_slices(at.octave);
-            collected = at.octave, listed = listing = shared.counts[at.octave] <= LISTED;
+            find_runs(at.octave);
+            collected = at.octave, listed = false, listing = few;
         }
 #pragma unroll 1
         for (;;) {
-            const bool cutting = shift == CUT;
+            const bool cutting = shift == CUT && !listing;
             if (cutting && search == DRAWN) return key;
-            const u64 begin = cutting ? 0 : key;
-            const int bin_shift = listing ? -1 : cutting ? KEY_BITS : shift;
-            if (cutting && !listing) last_octave = at.octave, last_key = key;
+            const u64 begin = cutting || (listing && !partly) ? 0 : key;
+            const int by = listing ? list_shift : cutting ? KEY_BITS : shift;
+            if (cutting) last_octave = at.octave, last_key = key;
             clear_tally();
-            if (listed && !listing) {
+            if (listed && !(cutting && partly)) {
                 for (int i = threadIdx.x; i < min(shared.n_listed, LISTED); i += C::THREADS)
-                    take(at.octave, shared.list[i], begin, bin_shift);
+                    take(at.octave, shared.list[i], begin, by, false);
             } else {
-                take_from_slices(at.octave, begin, bin_shift);
+                take_from_slices(at.octave, begin, by, listing, few ? 3 : 5);
             }
             __syncthreads();
             if (listing) {
-                listing = false;
+                listed = true, listing = false;
                 continue;
             }
             if (cutting) break;
@@ -386,6 +416,9 @@ private:
                         shared.found = shared.list[i];
                 __syncthreads();
                 key = shared.found, shift = 0;
+            } else if (!listed && shift > 0 && shared.count[bin] <= LISTED) {  // those of this bin are few enough now
+                if (threadIdx.x == 0) shared.n_listed = 0;
+                listing = partly = true, list_shift = shift, collected = -1;
             }
             shift -= DIGIT_BITS;
         }
