@@ -55,7 +55,7 @@ def state_elements(max_tokens: int) -> int:
 
 MOST_CHOICES = (1 << 20) - 1  # tokens of a vocabulary that `choose` can choose from: its integers leave so many bits
 CHOOSE_SLICE = 2048  # logits that a block of `choose` counts
-# i32 that each block of `choose` hands over: its largest logit, where that is, its octave, a u64 for each octave, tokens.
+# i32 that each block of `choose` hands over: its largest logit, where that is, its octave; a u64 an octave; its tokens.
 CHOOSE_PARTIAL = 4 + 2 * OCTAVES + CHOOSE_SLICE
 
 

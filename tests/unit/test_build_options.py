@@ -86,7 +86,7 @@ def test_activations_of_several_tokens_are_made_before_each_linear(tmp_path, fam
     model = save_model(tmp_path / "model", "llama")
     summary = dry(model, rounding=Rounding(16), head_bits=8)
     for phase in ("decode", "last_logits"):
-        assert ops(summary, family, phase)[-2:] == ["linear_records", "argmax"]
+        assert ops(summary, family, phase)[-2:] == ["linear_records", "choose"]
     assert several[0] not in ops(summary, family) + ops(summary, family, "last_logits")
     assert ops(summary, family, "all_log_probs") == [*several, "log_probs"]
     plan = summary.program.plans[family]
@@ -103,7 +103,7 @@ def test_a_layer_in_records_is_five_launches(tmp_path):
     model = save_checkpoint(tmp_path / "model", "llama", intermediate_size=128)
     summary = dry(model, rounding=ROUNDING)
     layer = ["linear_records", "append_attention", *["linear_records"] * 3]
-    assert ops(summary, "cuda") == ["embedding_records", *layer, *layer, "linear_records", "argmax"]
+    assert ops(summary, "cuda") == ["embedding_records", *layer, *layer, "linear_records", "choose"]
     halved = ["halves", "matmul_records"]
     layer = [*halved, "kv_append", "attention_halves", *halved * 3]
     assert ops(summary, "cuda", "prefill_body") == ["embedding_records", *layer, *layer]

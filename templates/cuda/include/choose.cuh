@@ -36,7 +36,7 @@ struct Choose {
 
     struct Shared {
         unsigned count[BINS], low[BINS], high[BINS];  // low, high: sums of the halves of weights, 12 bits each
-        u64 list[LISTED];
+        alignas(16) u64 list[LISTED];  // while a slice is counted, its tokens, sorted
         u64 masses[OCTAVES];
         unsigned counts[OCTAVES];
         u64 totals[WARPS];
