@@ -525,6 +525,7 @@ def _simple_cases():
             "far": [1, 0],
         }.items():
             yield case(f"choose/v{vocab}_{name}", _choose, vocab=vocab, extra=(places, 23.5))
+    yield from _drawn_cases(case)
     for name, extra in {
         "nan": ([0.7], np.nan),
         "nan_last": ([1], np.nan),
@@ -535,7 +536,6 @@ def _simple_cases():
     }.items():
         yield case(f"choose/v2051_{name}", _choose, vocab=2051, extra=extra)
         yield case(f"choose/v2051_{name}_drawn", _choose, vocab=2051, extra=extra, draw=_draw(7, top_p=0.9))
-    yield from _drawn_cases(case)
     for vocab in (101, 4999):
         yield case(f"log_probs/v{vocab}", _log_probs, tokens=1, vocab=vocab, x_stride=vocab)
         yield case(f"log_probs/v{vocab}_tile", _log_probs, 13, tokens=8, vocab=vocab, x_stride=vocab + 5)
@@ -552,6 +552,7 @@ def _drawn_cases(case):
     steep = lambda logits: np.where(np.arange(len(logits)) % 97 == 5, logits, -np.inf)  # noqa: E731
     for seed, (name, vocab, extra, options) in enumerate(
         [
+            ("everything", 32003, alone, {"top_k": 40, "top_p": 0.95, "min_p": 0.05}),
             ("plain", 3, alone, {}),
             ("plain", 2048, alone, {}),
             ("plain", 9001, alone, {}),
@@ -574,7 +575,6 @@ def _drawn_cases(case):
             ("top_p_few", 9001, alone, {"top_p": 1e-12}),
             ("min_p", 9001, alone, {"min_p": 0.05}),
             ("min_p_all", 9001, alone, {"min_p": 1e-300}),
-            ("everything", 32003, alone, {"top_k": 40, "top_p": 0.95, "min_p": 0.05}),
             ("far_tail", 32003, lambda logits: logits * 3, {"temperature": 0.3}),
         ]
     ):

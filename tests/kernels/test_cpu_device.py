@@ -204,8 +204,8 @@ def test_transfers_are_bounded():
     device = open_device()
     with pytest.raises(ValueError, match="2 values do not fit buffer 'tokens' of 1"):
         device.upload("tokens", np.zeros(2))
-    with pytest.raises(ValueError, match="'state' holds 4 elements, not 5"):
-        device.download("state", 5)
+    with pytest.raises(ValueError, match="'state' holds 10 elements, not 11"):
+        device.download("state", 11)
     device.upload("state", np.array([1, 2]))
     held = device.download("state", 2)
     device.upload("state", np.array([3, 4]))
