@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from gqsa_runtime.errors import UnsupportedError
-from gqsa_runtime.operators import FEW_TOKENS, tokens_held
+from gqsa_runtime.operators import CHOOSE_SLICE, FEW_TOKENS, tokens_held
 from gqsa_runtime.program import Launch
 
 from gqsac.compiler.kernel_spec import KernelSpec
@@ -27,7 +27,6 @@ MAX_SHARED_BYTES = 98 * 1024  # leaves sm_86, sm_89 and sm_120 their reserve
 _MAX_GRID_Y = 65535
 _POINTWISE_BLOCK = 128
 _NORM_BLOCK = 512
-_ARGMAX_BLOCK = 1024
 _MAX_WARP_NORM_WIDTH = 512  # wider rows take a block
 _ATTENTION_DECODE_BLOCK = 512
 _ATTENTION_PREFILL_BLOCK = 256
@@ -255,6 +254,13 @@ def _last_row(p):
     return Geometry(lambda n_tokens: (_ceil_div(p["width"], _POINTWISE_BLOCK), 1), _POINTWISE_BLOCK)
 
 
+def _choose(p):
+    slices = _ceil_div(p["vocab"], CHOOSE_SLICE)
+    return Geometry(
+        lambda n_tokens: (slices, 1), CHOOSE_SLICE // 4, constants={"SLICE": CHOOSE_SLICE, "SLICES": slices}
+    )
+
+
 _OWN_TARGETS = dict.fromkeys(("append_attention", "linear_records", "matmul_records"), ("sm_90",))
 _GEOMETRIES: dict[str, Callable[..., Geometry]] = {
     "embedding": _pointwise,
@@ -273,6 +279,6 @@ _GEOMETRIES: dict[str, Callable[..., Geometry]] = {
     "gated_activation": _pointwise,
     "elementwise": _pointwise,
     "last_row": _last_row,
-    "argmax": lambda p: Geometry(lambda n_tokens: (1, 1), _ARGMAX_BLOCK),
+    "choose": _choose,
     "log_probs": _block_per_token,
 }

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from gqsa_runtime.errors import DeviceError, InputError, ModelError
 from gqsa_runtime.perplexity import PerplexityResult, first_tokens, needed_tokens
-from gqsa_runtime.sampling import SamplingOptions, sample
+from gqsa_runtime.sampling import SamplingOptions, choose, first_draw, next_draw, penalize
 from gqsa_runtime.tokenizer import StopFilter, TextStream, Tokenizer
 
 from gqsac.evaluate.perplexity import made_for, perplexity
@@ -78,13 +77,14 @@ class TorchScorer:
         self, prompt: Sequence[int], max_new_tokens: int, options: SamplingOptions, stop: Sequence[str] = ()
     ) -> str:
         """See Scorer. Samples and stops as the runtime does."""
-        random, stream, stops = np.random.default_rng(0), TextStream(self.tokenizer, prompt), StopFilter(stop)
+        draw, stream, stops = first_draw(options, seed=0), TextStream(self.tokenizer, prompt), StopFilter(stop)
         seen, text = list(prompt), []
         inputs, cache = torch.tensor([seen], device=self.device), None
         for _ in range(min(max_new_tokens, self.context - len(prompt) + 1)):
             output = self.model(inputs, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            token = sample(output.logits[0, -1].float().cpu().numpy(), options, random, seen)
+            logits = output.logits[0, -1].float().cpu().numpy()
+            token, draw = choose(penalize(logits, seen, options.repetition_penalty), draw), next_draw(draw)
             if token in self.eos_token_ids:
                 break
             seen.append(token)

@@ -114,7 +114,7 @@ def _random_tokens(model: Model, count: int, seed: int = 0) -> np.ndarray:
 def _first_token(model: Model) -> float:
     model.engine.reset()
     began_s = time.perf_counter()
-    model.engine.extend_greedy(TokenSequence(), _random_tokens(model, min(_FIRST_PROMPT_TOKENS, model.context)))
+    model.engine.extend_choosing(TokenSequence(), _random_tokens(model, min(_FIRST_PROMPT_TOKENS, model.context)))
     return time.perf_counter() - began_s
 
 
@@ -122,10 +122,10 @@ def _decode(model: Model, length: int, n_decode: int, repeats: int) -> dict:
     prompt, seconds = _random_tokens(model, length), []
     for turn in range(repeats + 1):
         sequence = TokenSequence()  # of the prompt only the last token runs again
-        token = model.engine.extend_greedy(sequence, prompt)
+        token = model.engine.extend_choosing(sequence, prompt)
         for _ in range(n_decode):
             began_s = time.perf_counter()
-            token = model.engine.extend_greedy(sequence, [token])
+            token = model.engine.extend_choosing(sequence, [token])
             if turn:  # the first round warms up
                 seconds.append(time.perf_counter() - began_s)
     median_s = statistics.median(seconds)

@@ -15,10 +15,10 @@ import numpy as np
 from gqsa_runtime import cuda_errors
 from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.errors import DeviceError
-from gqsa_runtime.greedy_steps import CHOSEN, ROW, STATE, TOKEN, GreedySteps
 from gqsa_runtime.operators import state_elements
 from gqsa_runtime.program import DTYPE_BYTES, NUMPY_DTYPES, Argument, Binary, Launch, Program, Step
 from gqsa_runtime.rope import RopeTables
+from gqsa_runtime.steps_ahead import CHOSEN, ROW, STATE, TOKEN, StepsAhead
 from gqsa_runtime.stopwatch import Stopwatch
 
 STATIC_SHARED_LIMIT = 48 << 10  # above this a kernel must opt in to dynamic shared memory
@@ -165,7 +165,7 @@ class CudaDevice:
         self._on_their_way: set[str] = set()  # buffers whose pinned memory the stream may still read
         self._beginnings = {name: np.zeros(count, np.int32) for name, count in _STEP_INPUTS.items()}  # of buffers
         self._to_copy: set[str] = set()  # buffers whose beginning the device has not yet
-        self._steps: GreedySteps | None = None  # where the plan chooses tokens
+        self._steps: StepsAhead | None = None  # where the plan chooses tokens
         self._stepped = False  # whether the last launch was such a step
         self._modules: list = []
         self._graphs: dict[str, object] = {}
@@ -423,7 +423,7 @@ class CudaDevice:
         made = {"given": make(first, False), "following": make(first, True), "following second": make(second, True)}
         self._graphs.update(made)
         given, *others = made.values()
-        self._steps = GreedySteps(self._step_memory, given, others, self._stream, call)
+        self._steps = StepsAhead(self._step_memory, given, others, self._stream, call)
 
     def _copy(self, address: int, array: np.ndarray) -> None:
         with self._clock.stage("upload"):

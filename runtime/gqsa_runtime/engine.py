@@ -15,31 +15,35 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from gqsa_runtime.errors import ClosedError, InputError
-from gqsa_runtime.operators import FEW_TOKENS, state_elements
+from gqsa_runtime.operators import FEW_TOKENS, STATE_DRAW, STATE_TOKENS, state_elements
 from gqsa_runtime.program import Plan, Program
 from gqsa_runtime.rope import long_ropes
-from gqsa_runtime.sampling import likeliest, not_finite
+from gqsa_runtime.sampling import GREEDY, choose, not_finite
 from gqsa_runtime.sequence import Sequence
 from gqsa_runtime.session import Session, cache_shapes
 
 _Read = TypeVar("_Read")
 
 
-def launch_state(context: int, slots: int | np.ndarray, positions: abc.Sequence[int]) -> np.ndarray:
-    """The `state` of a launch, i32 [2 + 2 * n_tokens]: {n_tokens, context}, then {slot, position} of each token.
+def launch_state(
+    context: int, slots: int | np.ndarray, positions: abc.Sequence[int], draw: np.ndarray = GREEDY
+) -> np.ndarray:
+    """The `state` of a launch, i32 [8 + 2 * n_tokens]: {n_tokens, context, draw}, then {slot, position} of each token.
 
-    context: positions of one slot. slots: of the tokens, or of all of them. positions: n_tokens integers.
+    context: positions of one slot. slots: of the tokens, or of all of them. positions: n_tokens integers. draw: how the
+    token after the last one is chosen, i32 [sampling.DRAW].
     """
     state = np.empty(state_elements(len(positions)), np.int32)
     state[:2] = len(positions), context
-    state[2::2], state[3::2] = slots, positions
+    state[STATE_DRAW] = draw
+    state[STATE_TOKENS::2], state[STATE_TOKENS + 1 :: 2] = slots, positions
     return state
 
 
 class Device(Protocol):
     """What runs a program: CpuDevice and CudaDevice.
 
-    Reserved buffers: tokens i32 [prefill_chunk], state i32 [2 + 2 * prefill_chunk] (`launch_state`), targets i32
+    Reserved buffers: tokens i32 [prefill_chunk], state i32 [8 + 2 * prefill_chunk] (`launch_state`), targets i32
     [score_chunk], logits f32 [score_chunk or 1, vocab], log_probs f32 [score_chunk], argmax i32 [score_chunk]. plan:
     what it runs.
     """
@@ -143,22 +147,24 @@ class Engine:
         """
         return self._extend(sequence, tokens, self._logits)
 
-    def extend_greedy(self, sequence: Sequence, tokens: abc.Sequence[int]) -> int:
-        """Like extend, but returns the likeliest next token, of equal ones the first.
+    def extend_choosing(self, sequence: Sequence, tokens: abc.Sequence[int], draw: np.ndarray = GREEDY) -> int:
+        """Like extend, but returns the next token, chosen as `sampling.choose` does: by default the likeliest.
 
-        The device chooses it where the file has the operator for it; then logits stay there. Raises ModelError where
-        they are not finite.
+        draw: i32 [sampling.DRAW]. The device chooses where the file has the operator for it; then logits stay there.
+        Raises ModelError where they are not finite.
         """
-        return self._extend(sequence, tokens, self._likeliest)
+        return self._extend(sequence, tokens, lambda: self._chosen(draw), draw)
 
-    def _extend(self, sequence: Sequence, tokens: abc.Sequence[int], read: Callable[[], _Read]) -> _Read:
+    def _extend(
+        self, sequence: Sequence, tokens: abc.Sequence[int], read: Callable[[], _Read], draw: np.ndarray = GREEDY
+    ) -> _Read:
         with self._alone() as resident:
             new = ids = self._checked(tokens, self.context - len(sequence.tokens))
             n_reused = 0
             if resident is not sequence:
                 ids = np.concatenate([np.array(sequence.tokens, np.int32), new])
                 n_reused = self._keep_shared(ids[:-1])  # the last token must run for its logits
-            n_again = self._append(ids[n_reused:])
+            n_again = self._append(ids[n_reused:], draw)
             found = read()
             sequence.tokens.extend(new.tolist())
             sequence.n_reused, self._resident = max(n_reused - n_again, 0), sequence
@@ -259,36 +265,36 @@ class Engine:
         self._long_ropes = long
         return stale
 
-    def _append(self, ids: np.ndarray) -> int:
+    def _append(self, ids: np.ndarray, draw: np.ndarray = GREEDY) -> int:
         """Runs tokens; returns how many that the cache held ran again, because a sequence so long turns differently."""
         stale = self._use_ropes(self.position + len(ids))
         ids = np.concatenate([np.array(stale, np.int32), ids]) if stale else ids
         if len(ids) == 1:
-            self._launch(ids, "decode")
+            self._launch(ids, "decode", draw)
         else:
             for chunk in _chunks(ids, self.device.plan.prefill_chunk):
-                self._launch(chunk, _body(chunk))
+                self._launch(chunk, _body(chunk), draw)
             self.device.launch("last_logits")
         return len(stale)
 
-    def _launch(self, ids: np.ndarray, phase: str) -> None:
+    def _launch(self, ids: np.ndarray, phase: str, draw: np.ndarray = GREEDY) -> None:
         self._check_open()
-        self._upload(ids)
+        self._upload(ids, draw)
         self.device.launch(phase)
         self._tokens.extend(ids.tolist())
 
-    def _upload(self, ids: np.ndarray) -> None:
+    def _upload(self, ids: np.ndarray, draw: np.ndarray = GREEDY) -> None:
         """Tokens and the state of a launch that appends them."""
         self.device.upload("tokens", ids)
         positions = np.arange(self.position, self.position + len(ids))
-        self.device.upload("state", launch_state(self.context, 0, positions))
+        self.device.upload("state", launch_state(self.context, 0, positions, draw))
 
     def _logits(self) -> np.ndarray:
         return self.device.download("logits", self.program.vocab_size)
 
-    def _likeliest(self) -> int:
+    def _chosen(self, draw: np.ndarray) -> int:
         if not self.device.plan.chooses:
-            return likeliest(self._logits())
+            return choose(self._logits(), draw)
         token = int(self.device.download("argmax", 1)[0])
         if token < 0:
             raise not_finite()

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-
 from gqsa_runtime import format as gqsa
 from gqsa_runtime.chat import ChatTemplate
 from gqsa_runtime.engine import Device, Engine, ScoreResult
@@ -18,7 +16,7 @@ from gqsa_runtime.errors import ClosedError, FormatError, InputError
 from gqsa_runtime.load import open_device
 from gqsa_runtime.program import Program
 from gqsa_runtime.reader import ArtifactFile, TensorInfo
-from gqsa_runtime.sampling import SamplingOptions, sample
+from gqsa_runtime.sampling import SamplingOptions, choose, first_draw, next_draw, penalize
 from gqsa_runtime.sequence import Sequence as TokenSequence
 from gqsa_runtime.session import read_session, write_session
 from gqsa_runtime.stopwatch import Stopwatch
@@ -227,7 +225,8 @@ class Model:
         is full; `stats.finish_reason` says which. With context_shift a full context does not end it: the first
         n_keep tokens stay, and a begin-of-text token always; of the others the older half is forgotten and the
         rest read again, as if it were the prompt. A prompt must fit the context all the same.
-        temperature 0 is deterministic; so is a seed.
+        temperature 0 is deterministic; so is a seed: where logits are equal, on any device. A repetition_penalty other
+        than 1 has the host choose, from logits copied to it: the same tokens, more slowly.
         Arguments are checked, and InputError is raised, before the first piece. Its turn begins with
         the first piece: there wait=False raises BusyError where another call runs.
         """
@@ -250,7 +249,7 @@ class Model:
         if context_shift:
             kept = max(n_keep, int(ids[0] == self.program.bos_token_id))
             self._check_kept(kept)
-        pieces = self._pieces(ids, max_new_tokens, options, np.random.default_rng(seed), StopFilter(stop), kept)
+        pieces = self._pieces(ids, max_new_tokens, options, seed, StopFilter(stop), kept)
         return self._in_turn(pieces, wait)
 
     def _check_kept(self, n_keep: int) -> None:
@@ -328,24 +327,26 @@ class Model:
         ids: list[int],
         max_new_tokens: int,
         options: SamplingOptions,
-        random: np.random.Generator,
+        seed: int | None,
         stop: StopFilter,
         n_keep: int | None,
     ) -> Iterator[str]:
         """n_keep: tokens that stay when the context is full, None: it ends the text."""
         stats = self.stats = GenerationStats(prompt_tokens=len(ids))
         began_s = time.perf_counter()
-        sequence, seen = TokenSequence(), list(ids)
+        sequence, seen, draw = TokenSequence(), list(ids), first_draw(options, seed)
 
         def next_token(tokens: list[int]) -> int:
-            nonlocal sequence
+            nonlocal sequence, draw
             if len(sequence.tokens) + len(tokens) > self.context:  # never without n_keep
                 tokens = _shifted([*sequence.tokens, *tokens], n_keep)
                 sequence = TokenSequence()
                 stats.context_shifts += 1
-            if options.greedy:
-                return self.engine.extend_greedy(sequence, tokens)
-            return sample(self.engine.extend(sequence, tokens), options, random, seen)
+            now, draw = draw, next_draw(draw)
+            if options.repetition_penalty == 1:
+                return self.engine.extend_choosing(sequence, tokens, now)
+            # What was seen is known here alone.
+            return choose(penalize(self.engine.extend(sequence, tokens), seen, options.repetition_penalty), now)
 
         token = next_token(ids)
         stats.cached_tokens = sequence.n_reused

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from gqsa_runtime.constants import COUNT, FLAG, NUMBER, SIZE, Rule, allowed, shown
 from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS, Layout
+from gqsa_runtime.sampling import DRAW, OCTAVES
 
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
 
@@ -27,7 +28,7 @@ class Operand:
 
     dtype: of the memory pointed to, or "param:NAME" where the constant NAME gives it.
     elements: fewest elements the memory must hold, from (params, max_tokens, context); of a KV cache, those of a slot.
-    access: "in", "out", "inout" or "weight".
+    access: "in", "out", "inout", "weight", or "scratch": what is left there is of no use to anyone.
     present: whether the pointer is non-null for these params.
     """
 
@@ -42,9 +43,20 @@ class Operand:
         return params[self.dtype[len("param:") :]] if self.dtype.startswith("param:") else self.dtype
 
 
+# In `state`: how the token after the last one is chosen (sampling.DRAW), and where the tokens begin.
+STATE_DRAW = slice(2, 2 + DRAW)
+STATE_TOKENS = 2 + DRAW
+
+
 def state_elements(max_tokens: int) -> int:
-    """Elements of `state`, i32: {n_tokens, context}, then {slot, position} of each token."""
-    return 2 + 2 * max_tokens
+    """Elements of `state`, i32: {n_tokens, context, draw [6]}, then {slot, position} of each token."""
+    return STATE_TOKENS + 2 * max_tokens
+
+
+MOST_CHOICES = (1 << 20) - 1  # tokens of a vocabulary that `choose` can choose from: its integers leave so many bits
+CHOOSE_SLICE = 2048  # logits that a block of `choose` counts
+# i32 that each block of `choose` hands over: its largest logit, where that is, its octave; a u64 an octave; its tokens.
+CHOOSE_PARTIAL = 4 + 2 * OCTAVES + CHOOSE_SLICE
 
 
 def _rows(stride: str, width: str, per_token: str | None = None):
@@ -268,6 +280,10 @@ def _check_tiles(p: Mapping) -> str | None:
     return f"k is {p['k']}, expected a multiple of {_TILE}" if p["k"] % _TILE else None
 
 
+def _check_choose(p: Mapping) -> str | None:
+    return f"vocab is {p['vocab']}, expected at most {MOST_CHOICES}" if p["vocab"] > MOST_CHOICES else None
+
+
 OPERATORS: dict[str, Operator] = {
     "embedding": Operator(
         "out[t] = scale * table[ids[t]], or for source positions table[position[t] + position_offset]",
@@ -419,15 +435,20 @@ OPERATORS: dict[str, Operator] = {
             _STATE,
         ),
     ),
-    # Ends decode and last_logits, so that a greedy step hands over one number.
-    "argmax": Operator(
-        "token = first index of the largest logit; -1 where a logit is NaN or the largest is not finite",
+    # Ends decode and last_logits, so that a step hands over one number. CUDA's blocks alone use partials and counters,
+    # which are 0 before and after.
+    "choose": Operator(
+        "token = first index of the largest logit, or one drawn as the draw in state asks (sampling.py); -1 where "
+        "a logit is NaN or the largest is not finite",
         {"vocab": SIZE},
         (
             Operand("logits", "f32", lambda p, t, c: p["vocab"]),
+            Operand("partials", "i32", lambda p, t, c: -(-p["vocab"] // CHOOSE_SLICE) * CHOOSE_PARTIAL, "scratch"),
+            Operand("counters", "i32", lambda p, t, c: 1, "inout"),
             Operand("token", "i32", lambda p, t, c: 1, "out"),
             _STATE,
         ),
+        _check_choose,
     ),
     "log_probs": Operator(
         "result[t] = log softmax(logits[t])[targets[t]]; argmax[t] = first index of the largest logit",

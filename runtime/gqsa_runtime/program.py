@@ -3,11 +3,11 @@ steps to launch.
 
 Every activation is f32 `[n_tokens, width]`, a row per token, stored with a row stride that is a
 constant of the kernel. A kernel takes only pointers; all numbers are stamped into its code, except
-`state` = i32 [2 + 2 * n] {n_tokens, context, slot and position of each token}: how many tokens this
-launch holds, how many positions a slot of the KV cache has, and where in the cache each token belongs. A slot
-holds one sequence; the tokens of a launch may be of any slots. `operators.OPERATORS` gives each operator's
-operands in order, and `validate` checks every argument of every step against it, so that no kernel can be
-pointed outside its memory.
+`state` = i32 [8 + 2 * n] {n_tokens, context, draw, slot and position of each token}: how many tokens this
+launch holds, how many positions a slot of the KV cache has, how the next token is chosen (`sampling.py`), and
+where in the cache each token belongs. A slot holds one sequence; the tokens of a launch may be of any slots.
+`operators.OPERATORS` gives each operator's operands in order, and `validate` checks every argument of every step
+against it, so that no kernel can be pointed outside its memory.
 """
 
 from __future__ import annotations
@@ -161,10 +161,10 @@ class Plan:
 
     @cached_property
     def chooses(self) -> bool:
-        """Whether decode and last_logits end by leaving the likeliest token in argmax[0], or -1 (operator argmax)."""
+        """Whether decode and last_logits end by leaving the next token in argmax[0], or -1 (operator choose)."""
         operators = {kernel.name: kernel.op for kernel in self.kernels}
         ends = [self.phases[phase][-1:] for phase in ("decode", "last_logits")]
-        return all(operators[step.kernel] == "argmax" for steps in ends for step in steps) and all(ends)
+        return all(operators[step.kernel] == "choose" for steps in ends for step in steps) and all(ends)
 
     def tensors(self, ropes: Mapping[str, Rope]) -> set[str]:
         """Names of the tensors that a device reads: those of the steps, and the frequencies of the rotary tables."""

@@ -1,7 +1,21 @@
-"""Picks the next token from logits: NumPy, one pass over the vocabulary where that is enough."""
+"""Picks the next token from logits. `choose` is the definition of what the operator `choose` computes on a device.
+
+Logits over the temperature become integers first, and everything after that is exact in integers: which tokens top_k,
+top_p and min_p keep, and which one a random number falls on. So no order of summing or sorting can matter, and equal
+logits give the same token wherever it is chosen.
+
+A token's place in the order, likeliest first:
+    scaled = logit * scale, one f32 product: the logarithm of its weight to base 2
+    octave = floor(scaled of the likeliest) - floor(scaled), 0 up; from OCTAVES on a token is never drawn
+    step   = its 16 bits behind the point; of equal octaves the larger step comes first, of equal steps the lower token
+Its weight is 2^(step / 2^16) in 24 bits (`_mantissas`), right to 2 parts in 10^7, shifted right by its octave: an
+octave's weights are summed first, then shifted.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +23,16 @@ import numpy as np
 
 from gqsa_runtime.errors import InputError, ModelError
 
-_FIRST_CANDIDATES = 1024  # sorted first; nearly always enough to hold top_p of the mass
+OCTAVES = 64
+STEP_BITS = 16
+LIMIT = np.float32(2.0**29)  # of scaled logits; beyond it they count as equal
+EXPONENTIAL = (1488531108, 515749229, 119829401, 19363925, 4009631)  # 2^x = 1 + x (c0 + x (c1 + ..)), times 2^31
+
+# A draw is i32 [DRAW]: how one token is chosen. All zeros: the likeliest is taken.
+SCALE, TOP_K, SPAN, TOP_P, COUNTER = 0, 1, 2, 3, slice(4, 6)
+DRAW = 6
+GREEDY = np.zeros(DRAW, np.int32)
+_GAMMA = 0x9E3779B97F4A7C15  # between the counters of two draws: SplitMix64
 
 
 @dataclass(frozen=True)
@@ -41,8 +64,8 @@ class SamplingOptions:
 
     @property
     def greedy(self) -> bool:
-        """Whether logits alone decide, and the largest is taken."""
-        return (self.temperature == 0 or self.top_k == 1) and self.repetition_penalty == 1
+        """Whether the largest logit is taken."""
+        return self.temperature == 0 or self.top_k == 1
 
 
 def likeliest(logits: np.ndarray) -> int:
@@ -61,23 +84,137 @@ def not_finite() -> ModelError:
     return ModelError("the model computed logits that are not finite; check the file with `gqsa verify`")
 
 
-def sample(
-    logits: np.ndarray, options: SamplingOptions, generator: np.random.Generator, seen: Sequence[int] = ()
-) -> int:
-    """Index of the chosen token. logits: f32 [vocab], left as they are. seen: tokens to penalise.
+def first_draw(options: SamplingOptions, seed: int | None = None) -> np.ndarray:
+    """The draw of a generation's first token, i32 [DRAW]. seed: the same, the same random numbers; None: any.
+
+    {scale: f32, top_k, span: how far in steps of 2^-16 octaves the kept are from the likeliest one, top_p: u32 fraction
+    of 2^32, counter: u64, low half first}; top_k and top_p 0: off. repetition_penalty is not part of it.
+    """
+    draw = GREEDY.copy()
+    if options.greedy:
+        return draw
+    scale = math.log2(math.e) / options.temperature if options.temperature > 2.0**-100 else 2.0**100
+    draw[SCALE : SCALE + 1].view(np.float32)[:] = min(max(scale, 2.0**-100), 2.0**100)
+    draw[TOP_K] = min(options.top_k, 2**31 - 1)
+    draw[SPAN] = math.floor(-math.log2(options.min_p) * 2**STEP_BITS) if options.min_p else 2**31 - 1
+    if options.top_p < 1:
+        draw[TOP_P : TOP_P + 1].view(np.uint32)[:] = min(max(round(options.top_p * 2**32), 1), 2**32 - 1)
+    draw[COUNTER].view(np.uint64)[:] = np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
+    return draw
+
+
+def next_draw(draw: np.ndarray) -> np.ndarray:
+    """The draw of the token after. The likeliest is taken without random numbers."""
+    if not draw[SCALE]:
+        return draw
+    after = draw.copy()
+    after[COUNTER].view(np.uint64)[:] += np.uint64(_GAMMA)
+    return after
+
+
+def choose(logits: np.ndarray, draw: np.ndarray) -> int:
+    """Index of the chosen token. logits: f32 [vocab]. draw: i32 [DRAW].
 
     Raises ModelError as likeliest does.
     """
-    if options.repetition_penalty != 1.0 and len(seen):
-        logits = penalize(logits, seen, options.repetition_penalty)
     best = likeliest(logits)
-    if options.temperature == 0 or options.top_k == 1:
+    scale = draw[SCALE : SCALE + 1].view(np.float32)[0]
+    if scale == 0:
         return best
-    candidates, weights = _nucleus(logits, float(logits[best]), options)
-    cumulated = np.cumsum(weights)
-    # random() < 1, but its product with the sum may round up to the sum.
-    index = np.searchsorted(cumulated, generator.random() * cumulated[-1], side="right")
-    return int(candidates[min(index, len(candidates) - 1)])
+    tokens = _Tokens(_places(logits, best, scale))
+    likeliest_place = int(tokens.places.min())
+    if 0 < draw[TOP_K] < len(tokens.places):
+        tokens = tokens.up_to(tokens.at_count(int(draw[TOP_K]) - 1))
+    top_p = int(draw[TOP_P : TOP_P + 1].view(np.uint32)[0])
+    if top_p:
+        tokens = tokens.up_to(tokens.at_share(top_p << 32))
+    if draw[SPAN] < OCTAVES << STEP_BITS:
+        tokens = tokens.up_to(((likeliest_place >> _INDEX_BITS) + int(draw[SPAN]) << _INDEX_BITS) + _INDEX_MASK)
+    random = _mixed(int(draw[COUNTER].view(np.uint64)[0]))
+    return tokens.at_share(random) & _INDEX_MASK
+
+
+_INDEX_BITS = 32
+_INDEX_MASK = (1 << _INDEX_BITS) - 1
+
+
+def _places(logits: np.ndarray, best: int, scale: np.float32) -> np.ndarray:
+    """Places in the order of the tokens that may be drawn, i64: octave, 16 bits of the step turned round, index."""
+    with np.errstate(over="ignore"):
+        scaled = np.clip(logits * scale, -LIMIT, LIMIT)
+    whole = np.floor(scaled)
+    octaves = whole[best] - whole
+    near = np.flatnonzero((octaves < OCTAVES) & (logits > -np.inf))
+    # Just below a whole number the difference is rounded up to 1.
+    most = (1 << STEP_BITS) - 1
+    steps = np.minimum(((scaled[near] - whole[near]) * np.float32(1 << STEP_BITS)).astype(np.int64), most)
+    return ((octaves[near].astype(np.int64) << STEP_BITS | most - steps) << _INDEX_BITS) | near
+
+
+class _Tokens:
+    """Tokens in order, by their places."""
+
+    def __init__(self, places: np.ndarray):
+        self.places = places
+        self._octaves = places >> STEP_BITS + _INDEX_BITS
+        self._counts = np.bincount(self._octaves, minlength=OCTAVES).tolist()
+        # Sums of f64 that are exact: under 2^53.
+        sums = np.bincount(self._octaves, weights=_weights(places), minlength=OCTAVES).tolist()
+        self._masses = [int(total) >> octave for octave, total in enumerate(sums)]
+
+    def up_to(self, last: int) -> _Tokens:
+        """Those up to a place."""
+        return _Tokens(self.places[self.places <= last])
+
+    def at_count(self, position: int) -> int:
+        """The place of token number `position`, from 0 on."""
+        octave, before = _find(self._counts, position)
+        return int(self._in_order(octave)[position - before])
+
+    def at_share(self, fraction: int) -> int:
+        """The place of the token on which the share fraction / 2^64 of all weights falls."""
+        position = sum(self._masses) * fraction  # in units of 2^-64
+        octave, before = _find(self._masses, position >> 64)
+        position = position - (before << 64) >> 64 - octave  # in units of the octave's own weights
+        places = self._in_order(octave)
+        return int(places[np.searchsorted(np.cumsum(_weights(places)), position, side="right")])
+
+    def _in_order(self, octave: int) -> np.ndarray:
+        return np.sort(self.places[self._octaves == octave])
+
+
+def _find(amounts: list[int], position: int) -> tuple[int, int]:
+    """(which of the amounts holds a position in their sum, the sum of those before)."""
+    before = 0
+    for index, amount in enumerate(amounts):
+        if position < before + amount:
+            return index, before
+        before += amount
+    raise ValueError(f"position {position} is outside {before}")
+
+
+def _weights(places: np.ndarray) -> np.ndarray:
+    """Weights in the units of their own octaves, i64 from 2^23 up to 2^24."""
+    most = (1 << STEP_BITS) - 1
+    return _mantissas()[most - (places >> _INDEX_BITS & most)]
+
+
+@functools.cache
+def _mantissas() -> np.ndarray:
+    """2^(step / 2^16) in units of 2^-23 for every step, i64 [2^16]."""
+    x = np.arange(1 << STEP_BITS, dtype=np.uint64) << np.uint64(32 - STEP_BITS)
+    power = np.zeros_like(x)
+    for coefficient in reversed(EXPONENTIAL):
+        power = np.uint64(coefficient) + (power * x >> np.uint64(32))
+    return (np.uint64(1 << 31) + (power * x >> np.uint64(32)) >> np.uint64(8)).astype(np.int64)
+
+
+def _mixed(counter: int) -> int:
+    """A random u64 from a counter: SplitMix64."""
+    mask = (1 << 64) - 1
+    counter = (counter ^ counter >> 30) * 0xBF58476D1CE4E5B9 & mask
+    counter = (counter ^ counter >> 27) * 0x94D049BB133111EB & mask
+    return counter ^ counter >> 31
 
 
 def penalize(logits: np.ndarray, seen: Sequence[int], penalty: float) -> np.ndarray:
@@ -87,34 +224,3 @@ def penalize(logits: np.ndarray, seen: Sequence[int], penalty: float) -> np.ndar
     values = logits[tokens]
     logits[tokens] = np.where(values > 0, values / penalty, values * penalty)
     return logits
-
-
-def _nucleus(logits: np.ndarray, greatest: float, options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
-    """Candidate tokens and their unnormalised probabilities, float64; likeliest first where top_k or top_p ask."""
-    with np.errstate(over="ignore"):  # a tiny temperature: -inf is the right limit
-        weights = np.exp((logits.astype(np.float64) - greatest) / options.temperature)
-    if not options.top_k and options.top_p == 1:  # no order is needed, and sorting a vocabulary takes milliseconds
-        kept = np.flatnonzero(weights >= (options.min_p or np.finfo(np.float64).tiny))
-        return kept, weights[kept]
-    n_candidates = min(options.top_k or len(logits), len(logits))
-    # With top_k the mass that top_p refers to is that of the k tokens alone.
-    total = None if options.top_k else float(weights.sum())
-    count = n_candidates if options.top_k else min(_FIRST_CANDIDATES, n_candidates)
-    order = _largest(weights, count)
-    while count < n_candidates and weights[order].sum() < options.top_p * total:
-        count = min(8 * count, n_candidates)
-        order = _largest(weights, count)
-    chosen = weights[order]
-    if options.top_p < 1:
-        before = np.cumsum(chosen) - chosen
-        chosen = chosen[before < options.top_p * (total or chosen.sum())]
-    if options.min_p > 0:
-        chosen = chosen[chosen >= options.min_p]  # the likeliest has the weight 1
-    return order[: len(chosen)], chosen
-
-
-def _largest(weights: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` largest weights, largest first; equal ones by index."""
-    partial = count < len(weights)
-    indices = np.sort(np.argpartition(weights, -count)[-count:]) if partial else np.arange(len(weights))
-    return indices[np.argsort(-weights[indices], kind="stable")]

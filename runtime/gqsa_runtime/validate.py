@@ -30,7 +30,7 @@ _TARGETS = {
 # Kernels index memory by what the host writes here, so no kernel may write to these three.
 _HOST_BUFFERS = ("tokens", "targets", "state")
 # And by the token that a decode step chose, where the next one goes on with it.
-_CHOICE, _CHOOSERS = "argmax", ("argmax", "log_probs")
+_CHOICE, _CHOOSERS = "argmax", {"choose": "token", "log_probs": "argmax"}  # operator: its operand
 _MAX_GRID = (2**31 - 1, 65535, 65535)
 _MAX_BLOCK = 1024
 _MAX_SHARED_BYTES = 256 << 10
@@ -230,7 +230,7 @@ class _PlanChecker:
                 raise _error(f"{where}: the position table has {kernel.params['vocab']} rows, the context needs {rows}")
         elif kernel.op == "embedding" and kernel.params["vocab"] < self.program.vocab_size:
             raise _error(f"{where}: the table has {kernel.params['vocab']} rows for {self.program.vocab_size} tokens")
-        elif kernel.op == "argmax":
+        elif kernel.op == "choose":
             # Its result is read as the next token.
             if kernel.params["vocab"] != self.program.vocab_size:
                 raise _error(f"{where}: {kernel.params['vocab']} logits for {self.program.vocab_size} tokens")
@@ -262,7 +262,7 @@ class _PlanChecker:
             held = _tensor(self.tensors, where, arg.name, dtype).elements
         elif arg.kind == "buffer":
             held = self._buffer_elements(where, operand, arg, dtype)
-            if operand.access != "in" and arg.name == _CHOICE and kernel.op not in _CHOOSERS:
+            if operand.access != "in" and arg.name == _CHOICE and _CHOOSERS.get(kernel.op) != operand.name:
                 raise _error(f"{where} writes to {_CHOICE!r}, which only {' and '.join(_CHOOSERS)} may write")
         else:
             held = needed if self._fits(params, arg) else -1

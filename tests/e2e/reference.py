@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from gqsa_runtime import Model
+from gqsa_runtime.sampling import SamplingOptions, choose, first_draw, next_draw
+from gqsa_runtime.sequence import Sequence
 from transformers import AutoModelForCausalLM
 
 import gqsac  # noqa: F401  lets transformers load compressed folders
@@ -83,3 +85,13 @@ def greedy(model: Model, tokens, n_tokens: int) -> list[int]:
         made.append(int(logits.argmax()))
         logits = model.engine.decode(made[-1])
     return made
+
+
+def check_draws(model: Model, tokens, n_tokens: int, **options) -> None:
+    """The device draws from its logits what `sampling.choose` draws from them."""
+    sequence, new, draw, made = Sequence(), list(tokens), first_draw(SamplingOptions(**options), seed=len(tokens)), []
+    for _ in range(n_tokens):
+        made.append(model.engine.extend_choosing(sequence, new, draw))
+        assert made[-1] == choose(model.device.download("logits", model.program.vocab_size), draw)
+        new, draw = made[-1:], next_draw(draw)
+    assert len(set(made)) > n_tokens // 2

@@ -14,6 +14,7 @@ from gqsac.rounding import Rounding
 from tests.e2e.checkpoints import CONFIGS, save_checkpoint, save_multi_stream
 from tests.e2e.command import gqsac, refusal, succeed
 from tests.e2e.reference import (
+    check_draws,
     expected_greedy,
     expected_log_probs,
     expected_logits,
@@ -96,6 +97,7 @@ def check_parity(folder, file, n_tokens=12, tolerance=1e-4, reference=None):
             expected = expected_greedy(reference, ids[:length], n_tokens)
             assert greedy(model, ids[:length], n_tokens) == expected
             assert len(set(expected)) > 3  # a model that repeats one token would hide mistakes
+            check_draws(model, ids[:length], n_tokens, temperature=0.9, top_p=0.95)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

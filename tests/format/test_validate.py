@@ -373,6 +373,14 @@ def test_phases():
         ("all_log_probs", 1, "argmax", Argument("buffer", "state"), "writes to 'state'"),
         ("decode", 6, "token", Argument("buffer", "tokens"), "writes to 'tokens'"),
         ("decode", 6, "token", Argument("buffer", "argmax", 1), "expected the start of 'argmax'"),
+        (
+            "decode",
+            6,
+            "counters",
+            Argument("buffer", "argmax"),
+            "writes to 'argmax', which only choose and log_probs may",
+        ),
+        ("decode", 6, "partials", Argument("buffer", "last"), "expected one of i32"),
         ("last_logits", 2, "logits", Argument("buffer", "logits", 4), "expected the start of 'logits'"),
     ],
 )
@@ -399,7 +407,7 @@ def test_tables_must_cover_the_vocabulary():
     refuse("table has 257 rows", kernels=with_param("embedding_t1", vocab=257))
     refuse("257 logits", kernels=with_param("log_probs", vocab=257))
     for vocab in (257, 259):  # one more than the vocabulary would make a token that there is not
-        refuse(f"{vocab} logits for 258 tokens", kernels=with_param("argmax", vocab=vocab))
+        refuse(f"{vocab} logits for 258 tokens", kernels=with_param("choose", vocab=vocab))
 
 
 def test_stream_sizes():
@@ -440,9 +448,3 @@ def test_index_contents():
     ):
         with pytest.raises(FormatError, match=name):
             contents(**changed(name, place, value))
-
-
-def test_only_those_that_choose_write_the_choice(monkeypatch):
-    """No operator of a CPU writes integers but these: one of them stands for another."""
-    monkeypatch.setattr("gqsa_runtime.validate._CHOOSERS", ("log_probs",))
-    refuse("writes to 'argmax', which only log_probs may write")

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 from gqsa_runtime.format import FORMAT_VERSION
-from gqsa_runtime.operators import state_elements
+from gqsa_runtime.operators import CHOOSE_PARTIAL, state_elements
 from gqsa_runtime.program import Argument, Binary, Buffer, Kernel, KVLayer, Launch, Plan, Program, Rope, Step
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -71,13 +71,14 @@ def plan(**changes) -> Plan:
     kernels = [*_kernels("t1", 1), *_kernels("t8", 8)]
     kernels += [
         Kernel("last_row", "last_row", {"width": ROWS, "x_stride": ROWS}, {}),
-        Kernel("argmax", "argmax", {"vocab": VOCAB}, {}),
+        Kernel("choose", "choose", {"vocab": VOCAB}, {}),
         Kernel("log_probs", "log_probs", {"tokens": 8, "vocab": VOCAB, "x_stride": VOCAB}, {}),
     ]
     sizes = [("tokens", "i32", CHUNK), ("targets", "i32", CHUNK), ("state", "i32", state_elements(CHUNK)),
              ("logits", "f32", CHUNK * VOCAB),
              ("log_probs", "f32", CHUNK), ("argmax", "i32", CHUNK), ("last", "f32", ROWS), ("x", "f32", CHUNK * WIDTH),
-             ("q", "f32", CHUNK * ROWS), ("y", "f32", CHUNK * ROWS)]  # fmt: skip
+             ("q", "f32", CHUNK * ROWS), ("y", "f32", CHUNK * ROWS), ("partials", "i32", CHOOSE_PARTIAL),
+             ("counters", "i32", 1)]  # fmt: skip
     buffers, offset = [], 0
     for name, dtype, elements in sizes:
         buffers.append(Buffer(name, dtype, elements, offset))
@@ -101,7 +102,7 @@ def plan(**changes) -> Plan:
     def head(suffix: str, hidden: str) -> Step:
         return step(f"linear_dense_{suffix}", hidden, ("tensor", "embed"), ("null",), ("null",), "logits")
 
-    choice = step("argmax", "logits", "argmax")
+    choice = step("choose", "logits", "partials", "counters", "argmax")
     last, scores = step("last_row", "y", "last"), step("log_probs", "logits", "targets", "log_probs", "argmax")
     fields = {
         "prefill_chunk": CHUNK, "score_chunk": CHUNK,

@@ -12,6 +12,7 @@ import json
 
 import numpy as np
 from gqsa_runtime.engine import launch_state
+from gqsa_runtime.operators import state_elements
 
 from gqsac.bsr import pack_values
 from gqsac.compiler.cuda_launch import launch
@@ -36,7 +37,7 @@ def main() -> None:
     weights = [_weights(gpu, *shape, options) for shape in SHAPES]
     x = gpu.allocate(4 * 32768)
     gpu.upload(x, np.zeros(32768, np.float32))
-    state = gpu.allocate(16)
+    state = gpu.allocate(4 * state_elements(1))
     gpu.upload(state, launch_state(1, 0, np.arange(1)))
     for n_tasks in options.tasks:
         line = {"group_size": options.group_size, "bits": options.bits, "density": options.density, "tasks": n_tasks}

@@ -20,7 +20,17 @@ from types import SimpleNamespace
 import numpy as np
 from gqsa_runtime.engine import launch_state
 from gqsa_runtime.layouts import GROUP_WORDS
-from gqsa_runtime.operators import FUSED_TOKENS, OPERATORS, families_of, partials_elements, state_elements, tokens_held
+from gqsa_runtime.operators import (
+    CHOOSE_PARTIAL,
+    CHOOSE_SLICE,
+    FUSED_TOKENS,
+    OPERATORS,
+    families_of,
+    partials_elements,
+    state_elements,
+    tokens_held,
+)
+from gqsa_runtime.sampling import GREEDY, SamplingOptions, first_draw
 
 from gqsac.bsr import BsrStream, pack_values
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
@@ -83,6 +93,7 @@ class Case:
     atol: float = 2e-5
     extra: object = None  # what `fill` needs beside the constants
     places: tuple[tuple[int, int], ...] = ()
+    draw: tuple[int, ...] = tuple(GREEDY)
 
     @property
     def slots(self) -> int:
@@ -100,7 +111,7 @@ class Case:
         named = self.fill(rng, params, self)
         slots, positions = np.array(self.token_places()).T
         state = _empty(state_elements(self.max_tokens), np.int32)
-        state[: state_elements(self.n_tokens)] = launch_state(self.context, slots, positions)
+        state[: state_elements(self.n_tokens)] = launch_state(self.context, slots, positions, self.draw)
         if params.get("tokens") == 1:  # the decode variant must not read the count of tokens
             state[0] = POISON
         named["state"] = state
@@ -325,13 +336,20 @@ def _last_row(rng, p, case):
     return {"x": _activations(rng, case, p, p["x_stride"], p["width"]), "out": _output(p["width"], np.float32)}
 
 
-def _argmax(rng, p, case):
+def _choose(rng, p, case):
+    """extra: (places, value) of some of the logits, or what makes all of them from normal ones."""
     logits = _activations(rng, case, {"tokens": 1}, p["vocab"], p["vocab"], scale=4.0)
-    places, value = case.extra
-    logits[[int(place * (p["vocab"] - 1)) for place in places]] = value
-    if case.name.endswith("nothing"):
-        logits[: p["vocab"]] = value
-    return {"logits": logits, "token": _output(1, np.int32)}
+    if callable(case.extra):
+        logits[: p["vocab"]] = case.extra(logits[: p["vocab"]])
+    else:
+        places, value = case.extra
+        logits[[int(place * (p["vocab"] - 1)) for place in places]] = value
+    return {
+        "logits": logits,
+        "partials": _output(-(-p["vocab"] // CHOOSE_SLICE) * CHOOSE_PARTIAL, np.int32),
+        "counters": _array([0], np.int32),
+        "token": _output(1, np.int32),
+    }
 
 
 def _log_probs(rng, p, case):
@@ -437,9 +455,10 @@ MIXED_PLACES = {
 
 
 def _simple_cases():
-    def case(name, fill, n_tokens=1, position=3, context=64, places=(), extra=None, **params):
+    def case(name, fill, n_tokens=1, position=3, context=64, places=(), extra=None, draw=tuple(GREEDY), **params):
         spec = KernelSpec.make(name.split("/")[0], **params)
-        return Case(name, spec, fill, len(places) or n_tokens, position, 16, context, places=places, extra=extra)
+        n_tokens = len(places) or n_tokens
+        return Case(name, spec, fill, n_tokens, position, 16, context, places=places, extra=extra, draw=draw)
 
     table = {"vocab": 101, "width": 72, "position_offset": 0, "scale": 1.0, "out_stride": 72}
     for source, offset in (("tokens", 0), ("positions", 2)):
@@ -514,15 +533,63 @@ def _simple_cases():
             "ties": [0.2, 0.4, 0.9],
             "far": [1, 0],
         }.items():
-            yield case(f"argmax/v{vocab}_{name}", _argmax, vocab=vocab, extra=(places, 23.5))
-    for name, places, value in (
-        ("nan", [0.7], np.nan), ("nan_last", [1], np.nan), ("infinite", [0.4], np.inf),
-        ("some_removed", [0, 1], -np.inf), ("nothing", [0], -np.inf), ("zeros_nothing", [0.5], -0.0),
-    ):  # fmt: skip
-        yield case(f"argmax/v2051_{name}", _argmax, vocab=2051, extra=(places, value))
+            yield case(f"choose/v{vocab}_{name}", _choose, vocab=vocab, extra=(places, 23.5))
+    yield from _drawn_cases(case)
+    for name, extra in {
+        "nan": ([0.7], np.nan),
+        "nan_last": ([1], np.nan),
+        "infinite": ([0.4], np.inf),
+        "some_removed": ([0, 1], -np.inf),
+        "nothing": lambda logits: np.full_like(logits, -np.inf),
+        "zeros": lambda logits: np.full_like(logits, -0.0),
+    }.items():
+        yield case(f"choose/v2051_{name}", _choose, vocab=2051, extra=extra)
+        yield case(f"choose/v2051_{name}_drawn", _choose, vocab=2051, extra=extra, draw=_draw(7, top_p=0.9))
     for vocab in (101, 4999):
         yield case(f"log_probs/v{vocab}", _log_probs, tokens=1, vocab=vocab, x_stride=vocab)
         yield case(f"log_probs/v{vocab}_tile", _log_probs, 13, tokens=8, vocab=vocab, x_stride=vocab + 5)
+
+
+def _draw(seed, temperature=0.8, **options):
+    return tuple(first_draw(SamplingOptions(temperature=temperature, **options), seed))
+
+
+def _drawn_cases(case):
+    alone = ([0.5], 0.0)
+    flat = lambda logits: logits * 0.01  # noqa: E731  more tokens in an octave than are listed
+    same = lambda logits: np.full_like(logits, 3.25)  # noqa: E731
+    steep = lambda logits: np.where(np.arange(len(logits)) % 97 == 5, logits, -np.inf)  # noqa: E731
+    for seed, (name, vocab, extra, options) in enumerate(
+        [
+            ("everything", 32003, alone, {"top_k": 40, "top_p": 0.95, "min_p": 0.05}),
+            ("plain", 3, alone, {}),
+            ("plain", 2048, alone, {}),
+            ("plain", 9001, alone, {}),
+            ("plain_hot", 9001, alone, {"temperature": 3.0}),
+            ("plain_cold", 9001, alone, {"temperature": 0.001}),
+            ("plain_coldest", 9001, alone, {"temperature": 1e-300}),
+            ("flat", 32003, flat, {}),
+            ("flat_top_p", 32003, flat, {"top_p": 0.6}),
+            ("flat_everything", 32003, flat, {"top_k": 20000, "top_p": 0.9, "min_p": 0.92}),
+            ("same", 12007, same, {"temperature": 1.0}),
+            ("same_top_k", 12007, same, {"top_k": 7000}),
+            ("same_top_p", 12007, same, {"top_p": 0.5, "temperature": 1.0}),
+            ("same_everything", 3001, same, {"top_k": 2500, "top_p": 0.5, "min_p": 0.5}),
+            ("steep", 9001, steep, {"top_p": 0.99}),
+            ("steep_top_k", 9001, steep, {"top_k": 500}),
+            ("top_k", 9001, alone, {"top_k": 40}),
+            ("top_k_all", 9001, alone, {"top_k": 9001}),
+            ("top_p", 9001, alone, {"top_p": 0.95}),
+            ("top_p_all", 9001, alone, {"top_p": 0.999999999}),
+            ("top_p_few", 9001, alone, {"top_p": 1e-12}),
+            ("min_p", 9001, alone, {"min_p": 0.05}),
+            ("min_p_all", 9001, alone, {"min_p": 1e-300}),
+            ("far_tail", 32003, lambda logits: logits * 3, {"temperature": 0.3}),
+        ]
+    ):
+        yield case(f"choose/v{vocab}_{name}", _choose, vocab=vocab, extra=extra, draw=_draw(seed, **options))
+    for seed in range(12):  # random numbers from near 0 to near 1
+        yield case(f"choose/v4100_seed_{seed}", _choose, vocab=4100, extra=alone, draw=_draw(seed, 1.3, top_p=0.97))
 
 
 def _attention_cases():

@@ -9,8 +9,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from gqsa_runtime.errors import ModelError
 from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS
-from gqsa_runtime.operators import FUSED_TOKENS, state_elements
+from gqsa_runtime.operators import FUSED_TOKENS, STATE_DRAW, STATE_TOKENS, state_elements
+from gqsa_runtime.sampling import choose
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -42,7 +44,7 @@ class Places:
     def read(cls, params, state):
         """From `state`; the decode variant ignores its count of tokens."""
         n_tokens = 1 if params.get("tokens") == 1 else int(state[0])
-        slots, positions = state[2 : state_elements(n_tokens)].reshape(n_tokens, 2).astype(np.int64).T
+        slots, positions = state[STATE_TOKENS : state_elements(n_tokens)].reshape(n_tokens, 2).astype(np.int64).T
         return cls(int(state[1]), slots, positions)
 
     @property
@@ -265,10 +267,13 @@ def _last_row(p, a, n, places, write):
     write("out", a["x"][start : start + p["width"]][None].astype(np.float64), p["width"])
 
 
-def _argmax(p, a, n, places, write):
-    logits = a["logits"][: p["vocab"]]
-    best = int(logits.argmax())  # NaN counts as the largest
-    write("token", np.array([[best if np.isfinite(logits[best]) else -1]]), 1)
+def _choose(p, a, n, places, write):
+    try:
+        token = choose(a["logits"][: p["vocab"]], a["state"][STATE_DRAW])
+    except ModelError:
+        token = -1
+    write("token", np.array([[token]]), 1)
+    return {"counters": a["counters"].copy()}
 
 
 def _log_probs(p, a, n, places, write):
@@ -297,7 +302,7 @@ _ORACLES = {
     "gated_activation": _gated_activation,
     "elementwise": _elementwise,
     "last_row": _last_row,
-    "argmax": _argmax,
+    "choose": _choose,
     "log_probs": _log_probs,
 }
 

@@ -15,11 +15,11 @@ _THREADS = 3
 
 
 def _chosen() -> list:
-    """Of operators beside those over records one case for each width, type of cache, and one or several tokens."""
+    """Of operators beside those over records one case for each width, type of cache, one or several tokens, draw."""
     kinds: dict[tuple, object] = {}
     for case in CPU_CASES:
         params = dict(case.spec.params)
-        kind = (case.spec.op, params.get("bits"), params.get("kv_dtype"), params.get("tokens") == 1)
+        kind = (case.spec.op, params.get("bits"), params.get("kv_dtype"), params.get("tokens") == 1, any(case.draw))
         kinds.setdefault((*kind, case.name) if case.spec.op in _ALL_CASES_OF else kind, case)
     return list(kinds.values())
 

@@ -9,6 +9,7 @@ from gqsa_runtime import device_cpu
 from gqsa_runtime.device_cpu import CpuDevice, choose_binary, probe, supported_targets
 from gqsa_runtime.engine import launch_state
 from gqsa_runtime.errors import DeviceError
+from gqsa_runtime.operators import state_elements
 from gqsa_runtime.program import Argument, Binary, Buffer, Kernel, KVLayer, Plan, Program, Rope, Step
 from gqsa_runtime.rope import rope_table
 
@@ -54,7 +55,7 @@ def make_program(targets=("x86_64_v4", "x86_64_v3", "aarch64")):
     )
     buffers = (
         Buffer("tokens", "i32", 1, 0),
-        Buffer("state", "i32", 4, 64),
+        Buffer("state", "i32", state_elements(1), 64),
         Buffer("x", "f32", WIDTH, 128),
         Buffer("rows", "f32", 2 * WIDTH, 128 + 4 * WIDTH),
         Buffer("logits", "f32", VOCAB, 128 + 12 * WIDTH),
@@ -203,8 +204,8 @@ def test_transfers_are_bounded():
     device = open_device()
     with pytest.raises(ValueError, match="2 values do not fit buffer 'tokens' of 1"):
         device.upload("tokens", np.zeros(2))
-    with pytest.raises(ValueError, match="'state' holds 4 elements, not 5"):
-        device.download("state", 5)
+    with pytest.raises(ValueError, match="'state' holds 10 elements, not 11"):
+        device.download("state", 11)
     device.upload("state", np.array([1, 2]))
     held = device.download("state", 2)
     device.upload("state", np.array([3, 4]))

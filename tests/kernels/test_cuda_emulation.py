@@ -40,7 +40,7 @@ def test_a_cut_of_its_own_matches_the_oracle(kernels_of_sm_90, case):
 
 
 def test_every_operator_has_cases_of_both_variants():
-    only_decode = ("last_row", "argmax", "append_attention")
+    only_decode = ("last_row", "choose", "append_attention")
     only_several = ("halves", "matmul_records", "attention_halves")
     seen = {(case.spec.op, dict(case.spec.params).get("tokens", 1) > 1) for case in CUDA_CASES}
     assert seen >= {

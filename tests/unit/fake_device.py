@@ -3,8 +3,10 @@
 import zlib
 
 import numpy as np
+from gqsa_runtime.errors import ModelError
 from gqsa_runtime.model import Model
-from gqsa_runtime.operators import FEW_TOKENS
+from gqsa_runtime.operators import FEW_TOKENS, STATE_DRAW, STATE_TOKENS, state_elements
+from gqsa_runtime.sampling import choose
 from gqsa_runtime.tokenizer import Tokenizer
 
 from tests.format import tiny
@@ -39,7 +41,7 @@ class FakeDevice:
 
     def launch(self, phase):
         n_tokens, context = map(int, self.buffers["state"][:2])
-        slots, positions = self.buffers["state"][2 : 2 + 2 * n_tokens].reshape(-1, 2).T
+        slots, positions = self.buffers["state"][STATE_TOKENS : state_elements(n_tokens)].reshape(-1, 2).T
         position = int(positions[0])
         assert context == self.context and not slots.any()
         assert positions.tolist() == list(range(position, position + n_tokens))
@@ -53,8 +55,10 @@ class FakeDevice:
             logits = self.row(position + n_tokens - 1)
             self.buffers["logits"][: self.program.vocab_size] = logits
             if self.plan.chooses:
-                best = int(logits.argmax())
-                self.buffers["argmax"][0] = best if np.isfinite(logits[best]) else -1
+                try:
+                    self.buffers["argmax"][0] = choose(logits, self.buffers["state"][STATE_DRAW])
+                except ModelError:
+                    self.buffers["argmax"][0] = -1
         if phase == "all_log_probs":
             for index in range(n_tokens):
                 row = self.row(position + index).astype(np.float64)

@@ -90,7 +90,7 @@ def test_activations_of_several_tokens_are_made_before_each_linear(tmp_path, fam
     model = save_model(tmp_path / "model", "llama")
     summary = dry(model, rounding=Rounding(16), head_bits=8)
     for phase in ("decode", "last_logits"):
-        assert ops(summary, family, phase)[-2:] == ["linear_records", "argmax"]
+        assert ops(summary, family, phase)[-2:] == ["linear_records", "choose"]
     assert several[0] not in ops(summary, family) + ops(summary, family, "last_logits")
     assert ops(summary, family, "all_log_probs") == [*several, "log_probs"]
     plan = summary.program.plans[family]
@@ -107,7 +107,7 @@ def test_a_layer_in_records_is_five_launches(tmp_path):
     model = save_checkpoint(tmp_path / "model", "llama", intermediate_size=128)
     summary = dry(model, rounding=ROUNDING)
     layer = ["linear_records", "append_attention", *["linear_records"] * 3]
-    assert ops(summary, "cuda") == ["embedding_records", *layer, *layer, "linear_records", "argmax"]
+    assert ops(summary, "cuda") == ["embedding_records", *layer, *layer, "linear_records", "choose"]
     assert ops(summary, "cuda", "few_body") == ["embedding_records", *layer, *layer]
     halved = ["halves", "matmul_records"]
     layer = [*halved, "kv_append", "attention_halves", *halved * 3]
@@ -147,10 +147,10 @@ def test_inspect_tells_sparsity_where_sizes_do(tmp_path):
     path.write_bytes(tiny.file_bytes(records_program.program(), records_program.tensors()))
     with ArtifactFile.open(path) as file:
         facts = describe(file)
-    _, plan = records_program.SOURCES["gate"]
-    n_bytes = 16 * int(plan.sizes.sum()) + 4 * (len(plan.block) + 1 + len(plan.widths) + 1 + len(plan.order))
+    n_bytes = sum(records_program.SOURCES[name][1].n_bytes for name in ("gate", "bare"))
+    n_weights = 72 * 320 + records_program.BARE_ROWS * records_program.BARE_K
     assert facts["linears"] == {  # neither the table nor the head, which are rounded to 8 bits
-        "weights": 72 * 320, "bytes": n_bytes, "bits_per_weight": 8 * n_bytes / (72 * 320), "sparsity": None,
+        "weights": n_weights, "bytes": n_bytes, "bits_per_weight": 8 * n_bytes / n_weights, "sparsity": None,
         "row_widths": None,
     }  # fmt: skip
     assert "bits per weight" in render(facts) and "of groups removed" not in render(facts)

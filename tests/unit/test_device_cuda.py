@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from gqsa_runtime import device_cuda
 from gqsa_runtime.checked_tensors import CheckedTensors
+from gqsa_runtime.engine import launch_state
 from gqsa_runtime.errors import FormatError
+from gqsa_runtime.operators import state_elements
 from gqsa_runtime.program import NUMPY_DTYPES, Binary, Rope
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.rope import rope_table
+from gqsa_runtime.sampling import GREEDY, SamplingOptions, first_draw, next_draw
 from gqsa_runtime.session import cache_shapes
 
 from tests.format import tiny
@@ -224,11 +227,12 @@ def test_inputs_reach_whatever_phase_they_are_for(tmp_path, host):
     with open_file(tmp_path) as file:
         device = make_device(file)
         device.upload("tokens", np.array([7]))
-        device.upload("state", np.array([1, CONTEXT, 0, 3]))
+        state = launch_state(CONTEXT, 0, [3])
+        device.upload("state", state)
         host.calls.clear()
         device.launch("decode")
         assert "cuMemcpyHtoDAsync" not in host.calls
-        assert on_device(device, "tokens", 1) == [7] and on_device(device, "state", 4) == [1, CONTEXT, 0, 3]
+        assert on_device(device, "tokens", 1) == [7] and on_device(device, "state", len(state)) == state.tolist()
         device.upload("tokens", np.array([9]))
         device.launch("last_logits")
         assert on_device(device, "tokens", 1) == [9]
@@ -244,7 +248,7 @@ class Chooser:
     """A model by arithmetic: the next token from the last one and its position."""
 
     def __init__(self, host, device):
-        self.host, self.device, self.steps = host, device, []
+        self.host, self.device, self.steps, self.draws = host, device, [], []
         host.compute = self
 
     @staticmethod
@@ -255,14 +259,17 @@ class Chooser:
         # A step that is given no token goes on with the last one chosen.
         given = self.device._buffers["tokens"][0] in self.host.copied
         (token,) = on_device(self.device, "tokens" if given else "argmax", 1)
-        state = on_device(self.device, "state", 4)
-        assert state[:3] == [1, CONTEXT, 0] and state[3] < CONTEXT
-        self.steps.append((token, state[3]))
-        at(self.device._buffers["argmax"][0], np.zeros(1, np.int32))[:] = self.after(token, state[3])
+        (n_tokens, context, *draw), (slot, position) = np.split(
+            on_device(self.device, "state", state_elements(1)), [-2]
+        )
+        assert (n_tokens, context, slot) == (1, CONTEXT, 0) and position < CONTEXT
+        self.steps.append((token, position))
+        self.draws.append(np.array(draw, np.int32))
+        at(self.device._buffers["argmax"][0], np.zeros(1, np.int32))[:] = self.after(token, position)
 
-    def run(self, token: int, position: int) -> int:
+    def run(self, token: int, position: int, draw: np.ndarray = GREEDY) -> int:
         self.device.upload("tokens", np.array([token]))
-        self.device.upload("state", np.array([1, CONTEXT, 0, position]))
+        self.device.upload("state", launch_state(CONTEXT, 0, [position], draw))
         self.device.launch("decode")
         chosen = int(self.device.download("argmax", 1)[0])
         assert chosen == self.after(token, position) == self.device.download("argmax", 1)[0]
@@ -291,6 +298,22 @@ def test_steps_that_follow_one_another_start_ahead(tmp_path, host):
         device.close()
 
 
+def test_steps_ahead_draw_as_the_next_token_will_be(tmp_path, host):
+    with open_file(tmp_path) as file:
+        device = make_device(file)
+        model, token = Chooser(host, device), 3
+        draws = [first_draw(SamplingOptions(temperature=0.7, top_k=5), seed=2)]
+        for position in range(5):
+            token = model.run(token, position, draws[-1])
+            draws.append(next_draw(draws[-1]))
+        assert [position for _, position in model.steps] == [0, 1, 2, 3, 4, 5]
+        np.testing.assert_array_equal(model.draws, draws)
+        assert len({draw.tobytes() for draw in draws}) == 6
+        model.run(token, 5, draws[3])  # another draw than was expected: what was ahead is dropped
+        assert model.steps[-1] == (token, 5) and (model.draws[-1] == draws[3]).all()
+        device.close()
+
+
 def test_no_token_is_told_and_nothing_goes_on_with_it(tmp_path, host):
     with open_file(tmp_path) as file:
         device = make_device(file)
@@ -298,7 +321,7 @@ def test_no_token_is_told_and_nothing_goes_on_with_it(tmp_path, host):
         token = model.run(model.run(3, 0), 1)
         model.after = lambda token, position: -1
         device.upload("tokens", np.array([token]))
-        device.upload("state", np.array([1, CONTEXT, 0, 2]))
+        device.upload("state", launch_state(CONTEXT, 0, [2]))
         device.launch("decode")
         device.download("argmax", 1)  # of the step that was ahead already
         model.run(5, 3)

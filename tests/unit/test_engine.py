@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from gqsa_runtime.engine import Engine
 from gqsa_runtime.errors import ClosedError, InputError, ModelError
+from gqsa_runtime.sampling import SamplingOptions, choose, first_draw, next_draw
 from gqsa_runtime.sequence import Sequence
 
 from tests.format import tiny
@@ -50,9 +51,9 @@ def test_prefill_twice_continues():
 
 
 def without_choice(program):
-    """The program as files hold it that were built before argmax."""
+    """The program as files hold it whose vocabulary is too large to choose from on a device."""
     plan = program.plans["cpu"]
-    phases = {name: tuple(step for step in steps if step.kernel != "argmax") for name, steps in plan.phases.items()}
+    phases = {name: tuple(step for step in steps if step.kernel != "choose") for name, steps in plan.phases.items()}
     return dataclasses.replace(program, plans={"cpu": dataclasses.replace(plan, phases=phases)})
 
 
@@ -80,7 +81,7 @@ def test_greedy_tokens_are_chosen_where_the_file_can(change, per_token):
     made, sequence, seen = Engine(program, device, tiny.CONTEXT), Sequence(), TOKENS[:6]
     new = seen
     for _ in range(5):
-        token = made.extend_greedy(sequence, new)
+        token = made.extend_choosing(sequence, new)
         assert token == logits_after(seen).argmax()
         seen, new = [*seen, token], [token]
     assert sequence.tokens == seen[:-1] and device.downloaded == 5 * per_token
@@ -96,12 +97,26 @@ def test_greedy_tokens_are_not_taken_from_logits_that_are_not_finite(change, val
     program = change(tiny.program())
     device = Counting(program, tiny.CONTEXT)
     made, sequence = Engine(program, device, tiny.CONTEXT), Sequence()
-    made.extend_greedy(sequence, TOKENS[:3])
+    made.extend_choosing(sequence, TOKENS[:3])
     device.spoil = spoil
     with pytest.raises(ModelError, match="not finite"):
-        made.extend_greedy(sequence, [4])
+        made.extend_choosing(sequence, [4])
     del device.spoil
-    assert made.extend_greedy(sequence, [5]) == logits_after([*TOKENS[:3], 5]).argmax()
+    assert made.extend_choosing(sequence, [5]) == logits_after([*TOKENS[:3], 5]).argmax()
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 20, "min_p": 0.01}])
+def test_drawn_tokens_are_those_of_the_host(options):
+    draw, texts = first_draw(SamplingOptions(temperature=1.2, **options), seed=4), []
+    for change in (lambda program: program, without_choice):
+        program = change(tiny.program())
+        made, sequence, new, now, text = Engine(program, FakeDevice(program, 40), 40), Sequence(), TOKENS[:6], draw, []
+        for _ in range(8):
+            text.append(made.extend_choosing(sequence, new, now))
+            assert text[-1] == choose(made.device.row(made.position - 1), now)
+            new, now = text[-1:], next_draw(now)
+        texts.append(text)
+    assert texts[0] == texts[1] and len(set(texts[0])) > 4
 
 
 def test_rewind_and_reset():

@@ -48,7 +48,7 @@ def test_every_type_of_memory_has_a_c_type():
     for operator in OPERATORS.values():
         for operand in operator.operands:
             assert operand.dtype in C_TYPES["cuda"] or operand.dtype.removeprefix("param:") in operator.constants
-            assert operand.access in ("in", "out", "inout", "weight")
+            assert operand.access in ("in", "out", "inout", "weight", "scratch")
         assert operator.operands[-1].name == "state"
 
 

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from gqsa_runtime.layouts import RECORDS
 from gqsa_runtime.layouts.records import TILE
 from gqsa_runtime.operators import (
+    CHOOSE_PARTIAL,
+    CHOOSE_SLICE,
     FUSED_TOKENS,
     MATMUL_TOKENS,
+    MOST_CHOICES,
     OPERATORS,
     partials_elements,
     state_elements,
@@ -130,15 +133,17 @@ def specialize(
         KernelSpec.make("log_probs", tokens=TOKEN_TILE, vocab=graph.vocab_size, x_stride=graph.vocab_size),
         tuple(ValueRef(name) for name in ("logits", "targets", "log_probs", "argmax", "state")),
     )
-    argmax = Call(
-        KernelSpec.make("argmax", vocab=graph.vocab_size),
-        tuple(ValueRef(name) for name in ("logits", "argmax", "state")),
-    )
+    choose: tuple[Call, ...] = ()  # where the vocabulary is too large, the host chooses
+    if graph.vocab_size <= MOST_CHOICES:
+        storages["choose.partials"] = Storage("i32", fixed=-(-graph.vocab_size // CHOOSE_SLICE) * CHOOSE_PARTIAL)
+        storages["choose.counters"] = Storage("i32", fixed=1, lasting=True)
+        args = ("logits", "choose.partials", "choose.counters", "argmax", "state")
+        choose = (Call(KernelSpec.make("choose", vocab=graph.vocab_size), tuple(map(ValueRef, args))),)
     phases = {
-        "decode": (*lower(graph.ops, 1, decode, "decode."), argmax),
+        "decode": (*lower(graph.ops, 1, decode, "decode."), *choose),
         "prefill_body": lower(body, TOKEN_TILE, prefill),
         "few_body": lower(body, FUSED_TOKENS if family == "cuda" else TOKEN_TILE, few, "few."),
-        "last_logits": (last_row, *lower([head], 1, prefill, **{head.x: ValueRef("last")}), argmax),
+        "last_logits": (last_row, *lower([head], 1, prefill, **{head.x: ValueRef("last")}), *choose),
         "all_log_probs": (*lower([head], TOKEN_TILE, prefill), log_probs),
     }
     return Calls(phases, storages)

@@ -18,12 +18,13 @@ constexpr int BESIDE_EACH_OTHER = 1;
 
 enum Activation { NONE, RELU, SILU, GELU, GELU_TANH };
 
-// state: i32 [2 + 2 * max_tokens] {n_tokens, context, then slot and position of each token}. Kernels read it
-// through these functions alone.
+// state: i32 [8 + 2 * max_tokens] {n_tokens, context, draw [6], then slot and position of each token}. Kernels read
+// it through these functions alone. draw: {scale as f32, top_k, span, top_p, counter [2]}, see choose.cuh.
 __device__ __forceinline__ int count_tokens(const int* state) { return state[0]; }
 __device__ __forceinline__ int context_of(const int* state) { return state[1]; }
-__device__ __forceinline__ int slot_of(const int* state, int token) { return state[2 + 2 * token]; }
-__device__ __forceinline__ int position_of(const int* state, int token) { return state[3 + 2 * token]; }
+__device__ __forceinline__ int slot_of(const int* state, int token) { return state[8 + 2 * token]; }
+__device__ __forceinline__ int position_of(const int* state, int token) { return state[9 + 2 * token]; }
+__device__ __forceinline__ const int* draw_of(const int* state) { return state + 2; }
 
 // For a kernel of TOKENS: the decode variant holds one token and must not read the count.
 template <int TOKENS>

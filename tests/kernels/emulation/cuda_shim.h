@@ -49,11 +49,11 @@ inline void __syncwarp() { emulation::warp_barrier(); }
 
 template <class T>
 inline T shuffle(T value, int source, bool relative) {
-    static_assert(sizeof(T) == 4, "shuffles move 32 bits");
-    unsigned bits;
-    std::memcpy(&bits, &value, 4);
-    bits = emulation::exchange(bits, source, relative);
-    std::memcpy(&value, &bits, 4);
+    static_assert(sizeof(T) % 4 == 0, "shuffles move words");
+    unsigned words[sizeof(T) / 4];
+    std::memcpy(words, &value, sizeof(T));
+    for (unsigned& word : words) word = emulation::exchange(word, source, relative);
+    std::memcpy(&value, words, sizeof(T));
     return value;
 }
 template <class T>
@@ -108,13 +108,22 @@ inline T load_streaming(const T* address) {
     return *address;
 }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) {
+    const volatile float product = a * b;
+    return product;
+}
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned long long>(a) * b >> 32; }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return static_cast<unsigned __int128>(a) * b >> 64;
+}
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline void one_after_another() {}
 inline int held(int value) { return value; }
 inline void prefetch_l2(const void*) {}
 inline void __threadfence() {}
-inline int atomicAdd(int* address, int value) {
-    const int before = *address;
+template <class T>
+inline T atomicAdd(T* address, T value) {
+    const T before = *address;
     *address += value;
     return before;
 }

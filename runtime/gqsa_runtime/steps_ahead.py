@@ -6,12 +6,23 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-ROW = 8  # i32 of a step in pinned memory
-TOKEN, STATE, CHOSEN = 0, slice(1, 5), 5  # in a row: the step's inputs and what it chooses
+from gqsa_runtime.operators import STATE_DRAW, state_elements
+from gqsa_runtime.sampling import next_draw
+
+ROW = 16  # i32 of a step in pinned memory
+TOKEN, STATE, CHOSEN = 0, slice(1, 1 + state_elements(1)), ROW - 1  # in a row: the step's inputs and what it chooses
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 
 
-class GreedySteps:
+def following(state: Sequence[int]) -> tuple[int, ...]:
+    """The state of the step after one of one token: the next position of its slot, and the next draw."""
+    after = np.array(state, np.int32)
+    after[STATE_DRAW] = next_draw(after[STATE_DRAW])
+    after[-1] += 1
+    return tuple(after.tolist())
+
+
+class StepsAhead:
     """Starts decode steps and gives the tokens that they choose.
 
     Where each step continues the last one, the step after is under way while the host still handles a token: it
@@ -51,8 +62,8 @@ class GreedySteps:
         """The token of the step that was started last, -1 where its logits were not finite; waits for it."""
         if self._token is not None:
             return self._token
-        n_tokens, context, slot, position = self._state
-        after, ahead = (n_tokens, context, slot, position + 1), self._row ^ 1
+        context, position = self._state[1], self._state[-1]
+        after, ahead = following(self._state), self._row ^ 1
         self._under_way = self._follows and position + 1 < context
         if self._under_way:
             self._memory[ahead, STATE] = after
