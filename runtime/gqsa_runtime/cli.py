@@ -1,11 +1,13 @@
 """The command `gqsa`: everything that a compiled model is used for.
 
 Generated text alone goes to stdout, all else to stderr, so that output can be piped. Exit codes:
-0 done, 1 an error (one sentence on stderr), 2 wrong usage, 130 interrupted.
+0 done, 1 an error (one sentence on stderr), 2 wrong usage, 3 `check` found that a sound file does not run here,
+130 interrupted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -78,7 +80,7 @@ def _explain_os_error(error: OSError) -> str:
 
 def commands() -> list[click.Command]:
     """The commands of `gqsa`, for another group to mount."""
-    return [run, chat, inspect, verify, bench, evaluate, doctor]
+    return [run, chat, check, inspect, verify, bench, evaluate, doctor]
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -112,7 +114,7 @@ class _Context(click.ParamType):
             self.fail(f"{value!r} is neither a number of tokens nor auto", param, ctx)
 
 
-_model_options = _options(
+_place_options = _options(
     click.option("--device", default="auto", show_default=True, help="auto, cuda, cuda:N or cpu."),
     click.option(
         "--context",
@@ -120,6 +122,9 @@ _model_options = _options(
         help="Tokens that fit at once; auto: as many as the model has and free memory allows. Default: 4096, or less "
         "to fit.",
     ),
+)
+_model_options = _options(
+    _place_options,
     click.option("--threads", type=int, help="CPU threads. Default: all."),
 )
 
@@ -337,6 +342,40 @@ def _read_line() -> str | None:
         click.echo("> ", err=True, nl=False)
     line = sys.stdin.readline()
     return line.strip() if line else None
+
+
+@click.command()
+@_FILE
+@_place_options
+@_JSON
+@click.pass_context
+def check(ctx, file, device, context, as_json) -> None:
+    """Says whether a file runs here, on which device, and in how much memory, without reading its weights.
+
+    Exit code 0: it runs. 3: it is sound as far as its header tells, but does not run here; the first line says why. 1:
+    it is no sound file.
+
+    \b
+    Examples:
+      gqsa check model.gqsa
+      gqsa check model.gqsa --device cuda --context 8192 --json
+    """
+    from gqsa_runtime import doctor as examination
+    from gqsa_runtime.check import check_file
+
+    found = check_file(file, device, context)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        click.echo(f"{file} {'runs' if found.runs else 'does not run'} here: {found.reason}")
+        if found.runs:
+            fits = "" if found.largest_context is None else f"; up to {found.largest_context:,} fit"
+            needed = f"{found.needed_bytes / 1e9:.2f} GB"
+            click.echo(f"it opens with {found.context:,} of {found.max_context:,} tokens in {needed}{fits}")
+            if found.context_reason:
+                click.echo(found.context_reason)
+        click.echo(examination.render(examination.file_findings(found)))
+    ctx.exit(0 if found.runs else 3)
 
 
 @click.command()

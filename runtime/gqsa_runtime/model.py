@@ -13,11 +13,12 @@ import numpy as np
 
 from gqsa_runtime import format as gqsa
 from gqsa_runtime.chat import ChatTemplate
+from gqsa_runtime.check import Check, check_file
 from gqsa_runtime.engine import Device, Engine, ScoreResult
-from gqsa_runtime.errors import ClosedError, FormatError, InputError
+from gqsa_runtime.errors import ClosedError, InputError
 from gqsa_runtime.load import open_device
 from gqsa_runtime.program import Program
-from gqsa_runtime.reader import ArtifactFile, TensorInfo
+from gqsa_runtime.reader import ArtifactFile, TensorInfo, naming
 from gqsa_runtime.sampling import SamplingOptions, sample
 from gqsa_runtime.sequence import Sequence as TokenSequence
 from gqsa_runtime.session import read_session, write_session
@@ -116,28 +117,24 @@ class Model:
         with clock.stage("total"), contextlib.ExitStack() as stack:
             with clock.stage("header"):
                 file = stack.enter_context(ArtifactFile.open(path))
-            try:
-                with clock.stage("header"):
-                    validate(file.program, file.tensors)
-                text, template = file.text(gqsa.KEY_TOKENIZER), file.metadata.get(gqsa.KEY_CHAT_TEMPLATE)
+            stack.enter_context(naming(path))
+            with clock.stage("header"):
+                validate(file.program, file.tensors)
+            text, template = file.text(gqsa.KEY_TOKENIZER), file.metadata.get(gqsa.KEY_CHAT_TEMPLATE)
 
-                def make_tokenizer() -> Tokenizer:
-                    with clock.stage("tokenizer"):
-                        return Tokenizer(text, file.program.vocab_size)
+            def make_tokenizer() -> Tokenizer:
+                with clock.stage("tokenizer"):
+                    return Tokenizer(text, file.program.vocab_size)
 
-                # A large vocabulary takes as long as the driver does to make a GPU's context: side by side.
-                with ThreadPoolExecutor(1, "gqsa-tokenizer") as aside:
-                    pending = aside.submit(make_tokenizer)
-                    opened = open_device(file, device, context, threads, progress, clock)
-                    try:
-                        tokenizer = pending.result()
-                    except BaseException:
-                        opened.device.close()
-                        raise
-            except FormatError as error:
-                if os.fspath(path) in str(error):
+            # A large vocabulary takes as long as the driver does to make a GPU's context: side by side.
+            with ThreadPoolExecutor(1, "gqsa-tokenizer") as aside:
+                pending = aside.submit(make_tokenizer)
+                opened = open_device(file, device, context, threads, progress, clock)
+                try:
+                    tokenizer = pending.result()
+                except BaseException:
+                    opened.device.close()
                     raise
-                raise FormatError(f"{os.fspath(path)}: {error}") from error
         return cls(
             file.program,
             tokenizer,
@@ -151,6 +148,16 @@ class Model:
             clock.seconds,
             file.digest,
         )
+
+    @staticmethod
+    def check(path: str | os.PathLike, device: str = "auto", context: int | str | None = None) -> Check:
+        """Whether `open` with the same arguments would open a file here, on which device, and in how much memory.
+
+        Reads the header and the launch plan alone, whatever the file's size; no weight, no kernel's code and no
+        tokenizer. Raises FormatError where those are not sound, InputError where there is no such file, for an unknown
+        device, and for a context that the model is not made for.
+        """
+        return check_file(path, device, context)
 
     def __enter__(self):
         return self
