@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,13 +12,19 @@ from gqsa_runtime.format import canonical_json
 from gqsa_runtime.layouts import GROUP_WORDS, RECORDS
 from gqsa_runtime.program import Program
 
-from gqsac import __version__
 from gqsac.checkpoint import Checkpoint
 from gqsac.compiler import dump, ir
-from gqsac.compiler.passes import compile_cpu, compile_cuda
 from gqsac.compiler.passes.bundle import Content, bundle, bundled_bytes, check_output
 from gqsac.compiler.passes.choose_layouts import LayoutOptions, Weights, module_of
-from gqsac.compiler.passes.compile import Compiled, check_targets, compile_all, default_cache_dir, default_targets
+from gqsac.compiler.passes.compile import (
+    Compiled,
+    check_targets,
+    compile_all,
+    default_cache_dir,
+    default_targets,
+    families,
+    toolchain,
+)
 from gqsac.compiler.passes.fuse import fuse
 from gqsac.compiler.passes.fuse_records import fuse_records
 from gqsac.compiler.passes.legalize import legalize
@@ -83,17 +88,8 @@ def build(
         return planned.summary([], None, time.perf_counter() - started)
     compiled = _compiled(planned, options, progress)
     dumper.binaries(compiled)
-    content = _content(planned, compiled, options)
-    n_bytes = sum(tensor.size for tensor in content.tensors)
-    written = 0
-
-    def wrote(count: int) -> None:
-        nonlocal written
-        written += count
-        progress("write", written, n_bytes)
-
     # Before the file gets its name, `verify` reads it as a stranger would meet it: by the runtime's own rules.
-    size = bundle(Path(output), content, check=verify, progress=wrote)
+    size = bundle(Path(output), _content(planned, compiled, options), check=verify, progress=progress)
     return planned.summary(compiled, size, time.perf_counter() - started)
 
 
@@ -200,18 +196,8 @@ def _plan(checkpoint: Checkpoint, options: BuildOptions, dumper: dump.Dumper, pr
 
 
 def _compiled(planned: _Planned, options: BuildOptions, progress) -> list[Compiled]:
-    sources, targets = planned.sources, planned.targets
-    total = sum(len(sources["cuda"]) if family_of(target) == "cuda" else 1 for target in targets)
-    done = 0
-
-    def compiled_one(compiled: Compiled) -> None:
-        nonlocal done
-        done += 1
-        progress("compile", done, total)
-
-    jobs = options.jobs or len(os.sched_getaffinity(0))
     cache_dir = default_cache_dir() if options.cache else None
-    return compile_all(sources, targets, jobs, cache_dir, compiled_one)
+    return compile_all(planned.sources, planned.targets, options.jobs, cache_dir, progress)
 
 
 def _content(planned: _Planned, compiled: list[Compiled], options: BuildOptions) -> Content:
@@ -288,23 +274,10 @@ def limit_context(graph: ir.Graph, max_context: int | None) -> ir.Graph:
     return replace(graph, max_context=max_context, ropes=ropes)
 
 
-def family_of(target: str) -> str:
-    """The template family of a target: "cuda" or "cpu"."""
-    return "cuda" if target.startswith(("sm_", "compute_")) else "cpu"
-
-
-def families(targets: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(family_of(target) for target in targets))
-
-
 def compiler_identity(targets: tuple[str, ...], options: BuildOptions) -> dict:
     """What made the file: enough to make it again, byte for byte."""
-    used = families(targets)
     return {
-        "gqsac": __version__,
-        "nvrtc": compile_cuda.nvrtc_version() if "cuda" in used else None,
-        "zig": compile_cpu.compiler_version() if "cpu" in used else None,
-        "targets": list(targets),
+        **toolchain(targets),
         "kv_dtype": options.kv_dtype,
         "exact": options.exact,
         "head_bits": options.head_bits,

@@ -8,8 +8,8 @@ from gqsac.checkpoint import StreamHeader
 from gqsac.compiler import ir, pipeline
 from gqsac.compiler.passes import compile_cpu
 from gqsac.compiler.passes.choose_layouts import LayoutOptions, Weights
-from gqsac.compiler.passes.compile import CPU_TARGETS, CUDA_TARGETS, check_targets, default_targets
-from gqsac.compiler.pipeline import BuildOptions, build, can_stack, compiler_identity, families, limit_context
+from gqsac.compiler.passes.compile import CPU_TARGETS, CUDA_TARGETS, check_targets, default_targets, families
+from gqsac.compiler.pipeline import BuildOptions, build, can_stack, compiler_identity, limit_context
 from gqsac.errors import InputError
 from gqsac.rounding import Rounding
 

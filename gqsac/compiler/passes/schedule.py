@@ -11,23 +11,26 @@ from gqsac.compiler.passes.specialize import Calls, ValueRef
 def schedule(calls: Calls, memory: MemoryPlan, family: str) -> tuple[dict[str, KernelSpec], Plan]:
     """The kernels by name, and the plan that launches them. family: "cuda" or "cpu"."""
     names = name_kernels([call.spec for phase in PHASES for call in calls.phases[phase]])
-
-    def kernel(spec: KernelSpec, name: str) -> Kernel:
-        made = launches(spec, memory.prefill_chunk) if family == "cuda" else {}
-        return Kernel(name, spec.op, dict(spec.params), made)
-
     plan = Plan(
         prefill_chunk=memory.prefill_chunk,
         score_chunk=memory.score_chunk,
         buffers=memory.buffers,
         arena_bytes=memory.arena_bytes,
-        kernels=tuple(kernel(spec, name) for spec, name in names.items()),
+        kernels=kernels(names, memory.prefill_chunk, family),
         phases={
             phase: tuple(Step(names[call.spec], tuple(map(_argument, call.args))) for call in calls.phases[phase])
             for phase in PHASES
         },
     )
     return {name: spec for spec, name in names.items()}, plan
+
+
+def kernels(names: dict[KernelSpec, str], prefill_chunk: int, family: str) -> tuple[Kernel, ...]:
+    """Kernels as a plan of a family holds them, for CUDA with their launches over up to prefill_chunk tokens."""
+    return tuple(
+        Kernel(name, spec.op, dict(spec.params), launches(spec, prefill_chunk) if family == "cuda" else {})
+        for spec, name in names.items()
+    )
 
 
 def _argument(arg: ValueRef | Argument) -> Argument:
