@@ -70,7 +70,7 @@ def probe(program: Program) -> tuple[bool, str]:
         binary = choose_binary(program.binaries)
     except DeviceError as error:
         return False, str(error)
-    return True, f"the CPU runs the file's {binary.target} kernels"
+    return True, f"the CPU runs {binary.target} kernels"
 
 
 def choose_binary(binaries: tuple[Binary, ...]) -> Binary:

@@ -42,7 +42,7 @@ def probe(program: Program, ordinal: int = 0) -> tuple[bool, str]:
         binary = choose_binary(program.binaries, gpu)
     except DeviceError as error:
         return False, str(error)
-    return True, f"{gpu.name} runs the file's {binary.target} kernels"
+    return True, f"{gpu.name} runs {binary.target} kernels"
 
 
 @functools.cache

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from gqsa_runtime import device_cpu, device_cuda, memory
+from gqsa_runtime import device_cpu, device_cuda, memory, rebuild
 from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.engine import Device
 from gqsa_runtime.errors import DeviceError, InputError
@@ -40,25 +41,37 @@ def open_device(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     clock: Stopwatch | None = None,
+    kernels: str = rebuild.FILE,
 ) -> OpenedDevice:
     """Opens "auto", "cuda", "cuda:N" or "cpu" for a validated file; parameters as in `Model.open`.
 
     clock: gets the stages "device" (finding it and making its context), those of `CheckedTensors`, and those of the
-    device.
+    device, and where kernels are made anew, "compile".
     """
+    rebuild.check_choice(kernels)
+    compiler = rebuild.compiler() if kernels == rebuild.REBUILD else None
     program, clock = file.program, clock or Stopwatch()
     check_context(program, context)
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise InputError(f"the number of threads is {threads}, expected at least 1 and at most {MAX_THREADS}")
     with clock.stage("device"):
+        program = compiler.offered(program) if compiler else program
         kind, ordinal, reason = choose_device(program, device)
     if kind == "cpu":  # before weights are read
         with usable_bytes(kind, ordinal) as free:
             chosen, context_reason = choose_context(file, kind, context, free)
     used = program.plans[kind].tensors(program.ropes)
 
+    code = None
+    if compiler:
+        with clock.stage("compile"):
+            target = _best_target(program, kind, ordinal)
+            binary, code = compiler.make(program, target)
+        program = dataclasses.replace(program, binaries=(binary,))
+        reason += f"; kernels made anew by {compiler.made_by(target)}, no code of the file runs"
+
     def binaries(binary) -> bytes:
-        return file.read(binary.tensor).tobytes()
+        return file.read(binary.tensor).tobytes() if code is None else code
 
     with contextlib.ExitStack() as stack:
         # Reading begins first: making a GPU's context takes as long as much of the reading.
@@ -100,6 +113,13 @@ def choose_device(program: Program, device: str) -> tuple[str, int, str]:
 def probe(kind: str, program: Program, ordinal: int) -> tuple[bool, str]:
     """Whether a device of this machine can run the program, memory not regarded, and the reason in a few words."""
     return device_cuda.probe(program, ordinal) if kind == "cuda" else device_cpu.probe(program)
+
+
+def _best_target(program: Program, kind: str, ordinal: int) -> str:
+    """The target whose kernels a device would take."""
+    if kind == "cuda":
+        return device_cuda.choose_binary(program.binaries, device_cuda.Gpu(ordinal)).target
+    return device_cpu.choose_binary(program.binaries).target
 
 
 def check_context(program: Program, context: int | str | None) -> None:

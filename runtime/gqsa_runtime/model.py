@@ -102,6 +102,7 @@ class Model:
         context: int | str | None = None,
         threads: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        kernels: str = "file",
     ) -> Model:
         """Opens a .gqsa file.
 
@@ -109,9 +110,12 @@ class Model:
         context: positions of the KV cache; default 4096, less where the model or the memory has less; "auto": as many
         as the model is made for and free memory allows, on the CPU half of what the weights leave free.
         threads: of the CPU. progress: called with (bytes read, bytes in all) while weights load.
-        Raises FormatError (not a sound .gqsa file), DeviceError (nothing to run it on, no memory: it says how much is
-        needed and free, and the largest context that fits, before anything is allocated on the device) or
-        InputError (no such file, a context that the model is not made for).
+        kernels: "file" runs the machine code that the file holds; "rebuild" takes weights and texts alone from it and
+        has the package gqsac compile the kernels that its launch plan names, so that no code of the file ever runs.
+        Raises FormatError (not a sound .gqsa file, or with "rebuild" a plan whose kernels gqsac makes otherwise),
+        DeviceError (nothing to run it on, no gqsac to "rebuild" with, no memory: it says how much is needed and free,
+        and the largest context that fits, before anything is allocated on the device) or InputError (no such file, a
+        context that the model is not made for).
         """
         clock = Stopwatch()
         with clock.stage("total"), contextlib.ExitStack() as stack:
@@ -129,7 +133,7 @@ class Model:
             # A large vocabulary takes as long as the driver does to make a GPU's context: side by side.
             with ThreadPoolExecutor(1, "gqsa-tokenizer") as aside:
                 pending = aside.submit(make_tokenizer)
-                opened = open_device(file, device, context, threads, progress, clock)
+                opened = open_device(file, device, context, threads, progress, clock, kernels)
                 try:
                     tokenizer = pending.result()
                 except BaseException:
