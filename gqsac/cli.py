@@ -264,11 +264,12 @@ def build(model, output, targets, jobs, kv_dtype, exact, head_bits, max_context,
 def relink(file, output, targets, jobs, no_cache, as_json):
     """Makes the kernels of a .gqsa file anew, for other targets or with a newer gqsac; weights and texts stay.
 
-    Neither the checkpoint nor PyTorch is needed. A file that was built for CPUs alone has no launch plan for GPUs, and
-    the other way round: then build it again.
+    Neither the checkpoint nor PyTorch is needed. A plan for GPUs is made from one for CPUs and the other way round, if
+    this version of gqsac made it.
 
     \b
     gqsac relink qwen.gqsa -o qwen-h100.gqsa --target sm_90
+    gqsac relink qwen.gqsa -o qwen-all.gqsa --target cuda --target cpu
     gqsac relink old.gqsa -o new.gqsa
     """
     from gqsac.build_progress import BuildProgress

@@ -31,21 +31,15 @@ from gqsac.compiler.passes.legalize import legalize
 from gqsac.compiler.passes.link import kv_layers, link, ropes
 from gqsac.compiler.passes.measure_linears import measure_linears
 from gqsac.compiler.passes.pack import Packing, pack
-from gqsac.compiler.passes.plan_memory import plan_memory
 from gqsac.compiler.passes.render import render
-from gqsac.compiler.passes.schedule import schedule
-from gqsac.compiler.passes.specialize import specialize
 from gqsac.compiler.passes.trace import trace
 from gqsac.compiler.passes.verify import verify
+from gqsac.compiler.plan_family import plan_family
 from gqsac.compiler.summary import ByteCounts, Summary, count_bytes
 from gqsac.errors import InputError
 from gqsac.model_info import bos_token_id, chat_template, eos_token_ids, model_name, tokenizer_json
 from gqsac.rounding import RoundedCheckpoint, Rounding
 
-# Family -> most tokens of a launch: what fills the tensor cores of a GPU; on a CPU, what a caller waits for at most.
-PREFILL_CHUNK = {"cuda": 512, "cpu": 128}
-# Tokens whose logits are held at once: 70 MB for a vocabulary of 128k.
-SCORE_CHUNK = 128
 KV_DTYPES = ("f16", "f32")
 HEAD_BITS = (4, 8, 16)
 
@@ -165,13 +159,11 @@ def _plan(checkpoint: Checkpoint, options: BuildOptions, dumper: dump.Dumper, pr
     packing = pack(graph, weights, stored_parts)
     counts = count_bytes(graph, packing, stored_parts, weights)
 
-    # Operators become kernel calls; only then is it known what must be alive when. Each family of targets has a plan
-    # of its own.
+    # Each family of targets has a plan of its own: specialize, plan memory, schedule.
     specs, plans = {}, {}
     for family in families(targets):
-        calls = specialize(graph, packing, stored_parts, family, options.kv_dtype, options.exact)
-        memory = plan_memory(calls, PREFILL_CHUNK[family], SCORE_CHUNK)
-        specs[family], plans[family] = schedule(calls, memory, family)
+        made = plan_family(graph, packing, stored_parts, family, options.kv_dtype, options.exact)
+        specs[family], plans[family] = made
     program = Program(
         name=name,
         model_class=graph.model_class,

@@ -15,9 +15,8 @@ from gqsa_runtime.reader import ArtifactFile, naming
 from gqsa_runtime.rebuild import DIFFERENT, DIFFERENT_COMPILER, SAME, Comparison, KernelComparison
 from gqsa_runtime.validate import validate
 
-from gqsac import __version__
 from gqsac.build_progress import BuildProgress  # noqa: F401  for who calls `compare` from the runtime's command
-from gqsac.compiler.kernel_spec import KernelSpec
+from gqsac.compiler.lift import plan_again
 from gqsac.compiler.passes.compile import (
     CPU_TARGETS,
     CUDA_TARGETS,
@@ -29,8 +28,7 @@ from gqsac.compiler.passes.compile import (
     toolchain,
 )
 from gqsac.compiler.passes.link import kind_of, link
-from gqsac.compiler.relink import plan_anew, recorded_compiler, render_all
-from gqsac.errors import FormatError
+from gqsac.compiler.relink import recorded_compiler, render_all
 
 _COMPILERS = {"cuda": "nvrtc", "cpu": "zig"}  # of each family
 
@@ -41,13 +39,13 @@ def offered(program: Program) -> Program:
     return replace(program, binaries=tuple(Binary(target, kind_of(target), "", {}) for target in targets))
 
 
-def make(program: Program, target: str) -> tuple[Binary, bytes]:
-    """The kernels of a valid program's plan for one target: where they lie in the code, and the code.
+def make(file: ArtifactFile, target: str) -> tuple[Binary, bytes]:
+    """The kernels of a valid file's plan for one target: where they lie in the code, and the code.
 
-    Raises FormatError for a plan whose kernels are not those that this compiler makes, DeviceError without a compiler.
+    Raises FormatError for a plan that is not one which this compiler makes, DeviceError without a compiler.
     """
     family = family_of(target)
-    sources = {family: render_all(_own_kernels(program, family), family)}
+    sources = {family: _sources(file, family)}
     compiled = compile_all(sources, (target,), cache_dir=default_cache_dir())
     (binary,), (code,) = link(compiled, (target,))
     return binary, code.make().tobytes()
@@ -61,15 +59,15 @@ def made_by(target: str) -> str:
 def compare(path: str, progress: Callable[[str, int, int], None] = lambda stage, done, total: None) -> Comparison:
     """Compiles every kernel of a sound file anew, for all of its targets and without the cache, and compares the code.
 
-    progress: called as ("compile", done, total). Raises GqsaError where a target cannot be compiled for, or the plan's
-    kernels are not those that this compiler makes: then nothing was compared.
+    progress: called as ("compile", done, total). Raises GqsaError where a target cannot be compiled for, or a plan is
+    not one that this compiler makes: then nothing was compared.
     """
     with ArtifactFile.open(path) as file, naming(path):
         program = file.program
         validate(program, file.tensors)
         recorded = recorded_compiler(file)
         targets = check_targets(tuple(binary.target for binary in program.binaries))
-        sources = {family: render_all(_own_kernels(program, family), family) for family in families(targets)}
+        sources = {family: _sources(file, family) for family in families(targets)}
         here = toolchain(targets)
         binaries, tensors = link(compile_all(sources, targets, progress=progress), targets)
         held = {binary.target: binary for binary in program.binaries}
@@ -99,26 +97,17 @@ def _compare(held: Binary, held_code: bytes, made: Binary, code: bytes, same_com
     return rows
 
 
+def _sources(file: ArtifactFile, family: str) -> dict[str, str]:
+    specs, _ = plan_again(file.program, family, recorded_compiler(file))
+    return render_all(specs, family)
+
+
 def _code(file: ArtifactFile, binary: Binary) -> bytes:
     return file.read(binary.tensor).tobytes()
 
 
-def _own_kernels(program: Program, family: str) -> dict[str, KernelSpec]:
-    """The kernels of a plan by name. Raises FormatError where this compiler would name or launch them otherwise."""
-    plan = program.plans[family]
-    specs, anew = plan_anew(plan, family)
-    if anew != plan:
-        other = next((kernel for kernel in plan.kernels if kernel not in anew.kernels), plan.kernels[0])
-        raise FormatError(
-            f"the launch plan for {family} is not one whose kernels gqsac {__version__} makes: it would name or launch "
-            f"{other.name} otherwise; build the file again, or make its kernels anew with `gqsac relink FILE -o NEW`"
-        )
-    return specs
-
-
 def _words(compiler: dict) -> str:
     """A record of compilers as text; it may come from a file."""
-    found = [f"{name} {str(compiler[name])[:40]}" for name in ("gqsac", "nvrtc") if compiler.get(name)]
-    found += [str(compiler["zig"])[:40]] if compiler.get("zig") else []
-    text = ", ".join(found)
+    held = {name: compiler[name][:40] for name in ("gqsac", "nvrtc", "zig") if isinstance(compiler.get(name), str)}
+    text = ", ".join(version if name == "zig" else f"{name} {version}" for name, version in held.items())
     return text if text.isprintable() else repr(text)

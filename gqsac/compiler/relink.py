@@ -2,7 +2,8 @@
 
 A plan says of each kernel its operator and all of its constants, and that is all that rendering and compiling want. So
 neither the checkpoint nor the graph is needed, and the weights stay as they are: their layout is the same for all
-targets. What a file lacks is the plan of a family of targets (CUDA, CPU) that it was not built for: that is refused.
+targets. The plan of a family of targets (CUDA, CPU) that a file was not built for is made from the one that it has, if
+that is one which this compiler makes; otherwise such targets are refused.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from gqsa_runtime.reader import ArtifactFile, naming
 from gqsa_runtime.validate import validate
 
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
+from gqsac.compiler.lift import plan_again
 from gqsac.compiler.passes.bundle import Content, bundle, check_output
 from gqsac.compiler.passes.compile import (
     Compiled,
@@ -27,7 +29,6 @@ from gqsac.compiler.passes.compile import (
     compile_all,
     default_cache_dir,
     families,
-    family_of,
     toolchain,
 )
 from gqsac.compiler.passes.link import link
@@ -76,11 +77,10 @@ def relink(
     with ArtifactFile.open(path) as file, naming(path):
         validate(file.program, file.tensors)
         chosen = chosen or check_targets(tuple(binary.target for binary in file.program.binaries))
-        _check_families(file, chosen)
         _check_nothing_lost(file)
         sources, plans = {}, {}
         for family in families(chosen):
-            specs, plans[family] = plan_anew(file.program.plans[family], family)
+            specs, plans[family] = _plan(file, family)
             sources[family] = render_all(specs, family)
         compiled = compile_all(sources, chosen, jobs, default_cache_dir() if cache else None, progress)
         content = _content(file, replace(file.program, plans=plans), compiled, chosen)
@@ -121,14 +121,13 @@ def recorded_compiler(file: ArtifactFile) -> dict:
     return recorded
 
 
-def _check_families(file: ArtifactFile, targets: tuple[str, ...]) -> None:
-    planned = file.program.plans
-    for target in targets:
-        if family_of(target) not in planned:
-            raise InputError(
-                f"{file.path} has no launch plan for {target}: it was built for {' and '.join(planned)} targets alone; "
-                f"build it from the checkpoint with `gqsac build MODEL -o FILE --target {target}`"
-            )
+def _plan(file: ArtifactFile, family: str) -> tuple[dict[str, KernelSpec], Plan]:
+    """The plan of a family, which the file may have or not."""
+    plans = file.program.plans
+    if family in plans:
+        return plan_anew(plans[family], family)
+    (known,) = plans
+    return plan_again(file.program, known, recorded_compiler(file), family)
 
 
 def _check_nothing_lost(file: ArtifactFile) -> None:

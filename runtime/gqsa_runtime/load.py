@@ -66,7 +66,7 @@ def open_device(
     if compiler:
         with clock.stage("compile"):
             target = _best_target(program, kind, ordinal)
-            binary, code = compiler.make(program, target)
+            binary, code = compiler.make(file, target)
         program = dataclasses.replace(program, binaries=(binary,))
         reason += f"; kernels made anew by {compiler.made_by(target)}, no code of the file runs"
 

@@ -112,7 +112,7 @@ class Model:
         threads: of the CPU. progress: called with (bytes read, bytes in all) while weights load.
         kernels: "file" runs the machine code that the file holds; "rebuild" takes weights and texts alone from it and
         has the package gqsac compile the kernels that its launch plan names, so that no code of the file ever runs.
-        Raises FormatError (not a sound .gqsa file, or with "rebuild" a plan whose kernels gqsac makes otherwise),
+        Raises FormatError (not a sound .gqsa file, or with "rebuild" a plan that gqsac would make otherwise),
         DeviceError (nothing to run it on, no gqsac to "rebuild" with, no memory: it says how much is needed and free,
         and the largest context that fits, before anything is allocated on the device) or InputError (no such file, a
         context that the model is not made for).

@@ -13,12 +13,13 @@ from gqsa_runtime import rebuild as asked
 from gqsa_runtime.errors import DeviceError, FormatError, InputError
 from gqsa_runtime.reader import ArtifactFile
 
+from gqsac import __version__
 from gqsac.compiler import rebuild
 from gqsac.compiler.passes import compile_cpu, compile_cuda
 from gqsac.compiler.passes.compile import CPU_TARGETS, CUDA_TARGETS
 from gqsac.compiler.passes.compile_cuda import CudaBinary
 from gqsac.compiler.pipeline import BuildOptions, build
-from gqsac.compiler.relink import plan_anew, relink
+from gqsac.compiler.relink import relink
 from gqsac.rounding import Rounding
 from tests.e2e.command import gqsac, refusal, succeed
 from tests.format import gguf_bytes, tiny
@@ -76,6 +77,12 @@ def edited(built, path, change=lambda program: program, arrays=lambda arrays: ar
     return path
 
 
+def relinked(built, folder, *targets):
+    """A file for fewer targets."""
+    relink(built, folder / f"{'-'.join(targets)}.gqsa", targets, cache=False)
+    return folder / f"{'-'.join(targets)}.gqsa"
+
+
 def rename_kernel(program):
     """The program with another name for the first kernel of its plan for CPUs."""
     plan = program.plans["cpu"]
@@ -123,6 +130,13 @@ def test_more_targets_and_in_place(built, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file.gqsa"]
 
 
+@pytest.mark.parametrize("target", ["sm_90", "aarch64"])
+def test_a_plan_for_the_other_family_is_made_from_the_one_there_is(built, tmp_path, target):
+    one = relinked(built, tmp_path, target)
+    relink(one, tmp_path / "both.gqsa", ALL, cache=False)
+    assert (tmp_path / "both.gqsa").read_bytes() == built.read_bytes()
+
+
 def test_another_compiler_is_recorded(built, tmp_path):
     with fake_compilers(zig="zig 2", salt="2"):
         relink(built, tmp_path / "newer.gqsa", ("aarch64",), cache=False)
@@ -148,9 +162,11 @@ def test_what_relink_refuses(built, tmp_path):
             relink(path, tmp_path / "out.gqsa", targets, cache=False)
         assert not list(tmp_path.glob("*out.gqsa*"))
 
-    cpu = tmp_path / "cpu.gqsa"
-    relink(built, cpu, ("aarch64",), cache=False)
-    refused("cpu.gqsa has no launch plan for sm_90: it was built for cpu.*gqsac build.*--target sm_90", cpu, ("sm_90",))
+    cpu = edited(relinked(built, tmp_path, "aarch64"), tmp_path / "cpu.gqsa", rename_kernel)
+    refused("plan for cpu.*other_name.*so that none for cuda can be made", cpu, ("sm_90",), FormatError)
+    tiny_file = tmp_path / "tiny.gqsa"
+    tiny_file.write_bytes(tiny.file_bytes())
+    refused("plan for cpu.* so that none for cuda can be made from it", tiny_file, ("sm_90",), FormatError)
     refused("unknown target 'sm_91'", targets=("sm_91",))
     refused("no such file", tmp_path / "nowhere.gqsa")
     refused("metadata key 'more', which gqsac never writes", more=1)
@@ -170,9 +186,11 @@ def test_what_relink_refuses(built, tmp_path):
 
 
 def test_weights_in_the_place_of_kernels(built, tmp_path):
-    cpu = tmp_path / "cpu.gqsa"
-    relink(built, cpu, ("aarch64",), cache=False)
-    odd = edited(cpu, tmp_path / "odd.gqsa", arrays=lambda held: {**held, "binary.x86_64_v3": np.zeros(3, np.int16)})
+    odd = edited(
+        relinked(built, tmp_path, "aarch64"),
+        tmp_path / "odd.gqsa",
+        arrays=lambda held: {**held, "binary.x86_64_v3": np.zeros(3, np.int16)},
+    )
     relink(odd, tmp_path / "out.gqsa", ("aarch64",), cache=False)  # it is kept, whatever it is for
     assert (tmp_path / "out.gqsa").read_bytes() == odd.read_bytes()
     with pytest.raises(InputError, match="odd.gqsa keeps weights in 'binary.x86_64_v3', the place of kernels"):
@@ -192,7 +210,7 @@ def test_relink_as_a_command(built, tmp_path):
 def test_every_kernel_is_compared(built):
     found = rebuild.compare(built)
     assert found.same and found.n_differing == 0
-    assert found.recorded == found.installed == f"gqsac {rebuild.__version__}, nvrtc 12.9, zig 1"
+    assert found.recorded == found.installed == f"gqsac {__version__}, nvrtc 12.9, zig 1"
     with ArtifactFile.open(built) as file:
         expected = [(binary.target, name) for binary in file.program.binaries for name in binary.kernels]
     assert sorted((row.target, row.kernel) for row in found.kernels) == sorted(expected)
@@ -257,13 +275,24 @@ def test_verify_names_the_compilers(built):
 def test_a_comparison_that_cannot_be_made_is_an_error(built, tmp_path, monkeypatch):
     other = edited(built, tmp_path / "other.gqsa", rename_kernel)
     message = refusal_after_sound(gqsac("verify", other, "--rebuild"))
-    assert "it would name or launch other_name otherwise" in message and "gqsac relink" in message
+    assert "plan for cpu, by gqsac '0.1.0' as the file says, is not one that gqsac" in message
+    assert "the kernel other_name would have another name" in message and "gqsac build" in message
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compile_cpu, "compiler_version", no_compiler)
         assert "no zig here" in refusal_after_sound(gqsac("verify", built, "--rebuild"))
     monkeypatch.setitem(sys.modules, "gqsac.compiler.rebuild", None)
     monkeypatch.delattr("gqsac.compiler.rebuild")
     assert "needs the compiler, the package gqsac" in refusal(gqsac("verify", built, "--rebuild"))
+
+
+def test_a_record_of_the_compiler_that_cannot_be_printed(built, tmp_path):
+    with ArtifactFile.open(built) as file:
+        record = json.loads(file.metadata["gqsa.compiler"])
+    odd = edited(
+        built, tmp_path / "odd.gqsa", **{"gqsa.compiler": json.dumps({**record, "gqsac": "\33[2J", "zig": [1]})}
+    )
+    found = rebuild.compare(odd)
+    assert found.recorded == repr("gqsac \33[2J, nvrtc 12.9") and found.same
 
 
 def no_compiler():
@@ -296,8 +325,7 @@ def opened(monkeypatch):
 def test_no_code_of_the_file_is_read(built, tmp_path, opened, monkeypatch):
     with ArtifactFile.open(built) as file:
         expected = file.read("binary.x86_64_v4").tobytes()
-    foreign = tmp_path / "foreign.gqsa"  # has kernels for another machine alone: they are not asked for
-    relink(built, foreign, ("aarch64",), cache=False)
+    foreign = relinked(built, tmp_path, "aarch64")  # has kernels for another machine alone: they are not asked for
     read = ArtifactFile.read
     monkeypatch.setattr(
         ArtifactFile, "read", lambda file, name: pytest.fail(name) if "binary" in name else read(file, name)
@@ -311,12 +339,13 @@ def test_no_code_of_the_file_is_read(built, tmp_path, opened, monkeypatch):
 
 def test_what_rebuilding_refuses(built, tmp_path, opened, monkeypatch):
     other = edited(built, tmp_path / "other.gqsa", rename_kernel)
-    with pytest.raises(FormatError, match="other.gqsa: the launch plan for cpu is not one .* other_name otherwise"):
+    with pytest.raises(
+        FormatError, match="other.gqsa: the launch plan for cpu.* is not one that gqsac .* other_name would"
+    ):
         Model.open(other, "cpu", kernels="rebuild")
     with pytest.raises(InputError, match="kernels is 'none', expected 'file' or 'rebuild'"):
         Model.open(built, kernels="none")
-    cuda = tmp_path / "cuda.gqsa"
-    relink(built, cuda, ("sm_90",), cache=False)
+    cuda = relinked(built, tmp_path, "sm_90")
     with pytest.raises(DeviceError, match="its CPU targets are none"):
         Model.open(cuda, "cpu", kernels="rebuild")
     monkeypatch.setitem(sys.modules, "gqsac.compiler.rebuild", None)
@@ -325,9 +354,3 @@ def test_what_rebuilding_refuses(built, tmp_path, opened, monkeypatch):
         message = refusal(gqsac(command, built, "--rebuild-kernels", *(["-p", "x"] if command == "run" else [])))
         assert "making kernels anew needs the compiler, the package gqsac" in message and "pip install" in message
     assert opened == []
-
-
-def test_the_plans_of_the_tests_are_not_the_compilers():
-    """`tiny` names its kernels itself: nothing of it may pass for a plan that gqsac made."""
-    specs, anew = plan_anew(tiny.plan(), "cpu")
-    assert anew != tiny.plan() and set(specs) == {kernel.name for kernel in anew.kernels}
