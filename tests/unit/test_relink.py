@@ -5,10 +5,11 @@ import dataclasses
 import hashlib
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from gqsa_runtime import Model, load
+from gqsa_runtime import Model, device_cuda, load
 from gqsa_runtime import rebuild as asked
 from gqsa_runtime.errors import DeviceError, FormatError, InputError
 from gqsa_runtime.reader import ArtifactFile
@@ -335,6 +336,19 @@ def test_no_code_of_the_file_is_read(built, tmp_path, opened, monkeypatch):
             Model.open(path, "cpu", kernels="rebuild")
         binary, code = opened.pop()
         assert (binary.target, binary.kernels, code) == ("x86_64_v4", {"": (0, len(expected))}, expected)
+
+
+@pytest.mark.parametrize(("minor", "target"), [(0, "sm_80"), (7, "sm_86"), (9, "sm_89")])
+def test_a_gpu_gets_the_best_kernels_that_can_be_made_for_it(built, tmp_path, opened, monkeypatch, minor, target):
+    gpu = SimpleNamespace(name="Fake GPU", major=8, minor=minor, arch=f"sm_8{minor}")
+    monkeypatch.setattr(device_cuda, "Gpu", lambda ordinal: gpu)
+    monkeypatch.setattr(device_cuda, "free_bytes", lambda ordinal: contextlib.nullcontext(1 << 40))
+    with pytest.raises(DeviceError, match="far enough"):
+        Model.open(relinked(built, tmp_path, "sm_120"), "cuda", kernels="rebuild")
+    binary, code = opened.pop()
+    with ArtifactFile.open(built) as file:
+        (expected,) = (held for held in file.program.binaries if held.target == target)
+        assert binary == expected and code == file.read(expected.tensor).tobytes()
 
 
 def test_what_rebuilding_refuses(built, tmp_path, opened, monkeypatch):
