@@ -1,12 +1,15 @@
-"""Kernels made anew by the real compiler: a file for another CPU, a file whose code nobody runs, and code compared."""
+"""Kernels made anew by the real compilers: for another CPU, for a GPU, and in place of a file's own."""
 
 import pytest
-from gqsa_runtime import Model
+from gqsa_runtime import Model, device_cuda
 from gqsa_runtime.device_cpu import TARGET_VARIABLE, supported_targets
+from gqsa_runtime.errors import DeviceError
 from gqsa_runtime.reader import ArtifactFile
 
+from gqsac.compiler.passes.compile import CUDA_TARGETS
 from tests.e2e.checkpoints import save_checkpoint
 from tests.e2e.command import gqsac, refusal, succeed
+from tests.e2e.reference import greedy
 from tests.format import gguf_bytes
 
 pytestmark = pytest.mark.skipif(not supported_targets(), reason="this CPU runs none of gqsac's kernels")
@@ -25,15 +28,9 @@ def built(tmp_path_factory):
     return folder / "built.gqsa"
 
 
-def answer(file, **options) -> list[int]:
-    with Model.open(file, device="cpu", threads=1, **options) as model:
-        assert model.context_reason is None
-        sequence = list(model.tokenize(PROMPT))
-        model.engine.prefill(sequence[:-1])
-        made = [int(model.engine.decode(sequence[-1]).argmax())]
-        while len(made) < 12:
-            made.append(int(model.engine.decode(made[-1]).argmax()))
-        return made
+def answer(file, device="cpu", **options) -> list[int]:
+    with Model.open(file, device, threads=1, **options) as model:
+        return greedy(model, model.tokenize(PROMPT), 12)
 
 
 @pytest.mark.skipif("x86_64_v4" not in supported_targets(), reason="needs AVX-512")
@@ -64,6 +61,15 @@ def test_no_code_of_the_file_runs(built, tmp_path, monkeypatch):
     ]
 
 
-def test_the_code_of_a_build_is_what_is_made_again(built):
-    result = succeed("verify", built, "--rebuild")
-    assert [TARGET, "all", "same"] in [line.split() for line in result.stdout.splitlines()]
+@pytest.mark.gpu
+def test_a_file_for_cpus_gets_kernels_for_this_gpu(built, tmp_path):
+    try:
+        arch = device_cuda.Gpu().arch
+    except DeviceError as error:
+        pytest.skip(f"no NVIDIA GPU: {error}")
+    file = tmp_path / "gpu.gqsa"
+    succeed("relink", built, "-o", file, "--target", arch if arch in CUDA_TARGETS else "compute_80")
+    assert Model.check(file).device == "cuda:0" and Model.check(file).runs
+    assert succeed("verify", file, "--rebuild").stdout.count(" same") > 10
+    expected = answer(built)
+    assert answer(file, device="cuda") == answer(file, device="cuda", kernels="rebuild") == expected
