@@ -20,7 +20,6 @@ from gqsac.compiler.lift import plan_again
 from gqsac.compiler.passes.compile import (
     CPU_TARGETS,
     CUDA_TARGETS,
-    check_targets,
     compile_all,
     default_cache_dir,
     families,
@@ -28,7 +27,7 @@ from gqsac.compiler.passes.compile import (
     toolchain,
 )
 from gqsac.compiler.passes.link import kind_of, link
-from gqsac.compiler.relink import recorded_compiler, render_all
+from gqsac.compiler.relink import recorded_compiler, render_all, targets_of
 
 _COMPILERS = {"cuda": "nvrtc", "cpu": "zig"}  # of each family
 
@@ -66,7 +65,7 @@ def compare(path: str, progress: Callable[[str, int, int], None] = lambda stage,
         program = file.program
         validate(program, file.tensors)
         recorded = recorded_compiler(file)
-        targets = check_targets(tuple(binary.target for binary in program.binaries))
+        targets = targets_of(program)
         sources = {family: _sources(file, family) for family in families(targets)}
         here = toolchain(targets)
         binaries, tensors = link(compile_all(sources, targets, progress=progress), targets)

@@ -20,10 +20,13 @@ from gqsa_runtime.program import Plan, Program, Step
 from gqsa_runtime.reader import ArtifactFile, naming
 from gqsa_runtime.validate import validate
 
+from gqsac import __version__
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
 from gqsac.compiler.lift import plan_again
 from gqsac.compiler.passes.bundle import Content, bundle, check_output
 from gqsac.compiler.passes.compile import (
+    CPU_TARGETS,
+    CUDA_TARGETS,
     Compiled,
     check_targets,
     compile_all,
@@ -31,7 +34,7 @@ from gqsac.compiler.passes.compile import (
     families,
     toolchain,
 )
-from gqsac.compiler.passes.link import link
+from gqsac.compiler.passes.link import kind_of, link
 from gqsac.compiler.passes.pack import PackedTensor
 from gqsac.compiler.passes.render import render
 from gqsac.compiler.passes.schedule import kernels
@@ -76,7 +79,7 @@ def relink(
     chosen = check_targets(targets)
     with ArtifactFile.open(path) as file, naming(path):
         validate(file.program, file.tensors)
-        chosen = chosen or check_targets(tuple(binary.target for binary in file.program.binaries))
+        chosen = chosen or targets_of(file.program)
         _check_nothing_lost(file)
         sources, plans = {}, {}
         for family in families(chosen):
@@ -108,6 +111,17 @@ def plan_anew(plan: Plan, family: str) -> tuple[dict[str, KernelSpec], Plan]:
 def render_all(specs: Mapping[str, KernelSpec], family: str) -> dict[str, str]:
     """Kernel name -> source text."""
     return {name: render(family, spec, name) for name, spec in specs.items()}
+
+
+def targets_of(program: Program) -> tuple[str, ...]:
+    """The targets of a valid program in canonical order. Raises FormatError for one that cannot be made here."""
+    for binary in program.binaries:
+        if binary.target not in CUDA_TARGETS + CPU_TARGETS or binary.kind != kind_of(binary.target):
+            raise FormatError(
+                f"the file has a {binary.kind} for {binary.target!r}, which gqsac {__version__} does not make; its "
+                f"targets are {', '.join(CUDA_TARGETS + CPU_TARGETS)}"
+            )
+    return check_targets(tuple(binary.target for binary in program.binaries))
 
 
 def recorded_compiler(file: ArtifactFile) -> dict:

@@ -186,6 +186,23 @@ def test_what_relink_refuses(built, tmp_path):
     refused("damaged.gqsa: tensor .* is damaged", damaged, error=FormatError)
 
 
+@pytest.mark.parametrize("target", ["cpu", "sm_90", "riscv64"])
+def test_targets_that_cannot_be_made_here(built, tmp_path, target):
+    one = relinked(built, tmp_path, "aarch64")
+
+    def rename(program):
+        return dataclasses.replace(program, binaries=(dataclasses.replace(program.binaries[0], target=target),))
+
+    odd = edited(one, tmp_path / "odd.gqsa", rename)
+    message = f"odd.gqsa: the file has a shared_object for '{target}', which gqsac .* does not make"
+    with pytest.raises(FormatError, match=message):
+        relink(odd, tmp_path / "out.gqsa", cache=False)
+    with pytest.raises(FormatError, match=message):
+        rebuild.compare(odd)
+    relink(odd, tmp_path / "out.gqsa", ("aarch64",), cache=False)
+    assert (tmp_path / "out.gqsa").read_bytes() == one.read_bytes()
+
+
 def test_weights_in_the_place_of_kernels(built, tmp_path):
     odd = edited(
         relinked(built, tmp_path, "aarch64"),
