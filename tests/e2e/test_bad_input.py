@@ -245,6 +245,8 @@ def test_build_options_out_of_range(tmp_path, source):
         ("run", "model.gqsa", "--no-such-option"),
         ("bench", "model.gqsa", "--at", "a,b"),
         ("eval", "ppl", "model.gqsa"),
+        ("eval", "ppl", "model/", "--text", "text.txt", "--rebuild-kernels"),
+        ("relink", "model.gqsa"),
     ],
 )
 def test_wrong_usage_is_code_2(args):
