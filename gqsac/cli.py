@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -249,6 +250,39 @@ def build(model, output, targets, jobs, kv_dtype, exact, head_bits, max_context,
     if kernel_table:
         click.echo(kernel_table + "\n", err=True)
     click.echo(summary.table(), err=True)
+
+
+@cli.command()
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File to make; may be FILE.")
+@click.option(
+    "--target", "targets", multiple=True, metavar="TARGET", help="As of build; repeatable. Default: those of FILE."
+)
+@click.option("-j", "--jobs", type=click.IntRange(min=0), default=0, help="Compile threads; 0: one a core.")
+@click.option("--no-cache", is_flag=True, help="Compile every kernel anew.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
+def relink(file, output, targets, jobs, no_cache, as_json):
+    """Makes the kernels of a .gqsa file anew, for other targets or with a newer gqsac; weights and texts stay.
+
+    Neither the checkpoint nor PyTorch is needed. A plan for GPUs is made from one for CPUs and the other way round, if
+    this version of gqsac made it.
+
+    \b
+    gqsac relink qwen.gqsa -o qwen-h100.gqsa --target sm_90
+    gqsac relink qwen.gqsa -o qwen-all.gqsa --target cuda --target cpu
+    gqsac relink old.gqsa -o new.gqsa
+    """
+    from gqsac.build_progress import BuildProgress
+    from gqsac.compiler.relink import relink as run
+
+    with BuildProgress() as progress:
+        made = run(file, output, tuple(targets), jobs, not no_cache, progress)
+    if as_json:
+        click.echo(json.dumps(asdict(made), indent=1))
+        return
+    click.echo(f"kernels    {made.n_compiled} binaries compiled, {made.n_cached} from the cache", err=True)
+    click.echo(f"file       {made.file_bytes / 1e6:.1f} MB, for {', '.join(made.targets)}", err=True)
+    click.echo(f"time       {made.seconds:.1f} s", err=True)
 
 
 @cli.command()

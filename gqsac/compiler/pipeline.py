@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,34 +12,34 @@ from gqsa_runtime.format import canonical_json
 from gqsa_runtime.layouts import GROUP_WORDS, RECORDS
 from gqsa_runtime.program import Program
 
-from gqsac import __version__
 from gqsac.checkpoint import Checkpoint
 from gqsac.compiler import dump, ir
-from gqsac.compiler.passes import compile_cpu, compile_cuda
 from gqsac.compiler.passes.bundle import Content, bundle, bundled_bytes, check_output
 from gqsac.compiler.passes.choose_layouts import LayoutOptions, Weights, module_of
-from gqsac.compiler.passes.compile import Compiled, check_targets, compile_all, default_cache_dir, default_targets
+from gqsac.compiler.passes.compile import (
+    Compiled,
+    check_targets,
+    compile_all,
+    default_cache_dir,
+    default_targets,
+    families,
+    toolchain,
+)
 from gqsac.compiler.passes.fuse import fuse
 from gqsac.compiler.passes.fuse_records import fuse_records
 from gqsac.compiler.passes.legalize import legalize
 from gqsac.compiler.passes.link import kv_layers, link, ropes
 from gqsac.compiler.passes.measure_linears import measure_linears
 from gqsac.compiler.passes.pack import Packing, pack
-from gqsac.compiler.passes.plan_memory import plan_memory
 from gqsac.compiler.passes.render import render
-from gqsac.compiler.passes.schedule import schedule
-from gqsac.compiler.passes.specialize import specialize
 from gqsac.compiler.passes.trace import trace
 from gqsac.compiler.passes.verify import verify
+from gqsac.compiler.plan_family import plan_family
 from gqsac.compiler.summary import ByteCounts, Summary, count_bytes
 from gqsac.errors import InputError
 from gqsac.model_info import bos_token_id, chat_template, eos_token_ids, model_name, tokenizer_json
 from gqsac.rounding import RoundedCheckpoint, Rounding
 
-# Family -> most tokens of a launch: what fills the tensor cores of a GPU; on a CPU, what a caller waits for at most.
-PREFILL_CHUNK = {"cuda": 512, "cpu": 128}
-# Tokens whose logits are held at once: 70 MB for a vocabulary of 128k.
-SCORE_CHUNK = 128
 KV_DTYPES = ("f16", "f32")
 HEAD_BITS = (4, 8, 16)
 
@@ -83,17 +82,8 @@ def build(
         return planned.summary([], None, time.perf_counter() - started)
     compiled = _compiled(planned, options, progress)
     dumper.binaries(compiled)
-    content = _content(planned, compiled, options)
-    n_bytes = sum(tensor.size for tensor in content.tensors)
-    written = 0
-
-    def wrote(count: int) -> None:
-        nonlocal written
-        written += count
-        progress("write", written, n_bytes)
-
     # Before the file gets its name, `verify` reads it as a stranger would meet it: by the runtime's own rules.
-    size = bundle(Path(output), content, check=verify, progress=wrote)
+    size = bundle(Path(output), _content(planned, compiled, options), check=verify, progress=progress)
     return planned.summary(compiled, size, time.perf_counter() - started)
 
 
@@ -169,13 +159,11 @@ def _plan(checkpoint: Checkpoint, options: BuildOptions, dumper: dump.Dumper, pr
     packing = pack(graph, weights, stored_parts)
     counts = count_bytes(graph, packing, stored_parts, weights)
 
-    # Operators become kernel calls; only then is it known what must be alive when. Each family of targets has a plan
-    # of its own.
+    # Each family of targets has a plan of its own: specialize, plan memory, schedule.
     specs, plans = {}, {}
     for family in families(targets):
-        calls = specialize(graph, packing, stored_parts, family, options.kv_dtype, options.exact)
-        memory = plan_memory(calls, PREFILL_CHUNK[family], SCORE_CHUNK)
-        specs[family], plans[family] = schedule(calls, memory, family)
+        made = plan_family(graph, packing, stored_parts, family, options.kv_dtype, options.exact)
+        specs[family], plans[family] = made
     program = Program(
         name=name,
         model_class=graph.model_class,
@@ -200,18 +188,8 @@ def _plan(checkpoint: Checkpoint, options: BuildOptions, dumper: dump.Dumper, pr
 
 
 def _compiled(planned: _Planned, options: BuildOptions, progress) -> list[Compiled]:
-    sources, targets = planned.sources, planned.targets
-    total = sum(len(sources["cuda"]) if family_of(target) == "cuda" else 1 for target in targets)
-    done = 0
-
-    def compiled_one(compiled: Compiled) -> None:
-        nonlocal done
-        done += 1
-        progress("compile", done, total)
-
-    jobs = options.jobs or len(os.sched_getaffinity(0))
     cache_dir = default_cache_dir() if options.cache else None
-    return compile_all(sources, targets, jobs, cache_dir, compiled_one)
+    return compile_all(planned.sources, planned.targets, options.jobs, cache_dir, progress)
 
 
 def _content(planned: _Planned, compiled: list[Compiled], options: BuildOptions) -> Content:
@@ -288,23 +266,10 @@ def limit_context(graph: ir.Graph, max_context: int | None) -> ir.Graph:
     return replace(graph, max_context=max_context, ropes=ropes)
 
 
-def family_of(target: str) -> str:
-    """The template family of a target: "cuda" or "cpu"."""
-    return "cuda" if target.startswith(("sm_", "compute_")) else "cpu"
-
-
-def families(targets: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(family_of(target) for target in targets))
-
-
 def compiler_identity(targets: tuple[str, ...], options: BuildOptions) -> dict:
     """What made the file: enough to make it again, byte for byte."""
-    used = families(targets)
     return {
-        "gqsac": __version__,
-        "nvrtc": compile_cuda.nvrtc_version() if "cuda" in used else None,
-        "zig": compile_cpu.compiler_version() if "cpu" in used else None,
-        "targets": list(targets),
+        **toolchain(targets),
         "kv_dtype": options.kv_dtype,
         "exact": options.exact,
         "head_bits": options.head_bits,

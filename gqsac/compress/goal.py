@@ -16,8 +16,8 @@ from gqsa_runtime.load import DEFAULT_CONTEXT
 from gqsac.build_progress import BuildProgress
 from gqsac.checkpoint import Checkpoint
 from gqsac.codec import MatrixHeader
-from gqsac.compiler.passes.compile import check_targets, default_targets
-from gqsac.compiler.pipeline import BuildOptions, families, planned_summary
+from gqsac.compiler.passes.compile import check_targets, default_targets, families
+from gqsac.compiler.pipeline import BuildOptions, planned_summary
 from gqsac.compress.options import Options
 from gqsac.compress.store import dense_names
 from gqsac.locks import scratch_folder

@@ -14,6 +14,9 @@ __version__ = "0.1.0"
 
 # Loaded when first used: the compiler imports this package for its format alone.
 _EXPORTS = {
+    "Check": "check",
+    "ContextCost": "memory",
+    "DeviceCheck": "check",
     "GenerationStats": "model",
     "Model": "model",
     "PerplexityResult": "perplexity",

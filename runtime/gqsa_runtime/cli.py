@@ -1,11 +1,13 @@
 """The command `gqsa`: everything that a compiled model is used for.
 
 Generated text alone goes to stdout, all else to stderr, so that output can be piped. Exit codes:
-0 done, 1 an error (one sentence on stderr), 2 wrong usage, 130 interrupted.
+0 done, 1 an error (one sentence on stderr), 2 wrong usage, 3 `check` found that a sound file does not run here,
+130 interrupted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -14,8 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import click
 
-from gqsa_runtime import __version__
-from gqsa_runtime.errors import GqsaError, InputError
+from gqsa_runtime import __version__, rebuild
+from gqsa_runtime.errors import FormatError, GqsaError, InputError
 
 _FILE = click.argument("file", type=click.Path(path_type=str))
 OPTIONAL_FILE = click.argument("file", type=click.Path(path_type=str), required=False)
@@ -78,7 +80,7 @@ def _explain_os_error(error: OSError) -> str:
 
 def commands() -> list[click.Command]:
     """The commands of `gqsa`, for another group to mount."""
-    return [run, chat, inspect, verify, bench, evaluate, doctor]
+    return [run, chat, check, inspect, verify, bench, evaluate, doctor]
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -112,7 +114,7 @@ class _Context(click.ParamType):
             self.fail(f"{value!r} is neither a number of tokens nor auto", param, ctx)
 
 
-_model_options = _options(
+_place_options = _options(
     click.option("--device", default="auto", show_default=True, help="auto, cuda, cuda:N or cpu."),
     click.option(
         "--context",
@@ -120,7 +122,15 @@ _model_options = _options(
         help="Tokens that fit at once; auto: as many as the model has and free memory allows. Default: 4096, or less "
         "to fit.",
     ),
+)
+_model_options = _options(
+    _place_options,
     click.option("--threads", type=int, help="CPU threads. Default: all."),
+    click.option(
+        "--rebuild-kernels",
+        is_flag=True,
+        help="Run no code of the file: have gqsac, which must be installed, compile the kernels that its plan names.",
+    ),
 )
 
 
@@ -149,12 +159,23 @@ def _tell(message: str) -> None:
     click.echo(message, err=True)
 
 
-def _open_model(file: str, device: str, context: int | str | None, threads: int | None, sampling: dict | None = None):
+def _open_model(
+    file: str,
+    device: str,
+    context: int | str | None,
+    threads: int | None,
+    rebuild_kernels: bool,
+    sampling: dict | None = None,
+):
     from gqsa_runtime.model import Model
 
     Model.check_options(**(sampling or {}))  # better refused now than after seconds of loading
+    if rebuild_kernels:
+        rebuild.compiler()
+        _tell("making the kernels anew")
+    kernels = rebuild.REBUILD if rebuild_kernels else rebuild.FILE
     with _LoadingBar() as bar:
-        model = Model.open(file, device, context, threads, bar.update)
+        model = Model.open(file, device, context, threads, bar.update, kernels)
     _tell(f"device {model.device_reason}")
     if model.context_reason:
         _tell(model.context_reason)
@@ -239,7 +260,7 @@ def read_text(path: str, what: str) -> str:
     help="File of a prompt that was read before: what this one shares with it is not read again. Made, or made anew.",
 )
 @click.option("--stats", is_flag=True, help="Tell counts and speeds on standard error.")
-def run(file, prompt, raw, device, context, threads, session, stats, **sampling) -> None:
+def run(file, prompt, raw, device, context, threads, rebuild_kernels, session, stats, **sampling) -> None:
     """Answers one prompt, as a chat message if the file has a chat template, and exits.
 
     \b
@@ -253,7 +274,7 @@ def run(file, prompt, raw, device, context, threads, session, stats, **sampling)
         if sys.stdin.isatty():
             _tell("reading the prompt from standard input; end it with Ctrl-D")
         prompt = read_text("-", "prompt")
-    with _open_model(file, device, context, threads, sampling) as model:
+    with _open_model(file, device, context, threads, rebuild_kernels, sampling) as model:
         if session is not None and os.path.exists(session):
             _tell(f"{session}: {model.load_session(session)} tokens are in the cache")
         if model.has_chat_template and not raw:
@@ -274,7 +295,7 @@ def run(file, prompt, raw, device, context, threads, session, stats, **sampling)
 @_sampling_options(temperature=0.7)
 @_model_options
 @click.option("--stats", is_flag=True, help="Tell counts and speeds after each answer.")
-def chat(file, system, device, context, threads, stats, **sampling) -> None:
+def chat(file, system, device, context, threads, rebuild_kernels, stats, **sampling) -> None:
     """Talks with the model, line by line; /reset begins anew, /exit or Ctrl-D ends.
 
     Ctrl-C ends an answer. Where the context is full, the oldest messages are forgotten; an answer that fills it ends,
@@ -285,7 +306,7 @@ def chat(file, system, device, context, threads, stats, **sampling) -> None:
       gqsa chat model.gqsa --system "Answer in one sentence."
     """
     opening = [{"role": "system", "content": system}] if system else []
-    with _open_model(file, device, context, threads, sampling) as model:
+    with _open_model(file, device, context, threads, rebuild_kernels, sampling) as model:
         if not model.has_chat_template:
             raise InputError(f"{file}: the file carries no chat template; use `gqsa run` instead")
         messages = list(opening)
@@ -341,6 +362,40 @@ def _read_line() -> str | None:
 
 @click.command()
 @_FILE
+@_place_options
+@_JSON
+@click.pass_context
+def check(ctx, file, device, context, as_json) -> None:
+    """Says whether a file runs here, on which device, and in how much memory, without reading its weights.
+
+    Exit code 0: it runs. 3: it is sound as far as its header tells, but does not run here; the first line says why. 1:
+    it is no sound file.
+
+    \b
+    Examples:
+      gqsa check model.gqsa
+      gqsa check model.gqsa --device cuda --context 8192 --json
+    """
+    from gqsa_runtime import doctor as examination
+    from gqsa_runtime.check import check_file
+
+    found = check_file(file, device, context)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        click.echo(f"{file} {'runs' if found.runs else 'does not run'} here: {found.reason}")
+        if found.runs:
+            fits = "" if found.largest_context is None else f"; up to {found.largest_context:,} fit"
+            needed = f"{found.needed_bytes / 1e9:.2f} GB"
+            click.echo(f"it opens with {found.context:,} of {found.max_context:,} tokens in {needed}{fits}")
+            if found.context_reason:
+                click.echo(found.context_reason)
+        click.echo(examination.render(examination.file_findings(found)))
+    ctx.exit(0 if found.runs else 3)
+
+
+@click.command()
+@_FILE
 @click.option("--context", type=int, help="Tokens to state the memory for. Default: 4096, or what the model has.")
 @click.option("--kernels", is_flag=True, help="List the kernels and their constants.")
 @click.option("--tensors", is_flag=True, help="List the tensors.")
@@ -373,24 +428,56 @@ def inspect(file, context, kernels, tensors, as_json) -> None:
 
 @click.command()
 @_FILE
+@click.option(
+    "--rebuild",
+    "compare",
+    is_flag=True,
+    help="Have gqsac, which must be installed, compile every kernel anew, too, and compare the machine code.",
+)
 @_JSON
-def verify(file, as_json) -> None:
+def verify(file, compare, as_json) -> None:
     """Checks every digest, the launch plan and all index tensors of a file.
 
+    With --rebuild it says of each kernel whether its machine code is what gqsac makes of the launch plan here: same,
+    different, or different compiler, where the file says that another version made it. Exit code 0: all are the same.
+
     \b
-    Example:
+    Examples:
       gqsa verify model.gqsa
+      gqsa verify model.gqsa --rebuild
     """
     from gqsa_runtime.verify import verify_file
 
+    compiler = rebuild.compiler() if compare else None
     found = verify_file(file, functools.partial(progress, unit="tensor"))
-    if as_json:
-        click.echo(json.dumps({"path": file, "ok": True, "tensors": found.n_tensors, "bytes": found.n_bytes}))
-    else:
+    facts = {"path": file, "ok": True, "tensors": found.n_tensors, "bytes": found.n_bytes}
+    if not as_json:
         click.echo(
             f"{file} is sound: {found.n_tensors} tensors, {found.n_bytes:,} bytes, "
             "launch plan, tokenizer and chat template"
         )
+    if compare:
+        with compiler.BuildProgress() as bars:
+            compared = compiler.compare(file, bars)
+        facts |= {"ok": compared.same, "rebuilt": dataclasses.asdict(compared)}
+        if not as_json:
+            _show_comparison(compared)
+    if as_json:
+        click.echo(json.dumps(facts))
+    if not facts["ok"]:
+        raise FormatError(
+            f"{file}: {compared.n_differing} of {len(compared.kernels)} kernels differ from those that "
+            f"{compared.installed} makes; the file says that {compared.recorded or 'nothing'} made them"
+        )
+
+
+def _show_comparison(compared: rebuild.Comparison) -> None:
+    from gqsa_runtime.inspect_ import table
+
+    rows = [{"target": row.target, "kernel": row.kernel or "all", "code": row.verdict} for row in compared.kernels]
+    click.echo(
+        f"kernels made anew by {compared.installed}; the file says {compared.recorded or 'nothing'}\n{table(rows)}"
+    )
 
 
 @click.command()
@@ -403,7 +490,9 @@ def verify(file, as_json) -> None:
 @click.option("--plot", type=click.Path(path_type=str), help="Draw a roofline to this PNG file; needs matplotlib.")
 @_model_options
 @_JSON
-def bench(file, lengths, prompts, n_decode, repeats, profile, plot, device, context, threads, as_json) -> None:
+def bench(
+    file, lengths, prompts, n_decode, repeats, profile, plot, device, context, threads, rebuild_kernels, as_json
+) -> None:
     """Measures opening, decode and prompts at given lengths: warm-up, then medians.
 
     Without --context what fits 4096 tokens is measured; --context auto measures prompts of 8192, too.
@@ -421,7 +510,7 @@ def bench(file, lengths, prompts, n_decode, repeats, profile, plot, device, cont
         from gqsa_runtime import roofline
 
         roofline.check(plot)  # better refused now than after the measurement
-    with _open_model(file, device, context, threads) as model:
+    with _open_model(file, device, context, threads, rebuild_kernels) as model:
         track = functools.partial(progress, unit="length")
         found = benchmark.bench(model, lengths, prompts, n_decode, repeats, profile, track)
         found = {"path": file, "name": model.program.name, "device": model.device.name, **found}
@@ -458,7 +547,7 @@ def evaluate() -> None:
 @click.option("--max-windows", type=int, help="Stop after so many windows.")
 @_model_options
 @_JSON
-def ppl(file, text, window, stride, max_windows, device, context, threads, as_json) -> None:
+def ppl(file, text, window, stride, max_windows, device, context, threads, rebuild_kernels, as_json) -> None:
     """Perplexity of a text. The last tokens that fill no window are left out; a shorter text is scored whole.
 
     \b
@@ -468,7 +557,7 @@ def ppl(file, text, window, stride, max_windows, device, context, threads, as_js
     from gqsa_runtime.perplexity import perplexity
 
     content = read_text(text, "text")
-    with _open_model(file, device, context or None, threads) as model:
+    with _open_model(file, device, context or None, threads, rebuild_kernels) as model:
         result = perplexity(model, content, window, stride, max_windows, functools.partial(progress, unit="window"))
     if as_json:
         click.echo(json.dumps({"path": file, "window": window, "stride": stride or window, **vars(result)}))

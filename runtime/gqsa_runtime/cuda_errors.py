@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 _UPDATE = "update the NVIDIA driver"
-_REBUILD = "rebuild the file with `gqsac build MODEL -o FILE --target sm_XX` (`gqsa doctor` names this GPU's sm_XX)"
+_RELINK = "make kernels with `gqsac relink FILE -o NEW --target sm_XX` (`gqsa doctor` names this GPU's sm_XX)"
 
 _REASONS = {
     "CUDA_ERROR_NO_DEVICE": "the driver finds no GPU; use --device cpu",
     "CUDA_ERROR_OUT_OF_MEMORY": "the GPU is out of memory; use a smaller --context or close other programs",
-    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": f"the driver is older than the PTX in the file; {_UPDATE}, or {_REBUILD}",
-    "CUDA_ERROR_NO_BINARY_FOR_GPU": f"the file's kernels are not for this GPU; {_REBUILD}, or {_UPDATE}",
+    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": f"the driver is older than the PTX in the file; {_UPDATE}, or {_RELINK}",
+    "CUDA_ERROR_NO_BINARY_FOR_GPU": f"the file's kernels are not for this GPU; {_RELINK}, or {_UPDATE}",
     "CUDA_ERROR_INVALID_IMAGE": "the kernels in the file are damaged or newer than the driver; check the file with "
     f"`gqsa verify`, and {_UPDATE}",
-    "CUDA_ERROR_INVALID_PTX": f"the driver cannot compile the PTX in the file; {_UPDATE}, or {_REBUILD}",
-    "CUDA_ERROR_JIT_COMPILER_NOT_FOUND": f"the driver comes without its PTX compiler; {_UPDATE}, or {_REBUILD}",
+    "CUDA_ERROR_INVALID_PTX": f"the driver cannot compile the PTX in the file; {_UPDATE}, or {_RELINK}",
+    "CUDA_ERROR_JIT_COMPILER_NOT_FOUND": f"the driver comes without its PTX compiler; {_UPDATE}, or {_RELINK}",
     "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "the driver's kernel module and its libraries are of different versions; "
     "restart the machine after a driver update, or use --device cpu",
     "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE": "this GPU cannot use the CUDA compatibility libraries, and the "

@@ -70,7 +70,7 @@ def probe(program: Program) -> tuple[bool, str]:
         binary = choose_binary(program.binaries)
     except DeviceError as error:
         return False, str(error)
-    return True, f"the CPU runs the file's {binary.target} kernels"
+    return True, f"the CPU runs {binary.target} kernels"
 
 
 def choose_binary(binaries: tuple[Binary, ...]) -> Binary:
@@ -87,8 +87,8 @@ def choose_binary(binaries: tuple[Binary, ...]) -> Binary:
     if wanted:
         raise DeviceError(
             f"{TARGET_VARIABLE}={wanted} cannot be used: the file's CPU targets are {', '.join(held) or 'none'} and "
-            f"this CPU runs {', '.join(supported) or 'none of gqsac'}; unset the variable, or rebuild the file with "
-            f"`gqsac build MODEL -o FILE --target {wanted}`"
+            f"this CPU runs {', '.join(supported) or 'none of gqsac'}; unset the variable, or make them with "
+            f"`gqsac relink FILE -o NEW --target {wanted}`"
         )
     if not supported:
         raise DeviceError(
@@ -97,7 +97,7 @@ def choose_binary(binaries: tuple[Binary, ...]) -> Binary:
         )
     raise DeviceError(
         f"the file has no kernels for this CPU ({supported[0]}): its CPU targets are {', '.join(held) or 'none'}; "
-        f"rebuild it with `gqsac build MODEL -o FILE --target {supported[0]}`"
+        f"make them with `gqsac relink FILE -o NEW --target {supported[0]}`"
     )
 
 

@@ -42,7 +42,7 @@ def probe(program: Program, ordinal: int = 0) -> tuple[bool, str]:
         binary = choose_binary(program.binaries, gpu)
     except DeviceError as error:
         return False, str(error)
-    return True, f"{gpu.name} runs the file's {binary.target} kernels"
+    return True, f"{gpu.name} runs {binary.target} kernels"
 
 
 @functools.cache
@@ -128,7 +128,7 @@ def choose_binary(binaries: tuple[Binary, ...], gpu: Gpu) -> Binary:
         asked = f" of {TARGET_VARIABLE}={wanted}" if wanted else ""
         raise DeviceError(
             f"the file has no kernels{asked} for {gpu.name} ({gpu.arch}): its CUDA targets are {held}; "
-            f"rebuild it with `gqsac build MODEL -o FILE --target {gpu.arch}`, or use --device cpu"
+            f"make them with `gqsac relink FILE -o NEW --target {gpu.arch}`, or use --device cpu"
         )
     return best[1]
 

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gqsa_runtime import __version__, device_cpu, device_cuda, load, memory
+from gqsa_runtime import __version__, device_cpu, device_cuda, memory
+from gqsa_runtime.check import Check, check_file
 from gqsa_runtime.errors import DeviceError
-from gqsa_runtime.reader import ArtifactFile
-from gqsa_runtime.validate import validate
+from gqsa_runtime.memory import ContextCost
 
 _PACKAGES = ("numpy", "cuda-bindings", "tokenizers", "jinja2", "click", "tqdm")
 
@@ -35,37 +35,27 @@ def examine_file(path: str) -> list[Finding]:
 
     Raises FormatError and InputError for the file.
     """
-    with ArtifactFile.open(path) as file:
-        validate(file.program, file.tensors)
-        findings = []
-        for family, probe, free_bytes in (
-            ("cuda", lambda program: device_cuda.probe(program, 0), _free_cuda_bytes),
-            ("cpu", device_cpu.probe, load.usable_cpu_bytes),
-        ):
-            if family not in file.program.plans:
-                continue
-            usable, why = probe(file.program)
-            free = free_bytes() if usable else None
-            known = "" if free is None else f"; {max(free, 0) / 1e9:.2f} GB can be used"
-            found, fix = (f"{why}{known}", None) if usable else ("cannot run it", why)
-            findings.append(Finding(f"{family} for it", found, fix))
-            costs = memory.context_costs(file.program, file.tensors, family)
-            findings += [_cost(family, row, free) for row in costs]
+    return file_findings(check_file(path))
+
+
+def file_findings(check: Check) -> list[Finding]:
+    """The same of a file that was checked: each device that has a plan, or was asked for by its name."""
+    findings = []
+    for device in check.devices:
+        if not device.costs and len(check.devices) > 1:
+            continue
+        free = device.free_bytes
+        known = "" if free is None else f"; {max(free, 0) / 1e9:.2f} GB can be used"
+        found, fix = (f"{device.reason}{known}", None) if device.usable else ("cannot run it", device.reason)
+        findings.append(Finding(f"{device.device} for it", found, fix))
+        findings += [_cost(device.device, cost, free) for cost in device.costs]
     return findings
 
 
-def _free_cuda_bytes() -> int | None:
-    try:
-        with device_cuda.free_bytes(0) as free:
-            return free - memory.CUDA_HEADROOM_BYTES
-    except DeviceError:
-        return None
-
-
-def _cost(family: str, row: dict, free: int | None) -> Finding:
-    parts = ", ".join(f"{name.replace('_', ' ')} {row[name] / 1e9:.2f}" for name in ("weights", "kv_cache", "scratch"))
-    fits = "" if free is None else "; fits" if row["total"] <= free else "; does not fit"
-    return Finding(f"{family}, {row['context']:,} tokens", f"{row['total'] / 1e9:.2f} GB: {parts}{fits}")
+def _cost(device: str, cost: ContextCost, free: int | None) -> Finding:
+    parts = f"weights {cost.weights / 1e9:.2f}, kv cache {cost.kv_cache / 1e9:.2f}, scratch {cost.scratch / 1e9:.2f}"
+    fits = "" if free is None else "; fits" if cost.total <= free else "; does not fit"
+    return Finding(f"{device}, {cost.context:,} tokens", f"{cost.total / 1e9:.2f} GB: {parts}{fits}")
 
 
 def render(findings: list[Finding]) -> str:

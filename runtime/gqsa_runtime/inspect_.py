@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -62,7 +63,7 @@ def _plan(file: ArtifactFile, family: str, context: int) -> dict:
             "context_bytes": context * memory.context_bytes_per_token(program),
             "total": memory.needed_bytes(program, file.tensors, family, context),
         },
-        "contexts": memory.context_costs(program, file.tensors, family),
+        "contexts": [asdict(row) for row in memory.context_costs(program, file.tensors, family)],
     }
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from gqsa_runtime import device_cpu, device_cuda, memory
+from gqsa_runtime import device_cpu, device_cuda, memory, rebuild
 from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.engine import Device
 from gqsa_runtime.errors import DeviceError, InputError
@@ -40,24 +41,37 @@ def open_device(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     clock: Stopwatch | None = None,
+    kernels: str = rebuild.FILE,
 ) -> OpenedDevice:
     """Opens "auto", "cuda", "cuda:N" or "cpu" for a validated file; parameters as in `Model.open`.
 
     clock: gets the stages "device" (finding it and making its context), those of `CheckedTensors`, and those of the
-    device.
+    device, and where kernels are made anew, "compile".
     """
+    rebuild.check_choice(kernels)
+    compiler = rebuild.compiler() if kernels == rebuild.REBUILD else None
     program, clock = file.program, clock or Stopwatch()
-    _check_context(program, context)
+    check_context(program, context)
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise InputError(f"the number of threads is {threads}, expected at least 1 and at most {MAX_THREADS}")
     with clock.stage("device"):
+        program = compiler.offered(program) if compiler else program
         kind, ordinal, reason = choose_device(program, device)
     if kind == "cpu":  # before weights are read
-        chosen, context_reason = choose_context(file, kind, context, usable_cpu_bytes())
+        with usable_bytes(kind, ordinal) as free:
+            chosen, context_reason = choose_context(file, kind, context, free)
     used = program.plans[kind].tensors(program.ropes)
 
+    code = None
+    if compiler:
+        with clock.stage("compile"):
+            target = _best_target(program, kind, ordinal)
+            binary, code = compiler.make(file, target)
+        program = dataclasses.replace(program, binaries=(binary,))
+        reason += f"; kernels made anew by {compiler.made_by(target)}, no code of the file runs"
+
     def binaries(binary) -> bytes:
-        return file.read(binary.tensor).tobytes()
+        return file.read(binary.tensor).tobytes() if code is None else code
 
     with contextlib.ExitStack() as stack:
         # Reading begins first: making a GPU's context takes as long as much of the reading.
@@ -65,37 +79,51 @@ def open_device(
         tensors = stack.enter_context(CheckedTensors(file, names, progress, clock))
         if kind == "cuda":
             with clock.stage("device"):
-                free = stack.enter_context(device_cuda.free_bytes(ordinal))
-            chosen, context_reason = choose_context(file, kind, context, free - memory.CUDA_HEADROOM_BYTES)
+                free = stack.enter_context(usable_bytes(kind, ordinal))
+            chosen, context_reason = choose_context(file, kind, context, free)
         opened = _open(kind, ordinal, program, tensors, binaries, chosen, threads, clock)
     return OpenedDevice(opened, kind, chosen, reason, context_reason)
 
 
-def choose_device(program: Program, device: str) -> tuple[str, int, str]:
-    """("cuda" or "cpu", GPU ordinal, why). Raises InputError for another name, DeviceError for none usable."""
+def parse_device(device: str) -> tuple[str, int]:
+    """("auto", "cuda" or "cpu", GPU ordinal). Raises InputError for another name."""
     kind, _, number = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdecimal())):
         raise InputError(f"the device is {device!r}, expected auto, cpu, cuda or cuda:N")
-    ordinal = int(number) if number else 0
+    return kind, int(number) if number else 0
+
+
+def choose_device(program: Program, device: str) -> tuple[str, int, str]:
+    """("cuda" or "cpu", GPU ordinal, why). Raises InputError for another name, DeviceError for none usable."""
+    kind, ordinal = parse_device(device)
     if kind != "auto":
-        usable, why = _probe(kind, program, ordinal)
+        usable, why = probe(kind, program, ordinal)
         if not usable:
             raise DeviceError(why)
         return kind, ordinal, "cpu, as asked" if kind == "cpu" else f"{device}, as asked: {why}"
-    usable, why_gpu = _probe("cuda", program, 0)
+    usable, why_gpu = probe("cuda", program, 0)
     if usable:
         return "cuda", 0, f"cuda: {why_gpu}"
-    usable, why_cpu = _probe("cpu", program, 0)
+    usable, why_cpu = probe("cpu", program, 0)
     if usable:
         return "cpu", 0, f"cpu: {why_cpu}; no GPU: {why_gpu}"
     raise DeviceError(f"nothing here runs this file. GPU: {why_gpu}. CPU: {why_cpu}")
 
 
-def _probe(kind: str, program: Program, ordinal: int) -> tuple[bool, str]:
+def probe(kind: str, program: Program, ordinal: int) -> tuple[bool, str]:
+    """Whether a device of this machine can run the program, memory not regarded, and the reason in a few words."""
     return device_cuda.probe(program, ordinal) if kind == "cuda" else device_cpu.probe(program)
 
 
-def _check_context(program: Program, context: int | str | None) -> None:
+def _best_target(program: Program, kind: str, ordinal: int) -> str:
+    """The target whose kernels a device would take."""
+    if kind == "cuda":
+        return device_cuda.choose_binary(program.binaries, device_cuda.Gpu(ordinal)).target
+    return device_cpu.choose_binary(program.binaries).target
+
+
+def check_context(program: Program, context: int | str | None) -> None:
+    """Raises InputError for a context that the model is not made for, whatever the memory."""
     if context is None or context == AUTO:
         return
     if isinstance(context, bool) or not isinstance(context, int):
@@ -107,10 +135,22 @@ def _check_context(program: Program, context: int | str | None) -> None:
         )
 
 
-def usable_cpu_bytes() -> int | None:
-    """Memory that a model may have on the CPU, or None where the system does not say."""
-    free = memory.free_cpu_bytes()
-    return None if free is None else free - memory.CPU_HEADROOM_BYTES
+@contextlib.contextmanager
+def usable_bytes(kind: str, ordinal: int) -> Iterator[int | None]:
+    """Memory that a model may have on a device, or None where the system does not say; see `device_cuda.free_bytes`."""
+    if kind == "cuda":
+        with device_cuda.free_bytes(ordinal) as free:
+            yield free - memory.CUDA_HEADROOM_BYTES
+    else:
+        free = memory.free_cpu_bytes()
+        yield None if free is None else free - memory.CPU_HEADROOM_BYTES
+
+
+def wanted_context(file: ArtifactFile, family: str, context: int | str | None, free: int | None) -> int:
+    """The positions that a context stands for, whether they fit or not. Parameters as of `choose_context`."""
+    if context == AUTO and free is not None:
+        return max(1, _largest_by_itself(file, family, free))
+    return context if isinstance(context, int) else min(file.program.max_context, DEFAULT_CONTEXT)
 
 
 def choose_context(
@@ -120,16 +160,11 @@ def choose_context(
 
     Raises DeviceError for a number that does not fit, and where not even one position does.
     """
-    program = file.program
-    usual = min(program.max_context, DEFAULT_CONTEXT)
+    program, wanted = file.program, wanted_context(file, family, context, free)
     if free is None:
-        unknown = f"context {usual}: the system does not say how much memory is free; choose another with --context"
-        return (usual, unknown) if context == AUTO else (usual if context is None else context, None)
+        unknown = f"context {wanted}: the system does not say how much memory is free; choose another with --context"
+        return wanted, unknown if context == AUTO else None
     fits = memory.largest_context(program, file.tensors, family, free)
-    if context == AUTO:
-        wanted = max(1, _largest_by_itself(file, family, free))
-    else:
-        wanted = usual if context is None else context
     if fits >= wanted:
         return wanted, _why(file, family, wanted, free) if context == AUTO else None
     needed_gb = memory.needed_bytes(program, file.tensors, family, wanted) / 1e9

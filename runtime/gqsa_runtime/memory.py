@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from gqsa_runtime.program import Program
@@ -20,6 +21,20 @@ class Sized(Protocol):
     """A tensor of a file, or one that goes into it."""
 
     size: int  # in bytes
+
+
+@dataclass(frozen=True)
+class ContextCost:
+    """Bytes of device memory that a context of so many positions takes, and of what.
+
+    scratch: activations and rotary tables. total: of all three.
+    """
+
+    context: int
+    weights: int
+    kv_cache: int
+    scratch: int
+    total: int
 
 
 def weight_bytes(program: Program, tensors: Mapping[str, Sized], family: str) -> int:
@@ -47,25 +62,14 @@ def largest_context(program: Program, tensors: Mapping[str, Sized], family: str,
     return min(program.max_context, rest // per_token) if per_token else program.max_context
 
 
-def context_costs(program: Program, tensors: Mapping[str, Sized], family: str) -> list[dict]:
-    """Bytes that a family needs at a context of 2k, 8k and 32k, as far as the program has them, and at its longest.
-
-    A row for each: context in positions; weights, kv_cache, scratch (activations and rotary tables) and their total.
-    """
+def context_costs(program: Program, tensors: Mapping[str, Sized], family: str) -> list[ContextCost]:
+    """What a family needs at a context of 2k, 8k and 32k, as far as the program has them, and at its longest."""
     weights, per_token = weight_bytes(program, tensors, family), program.kv_bytes_per_token()
     rows = []
     for context in sorted({min(context, program.max_context) for context in (*SHOWN_CONTEXTS, program.max_context)}):
         kv_cache = context * per_token
         scratch = program.plans[family].arena_bytes + context * (context_bytes_per_token(program) - per_token)
-        rows.append(
-            {
-                "context": context,
-                "weights": weights,
-                "kv_cache": kv_cache,
-                "scratch": scratch,
-                "total": weights + kv_cache + scratch,
-            }
-        )
+        rows.append(ContextCost(context, weights, kv_cache, scratch, weights + kv_cache + scratch))
     return rows
 
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from gqsa_runtime import format as gqsa
 from gqsa_runtime.chat import ChatTemplate
+from gqsa_runtime.check import Check, check_file
 from gqsa_runtime.engine import Device, Engine, ScoreResult
-from gqsa_runtime.errors import ClosedError, FormatError, InputError
+from gqsa_runtime.errors import ClosedError, InputError
 from gqsa_runtime.load import open_device
 from gqsa_runtime.program import Program
-from gqsa_runtime.reader import ArtifactFile, TensorInfo
+from gqsa_runtime.reader import ArtifactFile, TensorInfo, naming
 from gqsa_runtime.sampling import SamplingOptions, choose, first_draw, next_draw, penalize
 from gqsa_runtime.sequence import Sequence as TokenSequence
 from gqsa_runtime.session import read_session, write_session
@@ -99,6 +100,7 @@ class Model:
         context: int | str | None = None,
         threads: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        kernels: str = "file",
     ) -> Model:
         """Opens a .gqsa file.
 
@@ -106,36 +108,35 @@ class Model:
         context: positions of the KV cache; default 4096, less where the model or the memory has less; "auto": as many
         as the model is made for and free memory allows, on the CPU half of what the weights leave free.
         threads: of the CPU. progress: called with (bytes read, bytes in all) while weights load.
-        Raises FormatError (not a sound .gqsa file), DeviceError (nothing to run it on, no memory: it says how much is
-        needed and free, and the largest context that fits, before anything is allocated on the device) or
-        InputError (no such file, a context that the model is not made for).
+        kernels: "file" runs the machine code that the file holds; "rebuild" takes weights and texts alone from it and
+        has the package gqsac compile the kernels that its launch plan names, so that no code of the file ever runs.
+        Raises FormatError (not a sound .gqsa file, or with "rebuild" a plan that gqsac would make otherwise),
+        DeviceError (nothing to run it on, no gqsac to "rebuild" with, no memory: it says how much is needed and free,
+        and the largest context that fits, before anything is allocated on the device) or InputError (no such file, a
+        context that the model is not made for).
         """
         clock = Stopwatch()
         with clock.stage("total"), contextlib.ExitStack() as stack:
             with clock.stage("header"):
                 file = stack.enter_context(ArtifactFile.open(path))
-            try:
-                with clock.stage("header"):
-                    validate(file.program, file.tensors)
-                text, template = file.text(gqsa.KEY_TOKENIZER), file.metadata.get(gqsa.KEY_CHAT_TEMPLATE)
+            stack.enter_context(naming(path))
+            with clock.stage("header"):
+                validate(file.program, file.tensors)
+            text, template = file.text(gqsa.KEY_TOKENIZER), file.metadata.get(gqsa.KEY_CHAT_TEMPLATE)
 
-                def make_tokenizer() -> Tokenizer:
-                    with clock.stage("tokenizer"):
-                        return Tokenizer(text, file.program.vocab_size)
+            def make_tokenizer() -> Tokenizer:
+                with clock.stage("tokenizer"):
+                    return Tokenizer(text, file.program.vocab_size)
 
-                # A large vocabulary takes as long as the driver does to make a GPU's context: side by side.
-                with ThreadPoolExecutor(1, "gqsa-tokenizer") as aside:
-                    pending = aside.submit(make_tokenizer)
-                    opened = open_device(file, device, context, threads, progress, clock)
-                    try:
-                        tokenizer = pending.result()
-                    except BaseException:
-                        opened.device.close()
-                        raise
-            except FormatError as error:
-                if os.fspath(path) in str(error):
+            # A large vocabulary takes as long as the driver does to make a GPU's context: side by side.
+            with ThreadPoolExecutor(1, "gqsa-tokenizer") as aside:
+                pending = aside.submit(make_tokenizer)
+                opened = open_device(file, device, context, threads, progress, clock, kernels)
+                try:
+                    tokenizer = pending.result()
+                except BaseException:
+                    opened.device.close()
                     raise
-                raise FormatError(f"{os.fspath(path)}: {error}") from error
         return cls(
             file.program,
             tokenizer,
@@ -149,6 +150,16 @@ class Model:
             clock.seconds,
             file.digest,
         )
+
+    @staticmethod
+    def check(path: str | os.PathLike, device: str = "auto", context: int | str | None = None) -> Check:
+        """Whether `open` with the same arguments would open a file here, on which device, and in how much memory.
+
+        Reads the header and the launch plan alone, whatever the file's size; no weight, no kernel's code and no
+        tokenizer. Raises FormatError where those are not sound, InputError where there is no such file, for an unknown
+        device, and for a context that the model is not made for.
+        """
+        return check_file(path, device, context)
 
     def __enter__(self):
         return self

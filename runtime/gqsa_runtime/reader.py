@@ -6,6 +6,7 @@ rather than mapped: a mapped file that shrinks kills the process.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import math
@@ -13,7 +14,7 @@ import os
 import stat
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -286,6 +287,17 @@ class _Header:
         if end < self._file_size:
             self._fail(f"{self._file_size - end} bytes follow the last tensor, expected none")
         return tensors
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """FormatErrors within say of which file they are."""
+    try:
+        yield
+    except FormatError as error:
+        if os.fspath(path) in str(error):
+            raise
+        raise FormatError(f"{os.fspath(path)}: {error}") from error
 
 
 def _open_regular(path: str):

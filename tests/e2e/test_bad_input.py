@@ -245,6 +245,8 @@ def test_build_options_out_of_range(tmp_path, source):
         ("run", "model.gqsa", "--no-such-option"),
         ("bench", "model.gqsa", "--at", "a,b"),
         ("eval", "ppl", "model.gqsa"),
+        ("eval", "ppl", "model/", "--text", "text.txt", "--rebuild-kernels"),
+        ("relink", "model.gqsa"),
     ],
 )
 def test_wrong_usage_is_code_2(args):
@@ -428,14 +430,14 @@ def test_a_gpu_that_the_file_has_no_kernels_for(monkeypatch, gpu_artifact, major
     message = refusal(gqsac("run", gpu_artifact, "--device", "cuda", "-p", "x"))
     assert "Fake GPU" in message and gpu.arch in message
     assert "its CUDA targets are sm_86, sm_90" in message
-    assert f"gqsac build MODEL -o FILE --target {gpu.arch}" in message
+    assert f"gqsac relink FILE -o NEW --target {gpu.arch}" in message
 
 
 @pytest.mark.parametrize(
     "status, words",
     [
         ("CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "driver is older.*update the NVIDIA driver"),
-        ("CUDA_ERROR_NO_BINARY_FOR_GPU", "rebuild.*gqsac build.*--target"),
+        ("CUDA_ERROR_NO_BINARY_FOR_GPU", "gqsac relink FILE -o NEW --target"),
         ("CUDA_ERROR_INVALID_IMAGE", "gqsac verify|gqsa verify"),
         ("CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "driver.*(restart|reboot)"),
         ("CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE", "update the NVIDIA driver"),

@@ -13,6 +13,7 @@ from random import Random
 import numpy as np
 from gqsa_runtime import inspect_
 from gqsa_runtime.chat import ChatTemplate
+from gqsa_runtime.check import check_file
 from gqsa_runtime.program import Binary
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.verify import verify_file
@@ -177,6 +178,7 @@ def _use_file(data: bytes) -> str:
             inspect_.render(inspect_.describe(artifact, None))
             inspect_.kernel_rows(artifact)
             inspect_.tensor_rows(artifact)
+        check_file(file.name)
     return f"{found}"
 
 

@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 from click.testing import CliRunner
-from gqsa_runtime import cli, device_cpu, load, memory
+from gqsa_runtime import Model, cli, load, memory
 from gqsa_runtime import model as model_module
-from gqsa_runtime.doctor import examine
+from gqsa_runtime.doctor import examine, examine_file, render
 from gqsa_runtime.errors import InputError
 
 from tests.format import tiny
@@ -44,7 +44,7 @@ def gqsa(monkeypatch):
             model = fake_device.model()
             script = [*model.tokenize(prompt), *model.tokenize(answer)]
         monkeypatch.setattr(load, "_open", open_fake)
-        monkeypatch.setattr(load, "_probe", lambda kind, program, ordinal: (kind == "cpu", f"about {kind}"))
+        monkeypatch.setattr(load, "probe", lambda kind, program, ordinal: (kind == "cpu", f"about {kind}"))
         result = CliRunner().invoke(_Main(), args, input=stdin)
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
         return result
@@ -211,10 +211,10 @@ def test_inspect_tells_what_each_context_costs(gqsa, path):
     assert costs[0]["kv_cache"] == 32 * 2 * 16 * 4
     made = tiny.program(max_context=100_000)
     rows = memory.context_costs(made, {name: Sized(8) for name in tiny.tensors()}, "cpu")
-    assert [row["context"] for row in rows] == [2048, 8192, 32768, 100_000]
+    assert [row.context for row in rows] == [2048, 8192, 32768, 100_000]
     for row in rows:
-        assert row["scratch"] == made.plans["cpu"].arena_bytes + 16 * row["context"]  # rotary tables: 4 f32 a position
-        assert row["total"] == row["weights"] + row["kv_cache"] + row["scratch"]
+        assert row.scratch == made.plans["cpu"].arena_bytes + 16 * row.context  # rotary tables: 4 f32 a position
+        assert row.total == row.weights + row.kv_cache + row.scratch
     assert "memory of  context  weights" in gqsa("inspect", path).stdout
 
 
@@ -224,6 +224,25 @@ def test_context_auto(gqsa, path):
     assert "context 32: all that the model is made for" in result.stderr
     result = gqsa("bench", path, "--context", "most")
     assert result.exit_code == 2 and "'most' is neither a number of tokens nor auto" in result.stderr
+
+
+def test_check(gqsa, path, monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "free_cpu_bytes", lambda: 10**12)  # or it would change from call to call
+    result = gqsa("check", path)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert f"{path} runs here: cpu: about cpu; no GPU: about cuda\nit opens with 32 of 32 tokens" in result.stdout
+    assert "cpu, 32 tokens" in result.stdout and "cuda" not in result.stdout.split("\n", 1)[1]
+    facts = json.loads(gqsa("check", path, "--json", "--context", "7").stdout)
+    assert facts == json.loads(json.dumps(asdict(Model.check(path, context=7))))
+    result = gqsa("check", path, "--device", "cuda")
+    assert result.exit_code == 3 and result.stdout.startswith(f"{path} does not run here: about cuda\n")
+    monkeypatch.setattr(memory, "free_cpu_bytes", lambda: memory.CPU_HEADROOM_BYTES + 100)
+    result = gqsa("check", path, "--json")
+    assert result.exit_code == 3 and json.loads(result.stdout)["largest_context"] == 0
+    assert gqsa("check", path, "--context", "33").exit_code == 1
+    assert gqsa("check", path, "--context", "many").exit_code == 2
+    (tmp_path / "text").write_text("Hello")
+    assert gqsa("check", str(tmp_path / "text")).exit_code == 1
 
 
 def test_verify(gqsa, path):
@@ -330,14 +349,14 @@ def test_doctor(gqsa):
 
 def test_doctor_of_a_file(gqsa, path, monkeypatch):
     monkeypatch.setattr(memory, "free_cpu_bytes", lambda: 10**12)
-    monkeypatch.setattr(device_cpu, "probe", lambda program: (True, "this CPU runs it"))
     lines = gqsa("doctor", path).stdout.splitlines()
-    assert any("cpu for it" in line and "this CPU runs it; 999.87 GB can be used" in line for line in lines)
+    assert any("cpu for it" in line and "about cpu; 999.87 GB can be used" in line for line in lines)
+    assert not any("cuda" in line and "for it" in line for line in lines)  # it has no plan for GPUs
     assert any("cpu, 32 tokens" in line and "kv cache 0.00" in line and line.endswith("; fits") for line in lines)
     monkeypatch.setattr(memory, "free_cpu_bytes", lambda: 100)
     assert "; does not fit" in gqsa("doctor", path).stdout
-    monkeypatch.setattr(device_cpu, "probe", lambda program: (False, "no kernels for it"))
-    assert "-> no kernels for it" in gqsa("doctor", path).stdout
+    monkeypatch.setattr(load, "probe", lambda *args: (False, "no kernels for it"))
+    assert "-> no kernels for it" in render(examine_file(path))
     assert gqsa("doctor", path + ".none").exit_code == 1
 
 
@@ -384,7 +403,7 @@ def test_another_group_can_use_main(capsys):
 
 def test_all_commands_have_help_and_an_example(gqsa):
     names = [command.name for command in cli.commands()]
-    assert names == ["run", "chat", "inspect", "verify", "bench", "eval", "doctor"]
+    assert names == ["run", "chat", "check", "inspect", "verify", "bench", "eval", "doctor"]
     for name in names:
         result = gqsa(name, "--help")
         assert result.exit_code == 0 and f"gqsa {name}" in result.stdout and "Example" in result.stdout

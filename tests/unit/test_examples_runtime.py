@@ -20,7 +20,7 @@ def example(tmp_path, monkeypatch):
         return fake_device.FakeDevice(program, context)
 
     monkeypatch.setattr(load, "_open", open_fake)
-    monkeypatch.setattr(load, "_probe", lambda kind, program, ordinal: (kind == "cpu", f"about {kind}"))
+    monkeypatch.setattr(load, "probe", lambda kind, program, ordinal: (kind == "cpu", f"about {kind}"))
     path = tmp_path / "model.gqsa"
     # The examples' messages are longer than the tiny model's own context.
     path.write_bytes(tiny.file_bytes(tiny.program(max_context=250)))

@@ -215,7 +215,7 @@ def opened(monkeypatch):
         return fake_device.FakeDevice(program, context)
 
     monkeypatch.setattr(load, "_open", open_fake)
-    monkeypatch.setattr(load, "_probe", lambda kind, program, ordinal: (kind == "cpu", f"about {kind}"))
+    monkeypatch.setattr(load, "probe", lambda kind, program, ordinal: (kind == "cpu", f"about {kind}"))
     return calls
 
 
@@ -253,7 +253,7 @@ def test_open_with_choices(path, opened):
 
 
 def test_nothing_to_run_on(path, opened, monkeypatch):
-    monkeypatch.setattr(load, "_probe", lambda kind, program, ordinal: (False, f"no {kind}"))
+    monkeypatch.setattr(load, "probe", lambda kind, program, ordinal: (False, f"no {kind}"))
     with pytest.raises(DeviceError, match="GPU: no cuda. CPU: no cpu"):
         Model.open(path)
     for device in ("cpu", "cuda"):
@@ -262,7 +262,7 @@ def test_nothing_to_run_on(path, opened, monkeypatch):
 
 
 def test_a_gpu_comes_first(path, monkeypatch):
-    monkeypatch.setattr(load, "_probe", lambda kind, program, ordinal: (True, "fine"))
+    monkeypatch.setattr(load, "probe", lambda kind, program, ordinal: (True, "fine"))
     with ArtifactFile.open(path) as file:
         assert load.choose_device(file.program, "auto") == ("cuda", 0, "cuda: fine")
         assert load.choose_device(file.program, "cuda:2") == ("cuda", 2, "cuda:2, as asked: fine")

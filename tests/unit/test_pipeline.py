@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 
 from gqsac.checkpoint import StreamHeader
-from gqsac.compiler import ir, pipeline
+from gqsac.compiler import ir
 from gqsac.compiler.passes import compile_cpu
 from gqsac.compiler.passes.choose_layouts import LayoutOptions, Weights
-from gqsac.compiler.passes.compile import CPU_TARGETS, CUDA_TARGETS, check_targets, default_targets
-from gqsac.compiler.pipeline import BuildOptions, build, can_stack, compiler_identity, families, limit_context
+from gqsac.compiler.passes.compile import CPU_TARGETS, CUDA_TARGETS, check_targets, default_targets, families
+from gqsac.compiler.pipeline import BuildOptions, build, can_stack, compiler_identity, limit_context
+from gqsac.compiler.plan_family import PREFILL_CHUNK
 from gqsac.errors import InputError
 from gqsac.rounding import Rounding
 
@@ -110,5 +111,5 @@ def test_progress_of_a_dry_run_is_told(tmp_path, monkeypatch):
     summary = build(save_model(tmp_path / "model"), None, options, lambda *told: stages.append(told))
     assert stages == [("trace", 0, 1), ("trace", 1, 1)]
     assert summary.file_bytes is None and summary.program.max_context == 20
-    assert summary.program.plans["cpu"].prefill_chunk == pipeline.PREFILL_CHUNK["cpu"]
+    assert summary.program.plans["cpu"].prefill_chunk == PREFILL_CHUNK["cpu"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -16,8 +16,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 from gqsa_runtime import format as fmt
+from gqsa_runtime.program import NUMPY_DTYPES
 
-from gqsac.compiler.passes.pack import DTYPES, PackedTensor
+from gqsac.compiler.passes.pack import PackedTensor
 from gqsac.errors import DeviceError, InputError
 from gqsac.locks import lock, scratch_folder, sweep
 
@@ -59,14 +60,14 @@ def bundle(
     path: Path,
     content: Content,
     check: Callable[[Path], None] = lambda path: None,
-    progress: Callable[[int], None] = lambda n_bytes: None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> int:
     """Writes a .gqsa file and returns its size in bytes.
 
     The file is written beside `path` under a temporary name, synced and renamed. The digests stand
     last, so that weights stream through memory one tensor at a time. check: called with the finished
-    file before it is renamed; what it raises leaves nothing behind. progress: called with the bytes
-    of each tensor written. Raises DeviceError where the disk is full or not writable.
+    file before it is renamed; what it raises leaves nothing behind. progress: called as
+    ("write", done, total), bytes of tensors, after each. Raises DeviceError where the disk is full or not writable.
     """
     tensors = content.tensors
     path = Path(path)
@@ -81,14 +82,16 @@ def bundle(
         writer, file = _begun(temporary, content)
         digests = np.zeros(_digests_shape(tensors), np.int8)
         digests[0] = _digest(Path(temporary).read_bytes())
+        written, n_bytes = 0, sum(tensor.size for tensor in tensors)
         for row, (tensor, array) in enumerate(_made_ahead(tensors), start=1):
-            if array.shape != tensor.shape or array.dtype != DTYPES[tensor.dtype]:
+            if array.shape != tensor.shape or array.dtype != NUMPY_DTYPES[tensor.dtype]:
                 raise AssertionError(
                     f"{tensor.name}: made {array.dtype} {array.shape}, planned {tensor.dtype} {tensor.shape}"
                 )
             digests[row] = _digest(array)
             writer.write_tensor_data(array)
-            progress(array.nbytes)
+            written += array.nbytes
+            progress("write", written, n_bytes)
         writer.write_tensor_data(digests)
         file.flush()
         os.fsync(file.fileno())
@@ -134,7 +137,7 @@ def _begun(path: str, content: Content):
     if content.chat_template is not None:
         writer.add_string(fmt.KEY_CHAT_TEMPLATE, content.chat_template)
     for tensor in content.tensors:
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(DTYPES[tensor.dtype]), tensor.size)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(NUMPY_DTYPES[tensor.dtype]), tensor.size)
     shape = _digests_shape(content.tensors)
     writer.add_tensor_info(fmt.DIGESTS_TENSOR, shape, np.dtype(np.int8), math.prod(shape))
     try:

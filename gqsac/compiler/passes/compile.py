@@ -6,6 +6,7 @@ version and its options, so nothing in it can be stale. An entry carries its own
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from gqsac import __version__
 from gqsac.compiler.passes import compile_cpu, compile_cuda
 from gqsac.compiler.passes.render import headers
 from gqsac.errors import InputError
@@ -35,6 +37,26 @@ class Compiled:
     report: dict
     log: str
     cached: bool
+
+
+def family_of(target: str) -> str:
+    """The template family of a target: "cuda" or "cpu"."""
+    return "cuda" if target.startswith(("sm_", "compute_")) else "cpu"
+
+
+def families(targets: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(family_of(target) for target in targets))
+
+
+def toolchain(targets: tuple[str, ...]) -> dict:
+    """What makes the kernels of targets, as the file records it; None for a compiler that they do not need."""
+    used = families(targets)
+    return {
+        "gqsac": __version__,
+        "nvrtc": compile_cuda.nvrtc_version() if "cuda" in used else None,
+        "zig": compile_cpu.compiler_version() if "cpu" in used else None,
+        "targets": list(targets),
+    }
 
 
 def default_targets() -> tuple[str, ...]:
@@ -61,13 +83,14 @@ def check_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
 def compile_all(
     sources: dict[str, dict[str, str]],
     targets: tuple[str, ...],
-    jobs: int,
-    cache_dir: Path | None,
-    progress: Callable[[Compiled], None] = lambda compiled: None,
+    jobs: int = 0,
+    cache_dir: Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> list[Compiled]:
     """Compiles sources["cuda"] and sources["cpu"] (kernel name -> text) for the targets.
 
-    cache_dir: None compiles everything anew. Results come in the order of targets, then kernels.
+    jobs: threads, 0 for all cores. cache_dir: None compiles everything anew. progress: called as ("compile", done,
+    total) after each. Results come in the order of targets, then kernels.
     """
     work: list[Callable[[], Compiled]] = []
     for target in targets:
@@ -77,12 +100,14 @@ def compile_all(
             for kernel, source in sources["cuda"].items():
                 work.append(lambda t=target, k=kernel, s=source: _compile_cuda(s, t, k, cache_dir))
 
+    done = itertools.count(1)
+
     def run(make: Callable[[], Compiled]) -> Compiled:
         compiled = make()
-        progress(compiled)
+        progress("compile", next(done), len(work))
         return compiled
 
-    pool = ThreadPoolExecutor(max_workers=max(1, jobs))
+    pool = ThreadPoolExecutor(max_workers=jobs or len(os.sched_getaffinity(0)))
     try:
         # CPU objects take longest: start them first so that they do not trail behind the kernels.
         order = sorted(range(len(work)), key=lambda i: i < len(work) - _count_cpu(targets))

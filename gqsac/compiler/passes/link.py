@@ -22,7 +22,7 @@ def link(compiled: list[Compiled], targets: tuple[str, ...]) -> tuple[tuple[Bina
         data = np.frombuffer(b"".join(parts), np.int8)
         name = f"binary.{target}"
         tensors.append(PackedTensor(name, "i8", data.shape, lambda data=data: data))
-        binaries.append(Binary(target, _kind(target), name, places))
+        binaries.append(Binary(target, kind_of(target), name, places))
     return tuple(binaries), tuple(tensors)
 
 
@@ -46,7 +46,8 @@ def ropes(graph: ir.Graph, packing: Packing) -> dict[str, Rope]:
     }
 
 
-def _kind(target: str) -> str:
+def kind_of(target: str) -> str:
+    """The kind of a target's binary, see program.Binary."""
     if target in CPU_TARGETS:
         return "shared_object"
     return "ptx" if target.startswith("compute_") else "cubin"

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from gqsa_runtime.format import MAX_NAME_BYTES
 from gqsa_runtime.layouts import RECORDS
+from gqsa_runtime.program import NUMPY_DTYPES
 
 from gqsac.bsr import BsrStream
 from gqsac.compiler import ir
 from gqsac.compiler.passes.choose_layouts import Weights, module_of, plan_of
 from gqsac.compiler.passes.measure_linears import StoredPart, StoredParts
 from gqsac.errors import ModelError
-
-DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i8": np.int8}
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class PackedTensor:
     @property
     def size(self) -> int:
         """Bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(DTYPES[self.dtype]).itemsize
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(NUMPY_DTYPES[self.dtype]).itemsize
 
 
 @dataclass(frozen=True)
