@@ -74,11 +74,13 @@ def test_records_give_the_same_bits_as_on_this_machine(pattern, widths):
 
 
 def test_dot_products_are_executed(data):
-    """On a processor that does not know them every kernel stops."""
+    """On a processor that does not know them every kernel stops, but for those of matrices without a group."""
     library = ArmLibrary(data("aarch64_dotprod"))
     for case in CASES["aarch64_dotprod"]:
-        with pytest.raises(unicorn.UcError, match="UC_ERR_EXCEPTION"):
-            library.run(KERNEL_NAMES[case.spec], case.build().arguments, 1)
+        params = dict(case.spec.params)
+        if params["widths"] or params["masked_widths"]:
+            with pytest.raises(unicorn.UcError, match="UC_ERR_EXCEPTION"):
+                library.run(KERNEL_NAMES[case.spec], case.build().arguments, 1)
 
 
 def test_an_access_beside_the_arguments_is_an_error():

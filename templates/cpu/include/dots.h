@@ -44,8 +44,8 @@ typedef uint8_t vb16 __attribute__((ext_vector_type(16)));
     __builtin_shufflevector(a, b, i, 2 + i, 16 + i, 18 + i, 4 + i, 6 + i, 20 + i, 22 + i, 8 + i, 10 + i, 24 + i, \
                             26 + i, 12 + i, 14 + i, 28 + i, 30 + i)
 
-#define HAS_BYTES (DOT_INSTRUCTIONS || (TOKENS == 1 && (WIDTHS | MASKED_WIDTHS) & 0x1f))
 #define HAS_WORDS (!DOT_INSTRUCTIONS && (TOKENS > 1 || (WIDTHS | MASKED_WIDTHS) & 1 << 8))
+#define HAS_BYTES (!HAS_WORDS || (TOKENS == 1 && (WIDTHS | MASKED_WIDTHS) & 0x1f))
 
 // An activation tile for `pair_sums`: vectors [plane or parity][nib], in the order of unpacked bytes. Of the two kinds a
 // kernel has what its widths need.
