@@ -52,7 +52,7 @@ def supported_targets() -> tuple[str, ...]:
     machine = platform.machine().lower()
     family = {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
     flags = _cpu_flags()
-    return tuple(name for name, needed in _TARGETS.items() if name.startswith(family) and needed <= flags)
+    return tuple(name for name, needed in _TARGETS.items() if f"{name}_".startswith(f"{family}_") and needed <= flags)
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -77,7 +77,14 @@ def test_exp_and_erf_are_as_good_as_libm(target):
 def test_host_targets_are_of_the_machine(monkeypatch):
     x86 = ("x86_64_v3", "x86_64_v3_vnni", "x86_64_v4", "x86_64_v4_vnni")
     arm = ("aarch64", "aarch64_dotprod")
-    for machine, targets in (("x86_64", x86), ("AMD64", x86), ("aarch64", arm), ("arm64", arm), ("riscv64", ())):
+    for machine, targets in (
+        ("x86_64", x86),
+        ("AMD64", x86),
+        ("aarch64", arm),
+        ("arm64", arm),
+        ("riscv64", ()),
+        ("", ()),
+    ):
         monkeypatch.setattr(module.platform, "machine", lambda machine=machine: machine)
         assert host_targets() == targets
 

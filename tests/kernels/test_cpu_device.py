@@ -274,10 +274,11 @@ CPUINFO = {
         ("aarch64", " asimddp", ("aarch64_dotprod", "aarch64")),
         ("x86_64", "", ("x86_64_v3",)),
         ("x86_64", " avx_vnni", ("x86_64_v3_vnni", "x86_64_v3")),
+        ("", " avx_vnni", ()),
     ],
 )
 def test_flags_are_read_as_linux_writes_them(monkeypatch, machine, flag, targets):
-    text = CPUINFO[machine].format(flag)
+    text = CPUINFO[machine or "x86_64"].format(flag)
     monkeypatch.setattr(device_cpu.platform, "machine", lambda: machine)
     monkeypatch.setattr(device_cpu, "open", lambda path: io.StringIO(text), raising=False)
     assert supported_targets() == targets

@@ -60,7 +60,7 @@ def host_targets() -> tuple[str, ...]:
     """
     machine = platform.machine().lower()
     family = {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
-    return tuple(target for target in TARGETS if target.startswith(family))
+    return tuple(target for target in TARGETS if f"{target}_".startswith(f"{family}_"))
 
 
 @cache
