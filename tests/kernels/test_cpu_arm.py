@@ -1,6 +1,6 @@
 """Kernels for 64-bit Arm, emulated: each of those over records, and one of every other operator, against its oracle.
 
-With dot products those that have them, linear_records.
+With dot products linear_records alone, which is all that they change.
 """
 
 from functools import cache
@@ -12,7 +12,7 @@ from gqsa_runtime.device_cpu import supported_targets
 from gqsac.compiler.passes.compile_cpu import compile_cpu
 from gqsac.compiler.passes.render import render
 from tests.kernels.arm_emulation import ArmLibrary, unicorn
-from tests.kernels.cases import CPU_CASES, KERNEL_NAMES
+from tests.kernels.cases import CPU_CASES, KERNEL_NAMES, cases_with_dots
 from tests.kernels.test_cpu_records import PATTERNS, ROWS, outputs
 
 _ALL_CASES_OF = ("linear_records", "embedding_records", "quantize")
@@ -29,7 +29,7 @@ def _chosen() -> list:
     return list(kinds.values())
 
 
-CASES = {"aarch64": _chosen(), "aarch64_dotprod": [case for case in CPU_CASES if case.spec.op == "linear_records"]}
+CASES = {"aarch64": _chosen(), "aarch64_dotprod": cases_with_dots()}
 
 
 def objects(target):

@@ -8,7 +8,7 @@ from gqsa_runtime.device_cpu import _load_library, supported_targets
 
 from gqsac.compiler.passes.compile_cpu import compile_cpu
 from gqsac.compiler.passes.render import render
-from tests.kernels.cases import CPU_CASES, KERNEL_NAMES
+from tests.kernels.cases import CPU_CASES, KERNEL_NAMES, cases_with_dots
 
 THREADS = 3  # more than a task count or a head count somewhere, and no divisor of most
 
@@ -16,9 +16,7 @@ pytestmark = pytest.mark.skipif(not supported_targets(), reason="this CPU runs n
 
 
 def cases_of(target):
-    """Targets that add dot products to another one change linear_records alone."""
-    only = ("linear_records",) if target == "x86_64_v3_vnni" else tuple(case.spec.op for case in CPU_CASES)
-    return [case for case in CPU_CASES if case.spec.op in only]
+    return cases_with_dots() if target == "x86_64_v3_vnni" else CPU_CASES
 
 
 @pytest.fixture(scope="module")
