@@ -164,7 +164,9 @@ def bench_records(options, rng):
         params = dict(record_spec(name, 1, sources[name][1]).params)
         one = [RECORDS.pack(part.name, sources[name], params) for part in RECORDS.parts]
         n_bytes = one[0].nbytes
-        weights[name] = [one] + [[aligned_copy(a) for a in one] for _ in range(COPIES_BYTES // n_bytes)]
+        first = [aligned_copy(a) for a in one]
+        count = 1 + COPIES_BYTES // n_bytes
+        weights[name] = [first if options.cached else [aligned_copy(a) for a in one] for _ in range(count)]
     for tokens in options.tokens:
         state, step = launch_state(tokens, 0, np.arange(tokens)), {}
         x = rng.standard_normal((tokens, 1536), np.float32)
@@ -209,6 +211,7 @@ def main():
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 256])
     parser.add_argument("--context", type=int, nargs="+", default=[256, 2048])
     parser.add_argument("--only", choices=["records", "streams"])
+    parser.add_argument("--cached", action="store_true", help="records: one copy of the weights, arithmetic alone")
     parser.add_argument("--names", nargs="+", help="records: linears by the first word of their name")
     options = parser.parse_args()
     rng = np.random.default_rng(0)

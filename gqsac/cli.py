@@ -196,7 +196,8 @@ def _numbers(option: str, text: str, kind=float):
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File to make.")
 @click.option(
     "--target", "targets", multiple=True, metavar="TARGET",
-    help="sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, compute_80 (PTX), x86_64_v3, x86_64_v4, x86_64_v4_vnni, aarch64, "
+    help="sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, compute_80 (PTX), x86_64_v3, x86_64_v3_vnni, "
+    "x86_64_v4, x86_64_v4_vnni, aarch64, aarch64_dotprod, "
     "cuda or cpu; repeatable. Default: all CUDA targets and this machine's CPU.",
 )  # fmt: skip
 @click.option("-j", "--jobs", type=click.IntRange(min=0), default=0, help="Compile threads; 0: one a core.")

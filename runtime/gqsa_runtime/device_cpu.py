@@ -27,13 +27,16 @@ _BANDWIDTH_BYTES = 1 << 28  # read to measure the bandwidth: more than a cache h
 TARGET_VARIABLE = "GQSA_CPU_TARGET"
 
 
-# The flags of /proc/cpuinfo that a target's code relies on; the best target comes first.
+# The flags of /proc/cpuinfo ("Features" on Arm: the kernel's HWCAP by name) that a target's code relies on; the best
+# target comes first.
 _V3 = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"])
 _V4 = _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
 _TARGETS = {
     "x86_64_v4_vnni": _V4 | frozenset(["avx512_vnni"]),
     "x86_64_v4": _V4,
+    "x86_64_v3_vnni": _V3 | frozenset(["avx_vnni"]),
     "x86_64_v3": _V3,
+    "aarch64_dotprod": frozenset(["asimddp"]),
     "aarch64": frozenset(),
 }
 
@@ -47,19 +50,17 @@ def supported_targets() -> tuple[str, ...]:
     if not sys.platform.startswith("linux"):
         return ()
     machine = platform.machine().lower()
-    if machine in ("aarch64", "arm64"):
-        return ("aarch64",)
-    if machine not in ("x86_64", "amd64"):
-        return ()
+    family = {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
     flags = _cpu_flags()
-    return tuple(name for name, needed in _TARGETS.items() if name.startswith("x86_64") and needed <= flags)
+    return tuple(name for name, needed in _TARGETS.items() if f"{name}_".startswith(f"{family}_") and needed <= flags)
 
 
 def _cpu_flags() -> frozenset[str]:
+    """Of the first CPU that has any; on Arm Linux names there only what all of its CPUs can do."""
     with open("/proc/cpuinfo") as lines:
         for line in lines:
             key, _, value = line.partition(":")
-            if key.strip() == "flags":
+            if key.strip() in ("flags", "Features"):
                 return frozenset(value.split())
     return frozenset()
 

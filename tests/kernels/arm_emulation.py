@@ -25,16 +25,29 @@ _ARGUMENTS = (arm.UC_ARM64_REG_X0, arm.UC_ARM64_REG_X1, arm.UC_ARM64_REG_X2)
 
 
 class ArmLibrary:
-    """A loaded shared object. data: as `compile_cpu` makes it for aarch64."""
+    """A loaded shared object. data: as `compile_cpu` makes it for one of the aarch64 targets.
 
-    def __init__(self, data: bytes):
+    dot_products: whether the processor has them (ARMv8.2; a Cortex-A72 otherwise, where they are no instructions).
+    """
+
+    def __init__(self, data: bytes, dot_products: bool = False):
         self._machine = machine = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
+        machine.ctl_set_cpu_model(arm.UC_CPU_ARM64_MAX if dot_products else arm.UC_CPU_ARM64_A72)
         machine.reg_write(arm.UC_ARM64_REG_CPACR_EL1, 3 << 20)  # vectors may be used
         machine.mem_map(_LIBC, _PAGE)
         machine.mem_map(_STACK, _STACK_BYTES)
         self._libc: dict[int, str] = {}
         self._kernels = self._load(data)
         machine.hook_add(unicorn.UC_HOOK_CODE, self._call_libc, begin=_LIBC, end=_LIBC + _PAGE - 1)
+
+    def count_instructions(self) -> None:
+        """From now on `instructions` counts those that kernels execute."""
+        self.instructions = 0
+
+        def count(machine, address: int, size: int, _) -> None:
+            self.instructions += size // 4
+
+        self._machine.hook_add(unicorn.UC_HOOK_BLOCK, count, begin=_BASE, end=_BASE + (1 << 30))
 
     def run(self, name: str, arguments: list, n_shares: int) -> None:
         """Runs each share of a kernel in turn, on arrays, or views of them, and None."""
@@ -52,16 +65,19 @@ class ArmLibrary:
         pointers = [0 if argument is None else _moved(argument, places) for argument in arguments]
         machine.mem_write(_POINTERS, struct.pack(f"<{len(pointers)}Q", *pointers))
         end = _LIBC + _PAGE - 4
-        for share in reversed(range(n_shares)):
-            for register, value in zip(_ARGUMENTS, (_POINTERS, share, n_shares), strict=True):
-                machine.reg_write(register, value)
-            machine.reg_write(arm.UC_ARM64_REG_SP, _STACK + _STACK_BYTES)
-            machine.reg_write(arm.UC_ARM64_REG_LR, end)
-            machine.emu_start(_BASE + self._kernels[name], end)
-        for root, start, address, size in places:
-            ctypes.memmove(root.ctypes.data, bytes(machine.mem_read(start, root.nbytes)), root.nbytes)
-            machine.mem_unmap(address, size)
-        machine.mem_unmap(_POINTERS, _PAGE)
+        try:
+            for share in reversed(range(n_shares)):
+                for register, value in zip(_ARGUMENTS, (_POINTERS, share, n_shares), strict=True):
+                    machine.reg_write(register, value)
+                machine.reg_write(arm.UC_ARM64_REG_SP, _STACK + _STACK_BYTES)
+                machine.reg_write(arm.UC_ARM64_REG_LR, end)
+                machine.emu_start(_BASE + self._kernels[name], end)
+            for root, start, _, _ in places:
+                ctypes.memmove(root.ctypes.data, bytes(machine.mem_read(start, root.nbytes)), root.nbytes)
+        finally:
+            for _, _, address, size in places:
+                machine.mem_unmap(address, size)
+            machine.mem_unmap(_POINTERS, _PAGE)
 
     def _load(self, data: bytes) -> dict[str, int]:
         """Maps the segments and binds what they import; returns the offset of each exported symbol."""

@@ -731,3 +731,15 @@ CPU_CASES, CUDA_CASES = (
 # Kernel names, unique over all cases: equal specs share one kernel.
 KERNEL_NAMES: dict[KernelSpec, str] = name_kernels([case.spec for case in CASES])
 CUDA_NAMES: dict[KernelSpec, str] = {case.spec: KERNEL_NAMES[case.spec] for case in CUDA_CASES}
+
+
+def cases_with_dots() -> list[Case]:
+    """For a target that adds dot products to another: of linear_records one case for each set of widths, for one token
+    and for several. That the arithmetic gives the same bits, `test_cpu_records` and `test_cpu_arm` see.
+    """
+    kinds: dict[tuple, Case] = {}
+    for case in CPU_CASES:
+        if case.spec.op == "linear_records":
+            params = dict(case.spec.params)
+            kinds.setdefault((params["widths"], params["masked_widths"], params["tokens"] == 1), case)
+    return list(kinds.values())

@@ -1,4 +1,9 @@
-"""Kernels for 64-bit Arm, emulated: each of those over records, and one of every other operator, against its oracle."""
+"""Kernels for 64-bit Arm, emulated: each of those over records, and one of every other operator, against its oracle.
+
+With dot products linear_records alone, which is all that they change.
+"""
+
+from functools import cache
 
 import numpy as np
 import pytest
@@ -7,7 +12,7 @@ from gqsa_runtime.device_cpu import supported_targets
 from gqsac.compiler.passes.compile_cpu import compile_cpu
 from gqsac.compiler.passes.render import render
 from tests.kernels.arm_emulation import ArmLibrary, unicorn
-from tests.kernels.cases import CPU_CASES, KERNEL_NAMES
+from tests.kernels.cases import CPU_CASES, KERNEL_NAMES, cases_with_dots
 from tests.kernels.test_cpu_records import PATTERNS, ROWS, outputs
 
 _ALL_CASES_OF = ("linear_records", "embedding_records", "quantize")
@@ -24,33 +29,58 @@ def _chosen() -> list:
     return list(kinds.values())
 
 
-CASES = _chosen()
+CASES = {"aarch64": _chosen(), "aarch64_dotprod": cases_with_dots()}
+
+
+def objects(target):
+    """The kernels of a target's cases."""
+    names = {KERNEL_NAMES[case.spec]: case.spec for case in CASES[target]}
+    return compile_cpu({name: render("cpu", spec, name) for name, spec in names.items()}, target)
 
 
 @pytest.fixture(scope="module")
-def library():
-    sources = {KERNEL_NAMES[case.spec]: render("cpu", case.spec, KERNEL_NAMES[case.spec]) for case in CASES}
-    return ArmLibrary(compile_cpu(sources, "aarch64"))
+def data():
+    """data(target): its shared object, compiled once."""
+    return cache(objects)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_arm_kernel_matches_its_oracle(library, case):
+@pytest.fixture(scope="module")
+def library(data):
+    return cache(lambda target: ArmLibrary(data(target), dot_products=target == "aarch64_dotprod"))
+
+
+@pytest.mark.parametrize(
+    "target, case", [pytest.param(t, case, id=f"{t}-{case.name}") for t, cases in CASES.items() for case in cases]
+)
+def test_arm_kernel_matches_its_oracle(library, target, case):
     problem = case.build()
-    library.run(KERNEL_NAMES[case.spec], problem.arguments, _THREADS)
+    library(target).run(KERNEL_NAMES[case.spec], problem.arguments, _THREADS)
     problem.check()
 
 
 @pytest.mark.skipif(not supported_targets(), reason="this CPU runs no gqsac kernels to compare with")
 @pytest.mark.parametrize("pattern, widths, k", PATTERNS)
 def test_records_give_the_same_bits_as_on_this_machine(pattern, widths, k):
-    def emulated(data):
-        library = ArmLibrary(data)
-        return lambda name, arguments: library.run(name, arguments, _THREADS)
-
     widths = np.random.default_rng(1).choice(widths, ROWS)
     here = outputs(supported_targets()[0], widths, pattern, k)
-    there = outputs("aarch64", widths, pattern, k, emulated)
-    assert [result.tobytes() for result in there] == [result.tobytes() for result in here]
+    for target in CASES:
+
+        def emulated(data, target=target):
+            library = ArmLibrary(data, dot_products=target == "aarch64_dotprod")
+            return lambda name, arguments: library.run(name, arguments, _THREADS)
+
+        there = outputs(target, widths, pattern, k, emulated)
+        assert [result.tobytes() for result in there] == [result.tobytes() for result in here], target
+
+
+def test_dot_products_are_executed(data):
+    """On a processor that does not know them every kernel stops, but for those of matrices without a group."""
+    library = ArmLibrary(data("aarch64_dotprod"))
+    for case in CASES["aarch64_dotprod"]:
+        params = dict(case.spec.params)
+        if params["widths"] or params["masked_widths"]:
+            with pytest.raises(unicorn.UcError, match="UC_ERR_EXCEPTION"):
+                library.run(KERNEL_NAMES[case.spec], case.build().arguments, 1)
 
 
 def test_an_access_beside_the_arguments_is_an_error():

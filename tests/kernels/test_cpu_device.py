@@ -1,5 +1,6 @@
 """CpuDevice: runs programs as the oracles say, on any number of threads, and refuses what it cannot."""
 
+import io
 import threading
 import time
 
@@ -247,15 +248,41 @@ def test_missing_binary_names_both_and_the_command(monkeypatch):
 
 def test_x86_targets_follow_the_cpu_flags(monkeypatch):
     monkeypatch.setattr(device_cpu.platform, "machine", lambda: "x86_64")
-    v3, v4, vnni = (device_cpu._TARGETS[name] for name in ("x86_64_v3", "x86_64_v4", "x86_64_v4_vnni"))
+    v3, v4 = (device_cpu._TARGETS[name] for name in ("x86_64_v3", "x86_64_v4"))
+    avx_vnni, vnni = v3 | {"avx_vnni"}, v4 | {"avx512_vnni"}
     for flags, targets in (
+        (vnni | avx_vnni, ("x86_64_v4_vnni", "x86_64_v4", "x86_64_v3_vnni", "x86_64_v3")),
         (vnni, ("x86_64_v4_vnni", "x86_64_v4", "x86_64_v3")),
         (v4, ("x86_64_v4", "x86_64_v3")),
+        (avx_vnni, ("x86_64_v3_vnni", "x86_64_v3")),
         (vnni - {"avx512vl"}, ("x86_64_v3",)),
-        (v3 - {"f16c"}, ()),
+        (avx_vnni - {"f16c"}, ()),
     ):
         monkeypatch.setattr(device_cpu, "_cpu_flags", lambda flags=flags: frozenset(flags))
         assert supported_targets() == targets
+
+
+CPUINFO = {
+    "aarch64": "processor\t: 0\nBogoMIPS\t: 108.00\nFeatures\t: fp asimd evtstrm crc32{}\nCPU part\t: 0xd0b\n\n",
+    "x86_64": "processor\t: 0\nmodel name\t: flags\nflags\t\t: fpu avx avx2 bmi1 bmi2 f16c fma abm movbe xsave{}\n\n",
+}
+
+
+@pytest.mark.parametrize(
+    "machine, flag, targets",
+    [
+        ("aarch64", "", ("aarch64",)),
+        ("aarch64", " asimddp", ("aarch64_dotprod", "aarch64")),
+        ("x86_64", "", ("x86_64_v3",)),
+        ("x86_64", " avx_vnni", ("x86_64_v3_vnni", "x86_64_v3")),
+        ("", " avx_vnni", ()),
+    ],
+)
+def test_flags_are_read_as_linux_writes_them(monkeypatch, machine, flag, targets):
+    text = CPUINFO[machine or "x86_64"].format(flag)
+    monkeypatch.setattr(device_cpu.platform, "machine", lambda: machine)
+    monkeypatch.setattr(device_cpu, "open", lambda path: io.StringIO(text), raising=False)
+    assert supported_targets() == targets
 
 
 def test_thread_count_must_be_positive():

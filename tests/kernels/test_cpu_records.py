@@ -1,4 +1,4 @@
-"""linear_records on CPUs gives the same bits on every target, for one token and for any number of them."""
+"""Same bits on every CPU target: linear_records for any number of tokens, attention of many."""
 
 import numpy as np
 import pytest
@@ -41,10 +41,14 @@ def outputs(target, widths, pattern, k, load=native):
         "quantize": KernelSpec.make("quantize", tokens=8, **norm),
     }
     run_named = load(compile_cpu({name: render("cpu", spec, name) for name, spec in specs.items()}, target))
+    matrix.levels[::2] = (1 << matrix.row_bits[::2, None]) - 1
     weights = {part.name: RECORDS.pack(part.name, (matrix, plan), linear) for part in RECORDS.parts}
     rng = np.random.default_rng(0)
     x = rng.standard_normal((COUNTS[-1], k), np.float32)
     weights["norm_weight"] = rng.standard_normal(k, np.float32)
+    # Sums as large as they become: the largest levels meet integers whose bytes are 127 and -128, or -126 and -128.
+    q = np.where(np.arange(k) % 64 == 0, 32639, 127 * 256 - 128)
+    x[:2] = np.stack([q, -q]) / weights["norm_weight"]
 
     def run(name, n_tokens, **arguments):
         arguments = {**weights, "state": launch_state(n_tokens, 0, np.arange(n_tokens)), **arguments}
@@ -76,3 +80,23 @@ def test_bits_depend_on_neither_target_nor_number_of_tokens(pattern, widths, k):
         first = results[0] if first is None else first
         for result in results:
             assert result.tobytes() == first[: len(result)].tobytes()
+
+
+@pytest.mark.parametrize("first", [0, 5, 200])
+def test_attention_of_many_tokens_gives_the_same_bits_on_every_target(first):
+    """21 tokens of three query heads to a KV head: more than a tile of queries, and blocks that end anywhere."""
+    heads, kv_heads, head_dim, n_tokens = 6, 2, 64, 21
+    spec = KernelSpec.make(
+        "attention", tokens=32, heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=0.2, window=0, kv_dtype="f16",
+        q_stride=heads * head_dim, out_stride=heads * head_dim,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((n_tokens, heads * head_dim), np.float32)
+    caches = rng.standard_normal((2, first + n_tokens, kv_heads * head_dim), np.float32).astype(np.float16)
+    state = launch_state(first + n_tokens, 0, np.arange(first, first + n_tokens))
+    results = set()
+    for target in supported_targets():
+        out = np.zeros_like(q)
+        native(compile_cpu({"attend": render("cpu", spec, "attend")}, target))("attend", [q, *caches, out, state])
+        results.add(out.tobytes())
+    assert len(results) == 1 and out.any()

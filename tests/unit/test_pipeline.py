@@ -17,7 +17,11 @@ from gqsac.rounding import Rounding
 
 @pytest.mark.parametrize(
     "machine, cpu",
-    [("x86_64", ("x86_64_v3", "x86_64_v4", "x86_64_v4_vnni")), ("aarch64", ("aarch64",)), ("riscv64", ())],
+    [
+        ("x86_64", ("x86_64_v3", "x86_64_v3_vnni", "x86_64_v4", "x86_64_v4_vnni")),
+        ("aarch64", ("aarch64", "aarch64_dotprod")),
+        ("riscv64", ()),
+    ],
 )
 def test_default_targets_follow_the_machine(monkeypatch, machine, cpu):
     monkeypatch.setattr(compile_cpu.platform, "machine", lambda: machine)

@@ -21,7 +21,7 @@ from gqsac.compiler.passes.render import headers
 from gqsac.errors import InputError
 
 CUDA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_80")
-CPU_TARGETS = ("x86_64_v3", "x86_64_v4", "x86_64_v4_vnni", "aarch64")
+CPU_TARGETS = tuple(compile_cpu.TARGETS)
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,15 @@ from gqsa_runtime.errors import DeviceError
 from gqsac.compiler.passes.render import headers
 from gqsac.locks import scratch_folder
 
-# Target -> (zig triple, -mcpu). x86_64_v4 is AVX-512 (F, BW, CD, DQ, VL), x86_64_v3 AVX2, FMA and F16C; VNNI are the
-# dot products of bytes that linear_records lives on.
+# Target -> (zig triple, -mcpu). x86_64_v4 is AVX-512 (F, BW, CD, DQ, VL), x86_64_v3 AVX2, FMA and F16C; VNNI and
+# dotprod are the dot products of bytes that linear_records lives on.
 TARGETS = {
     "x86_64_v3": ("x86_64-linux-gnu.2.17", "x86_64_v3"),
+    "x86_64_v3_vnni": ("x86_64-linux-gnu.2.17", "x86_64_v3+avxvnni"),
     "x86_64_v4": ("x86_64-linux-gnu.2.17", "x86_64_v4"),
     "x86_64_v4_vnni": ("x86_64-linux-gnu.2.17", "x86_64_v4+avx512vnni"),
     "aarch64": ("aarch64-linux-gnu.2.17", "generic"),
+    "aarch64_dotprod": ("aarch64-linux-gnu.2.17", "generic+dotprod"),
 }
 
 # What changes the code beside the sources, the headers and compiler_version.
@@ -57,9 +59,8 @@ def host_targets() -> tuple[str, ...]:
     Empty on an architecture without one.
     """
     machine = platform.machine().lower()
-    if machine in ("x86_64", "amd64"):
-        return ("x86_64_v3", "x86_64_v4", "x86_64_v4_vnni")
-    return ("aarch64",) if machine in ("aarch64", "arm64") else ()
+    family = {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
+    return tuple(target for target in TARGETS if f"{target}_".startswith(f"{family}_"))
 
 
 @cache

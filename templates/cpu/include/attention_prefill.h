@@ -26,9 +26,10 @@ struct prefill_tile {
     float vals[POSITIONS][HEAD_PARTS * VW];
 };
 
-// scores[position][query] of one block. Rows past the block's end repeat its last row and are masked.
-INLINE void block_scores(struct prefill_tile *tile) {
-    for (int row = 0; row < POSITIONS; row += 4) {
+// scores[position][query] of the first n_rows of one block, a multiple of 4. Rows past the last position repeat it and
+// are masked.
+INLINE void block_scores(struct prefill_tile *tile, int n_rows) {
+    for (int row = 0; row < n_rows; row += 4) {
         vf sums[4][QUERY_PARTS] = {{0}};
         for (int d = 0; d < HEAD_DIM; d++) {
             UNROLL for (int i = 0; i < 4; i++) {
@@ -43,10 +44,10 @@ INLINE void block_scores(struct prefill_tile *tile) {
 }
 
 // Scores become exp(score - max); the older sums' factor goes to shrink.
-INLINE void block_softmax(struct prefill_tile *tile, int base, int masked) {
+INLINE void block_softmax(struct prefill_tile *tile, int base, int n_rows, int masked) {
     for (int part = 0; part < QUERY_PARTS; part++) {
         vf max = tile->max[part];
-        for (int row = 0; row < POSITIONS; row++) {
+        for (int row = 0; row < n_rows; row++) {
             vf score = tile->scores[row][part];
             if (masked) {
                 vi position = (vi)(base + row);
@@ -56,10 +57,10 @@ INLINE void block_softmax(struct prefill_tile *tile, int base, int masked) {
             }
             max = max_v(max, score);
         }
-        tile->shrink[part] = exp_v(tile->max[part] - max);
+        tile->shrink[part] = exp_of_negative_v(tile->max[part] - max);
         vf sum = tile->sum[part] * tile->shrink[part];
-        for (int row = 0; row < POSITIONS; row++) {
-            vf p = exp_v(tile->scores[row][part] - max);
+        for (int row = 0; row < n_rows; row++) {
+            vf p = exp_of_negative_v(tile->scores[row][part] - max);
             sum += p;
             tile->scores[row][part] = p;
         }
@@ -68,13 +69,13 @@ INLINE void block_softmax(struct prefill_tile *tile, int base, int masked) {
     }
 }
 
-INLINE void block_values(struct prefill_tile *tile) {
+INLINE void block_values(struct prefill_tile *tile, int n_rows) {
     for (int d = 0; d < HEAD_DIM; d += FEATURES) {
         vf sums[FEATURES][QUERY_PARTS];
         UNROLL for (int i = 0; i < FEATURES; i++)
             UNROLL for (int part = 0; part < QUERY_PARTS; part++)
                 sums[i][part] = tile->out[d + i][part] * tile->shrink[part];
-        for (int row = 0; row < POSITIONS; row++) {
+        for (int row = 0; row < n_rows; row++) {
             UNROLL for (int i = 0; i < FEATURES; i++) {
                 vf value = splat(tile->vals[row][d + i]);
                 UNROLL for (int part = 0; part < QUERY_PARTS; part++)
@@ -107,17 +108,19 @@ static __attribute__((noinline)) void attend_tile(const struct arguments *arg, i
     memset(tile.out, 0, sizeof tile.out);
     for (int part = 0; part < QUERY_PARTS; part++) tile.max[part] = splat(LOWEST), tile.sum[part] = splat(0.0f);
     for (int base = first_seen(first_position); base <= last_position; base += POSITIONS) {
-        for (int row = 0; row < POSITIONS; row++) {
-            size_t offset = kv_row(slot, min_i(base + row, last_position));
+        // A row that no query sees would add nothing.
+        const int n_rows = min_i(POSITIONS, (last_position - base + 4) / 4 * 4);
+        for (int row = 0; row < n_rows; row++) {
+            const size_t offset = kv_row(slot, min_i(base + row, last_position));
             for (int part = 0; part < HEAD_PARTS; part++) {
                 store(tile.keys[row] + part * VW, load_kv(k_cache + offset, part));
                 store(tile.vals[row] + part * VW, load_kv(v_cache + offset, part));
             }
         }
         int masked = base + POSITIONS - 1 > first_position || base < first_seen(last_position);
-        block_scores(&tile);
-        block_softmax(&tile, base, masked);
-        block_values(&tile);
+        block_scores(&tile, n_rows);
+        block_softmax(&tile, base, n_rows, masked);
+        block_values(&tile, n_rows);
     }
     for (int i = 0; i < end - begin; i++) {
         int at = begin + i;

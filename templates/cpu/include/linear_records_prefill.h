@@ -7,12 +7,16 @@
 
 // Tokens whose integers stay in the second-level cache.
 #define TOKEN_TILE (K <= 2048 ? 64 : K <= 4096 ? 32 : K <= 8192 ? 16 : 8)
-#define TOKENS_AT_ONCE 4
 #define WORDS (TILE / 4)
+#if defined(__AVX512F__) || (defined(__AVX2__) && !DOT_INSTRUCTIONS)
+#define TOKENS_AT_ONCE 4
+#else
+#define TOKENS_AT_ONCE 2  // their sums and a few words fit the registers
+#endif
 
 // Tokens past the last are zeros.
 struct token_tile {
-    uint32_t x[K_TILES][TOKEN_TILE][2][WORDS];  // BYTE_DOTS: the planes; else [WORDS][parity] pairs of 16-bit integers
+    uint32_t x[K_TILES][TOKEN_TILE][2][WORDS];  // DOT_INSTRUCTIONS: the planes; else [WORDS][parity] pairs of 16-bit integers
     float scales[K_TILES][TOKEN_TILE];
     int sums[K_TILES][TOKEN_TILE];
 };
@@ -22,7 +26,7 @@ INLINE void pack_token(const struct arguments *arg, struct token_tile *to, int t
         const size_t index = (size_t)token * K_TILES + tile;
         const int8_t *planes = arg->planes + index * (2 * TILE);
         uint32_t *x = to->x[tile][at][0];
-#if BYTE_DOTS
+#if DOT_INSTRUCTIONS
         memcpy(x, planes, 2 * TILE);
 #else
         uint16_t words[2 * TILE];
@@ -72,14 +76,18 @@ struct turned_tile {
 static __attribute__((noinline)) void add_tile(const struct turned_tile *weights, const struct token_tile *tokens, int tile,
                                                int n_tokens, vf acc[TOKEN_TILE]) {
     const struct steps steps = weights->steps;
-#if BYTE_DOTS
-    vb words[WORDS];
+#if DOT_INSTRUCTIONS
+#ifdef __AVX512F__
+    vb words[WORDS];  // in registers
     UNROLL for (int i = 0; i < WORDS; i++) words[i] = weights->words[i];
+#else
+    const vb *words = weights->words;
+#endif
 #endif
     for (int first = 0; first < n_tokens; first += TOKENS_AT_ONCE) {
         vi sums[TOKENS_AT_ONCE];
         const uint32_t(*x)[2][WORDS] = tokens->x[tile] + first;
-#if BYTE_DOTS
+#if DOT_INSTRUCTIONS
         vi high[TOKENS_AT_ONCE] = {0}, low[TOKENS_AT_ONCE] = {0};
         UNROLL for (int i = 0; i < WORDS; i++) {
             UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) {
@@ -89,14 +97,15 @@ static __attribute__((noinline)) void add_tile(const struct turned_tile *weights
         }
         UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) sums[t] = (high[t] << 8) + low[t];
 #else
-        UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) sums[t] = 0;
+        word_sums each[TOKENS_AT_ONCE] = {0};
         for (int i = 0; i < WORDS; i++) {
             const vw even = EVEN(weights->words[i]), odd = ODD(weights->words[i]);
             UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) {
-                sums[t] = dot_words(sums[t], even, (vw)(vu)x[t][0][2 * i]);
-                sums[t] = dot_words(sums[t], odd, (vw)(vu)x[t][0][2 * i + 1]);
+                each[t] = dot_words(each[t], even, (vw)(vu)x[t][0][2 * i]);
+                each[t] = dot_words(each[t], odd, (vw)(vu)x[t][0][2 * i + 1]);
             }
         }
+        UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) sums[t] = sum_words(each[t]);
 #endif
         UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++)
             acc[first + t] = add_products(acc[first + t], sums[t], steps, tokens->scales[tile][first + t],

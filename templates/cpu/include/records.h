@@ -8,92 +8,15 @@
 #ifndef GQSA_RECORDS_H
 #define GQSA_RECORDS_H
 
-#include "quantized_rows.h"
+#include "dots.h"
 #include "record_places.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
-
 #define PAIRS_OF_ROWS 8
-
-#if defined(__AVX512VNNI__)
-#define BYTE_DOTS 1  // levels times the bytes of q: the high plane first, then the low one
-#else
-#define BYTE_DOTS 0  // levels times q as 16-bit integers: even columns first, then odd ones
-#endif
-
-typedef uint8_t vb __attribute__((ext_vector_type(64)));
-typedef uint16_t vw __attribute__((ext_vector_type(32)));
-typedef uint64_t vq __attribute__((ext_vector_type(8)));
-typedef uint8_t vb16 __attribute__((ext_vector_type(16)));
 
 INLINE vb load_bytes(const void *p) {
     vb v;
     memcpy(&v, p, sizeof v);
     return v;
-}
-
-// sums[i] + the products of four bytes each, levels unsigned and x signed.
-#if BYTE_DOTS
-INLINE vi dot_bytes(vi sums, vb levels, vb x) { return (vi)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)levels, (__m512i)x); }
-#else
-// sums[i] + the products of two 16-bit integers each.
-INLINE vi dot_words(vi sums, vw a, vw b) {
-#if defined(__AVX512BW__)
-    return sums + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-    vi products;
-    products.lo = (__typeof__(products.lo))_mm256_madd_epi16((__m256i)a.lo, (__m256i)b.lo);
-    products.hi = (__typeof__(products.hi))_mm256_madd_epi16((__m256i)a.hi, (__m256i)b.hi);
-    return sums + products;
-#elif defined(__ARM_NEON)
-    int16x8_t left[4], right[4];
-    int32x4_t products[4];
-    memcpy(left, &a, sizeof a), memcpy(right, &b, sizeof b);
-    UNROLL for (int i = 0; i < 4; i++)
-        products[i] = vpaddq_s32(vmull_s16(vget_low_s16(left[i]), vget_low_s16(right[i])), vmull_high_s16(left[i], right[i]));
-    vi all;
-    memcpy(&all, products, sizeof all);
-    return sums + all;
-#else
-    const vi x = (vi)a, y = (vi)b;
-    return sums + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
-#endif
-}
-#endif
-
-#define EVEN(levels) ((vw)(levels) & 0xff)
-#define ODD(levels) ((vw)(levels) >> 8)
-
-// An activation tile for `tile_sums`: vectors [plane or parity][nib], in the order of unpacked bytes.
-struct tile_x {
-    vb part[2][2];
-};
-
-// Puts 16 columns, a quarter of a tile, into their places.
-INLINE void place_quarter(struct tile_x *to, int quarter, vi q) {
-    uint8_t *at = (uint8_t *)to + 16 * quarter;
-#if BYTE_DOTS
-#define PLACE(part, nib, first) \
-    memcpy(at + 64 * (2 * part + nib), \
-           &(vb16){__builtin_shufflevector(part ? low : high, high, first, first + 1, first + 2, first + 3, first + 4, \
-                                           first + 5, first + 6, first + 7, first, first + 1, first + 2, first + 3, \
-                                           first + 4, first + 5, first + 6, first + 7)}, 16)
-    const vb16 high = __builtin_convertvector((q + 128) >> 8, vb16), low = __builtin_convertvector(q, vb16);
-    PLACE(0, 0, 0), PLACE(0, 1, 8), PLACE(1, 0, 0), PLACE(1, 1, 8);
-#else
-#define PLACE(part, nib, first) \
-    memcpy(at + 64 * (2 * part + nib), \
-           &(words8){__builtin_shufflevector(words, words, first, first + 2, first + 4, first + 6, first, first + 2, first + 4, \
-                                             first + 6)}, 16)
-    typedef uint16_t words8 __attribute__((ext_vector_type(8)));
-    const vu16 words = __builtin_convertvector(q, vu16);
-    PLACE(0, 0, 0), PLACE(0, 1, 8), PLACE(1, 0, 1), PLACE(1, 1, 9);
-#endif
-#undef PLACE
 }
 
 // Levels of rows pair and pair + 8 of a whole tile: levels[nib]. width and pair are constants.
@@ -102,6 +25,7 @@ INLINE void unpack(int width, const uint8_t *values, int pair, vb levels[2]) {
         const vq first = (vq)load_bytes(values + 64 * pair), second = (vq)load_bytes(values + 512 + 64 * pair);
         levels[0] = (vb)__builtin_shufflevector(first, second, 0, 8, 2, 10, 4, 12, 6, 14);
         levels[1] = (vb)__builtin_shufflevector(first, second, 1, 9, 3, 11, 5, 13, 7, 15);
+        if (SIGNED_LEVELS) levels[0] ^= 0x80, levels[1] ^= 0x80;
         return;
     }
     if (width == 4) {
@@ -135,55 +59,17 @@ INLINE void unpack(int width, const uint8_t *values, int pair, vb levels[2]) {
     }
 }
 
-#define SHUFFLE_QUARTERS(a, b, i, j) /* 128-bit parts i and j of a, then of b */                                  \
-    __builtin_shufflevector(a, b, 4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3, 4 * j, 4 * j + 1, 4 * j + 2, 4 * j + 3, \
-                            16 + 4 * i, 17 + 4 * i, 18 + 4 * i, 19 + 4 * i, 16 + 4 * j, 17 + 4 * j, 18 + 4 * j, 19 + 4 * j)
-#define SHUFFLE_WORDS(a, b, i) /* words i and i + 2 of each 128-bit part of a, then of b */                    \
-    __builtin_shufflevector(a, b, i, 2 + i, 16 + i, 18 + i, 4 + i, 6 + i, 20 + i, 22 + i, 8 + i, 10 + i, 24 + i, \
-                            26 + i, 12 + i, 14 + i, 28 + i, 30 + i)
-
-#ifdef __AVX512F__
-// The sums of the 16 rows, from a vector for each pair: [4 quarters, 2 halves, 2].
-INLINE vi sum_rows(const vi of_pair[PAIRS_OF_ROWS]) {
-    vi two[4], four[2];
-    UNROLL for (int i = 0; i < 4; i++)
-        two[i] = SHUFFLE_WORDS(of_pair[2 * i], of_pair[2 * i + 1], 0) + SHUFFLE_WORDS(of_pair[2 * i], of_pair[2 * i + 1], 1);
-    UNROLL for (int i = 0; i < 2; i++)
-        four[i] = SHUFFLE_QUARTERS(two[2 * i], two[2 * i + 1], 0, 2) + SHUFFLE_QUARTERS(two[2 * i], two[2 * i + 1], 1, 3);
-    return SHUFFLE_QUARTERS(four[0], four[1], 0, 2) + SHUFFLE_QUARTERS(four[0], four[1], 1, 3);
-}
-#else
-INLINE vi sum_rows(const vi of_pair[PAIRS_OF_ROWS]) {
-    typedef int32_t vi8 __attribute__((ext_vector_type(8)));
-    vi8 each[8], two[4], four[2];
-    UNROLL for (int i = 0; i < 8; i++) each[i] = of_pair[i].lo + of_pair[i].hi;
-    UNROLL for (int i = 0; i < 4; i++)
-        two[i] = __builtin_shufflevector(each[2 * i], each[2 * i + 1], 0, 2, 8, 10, 4, 6, 12, 14)
-                 + __builtin_shufflevector(each[2 * i], each[2 * i + 1], 1, 3, 9, 11, 5, 7, 13, 15);
-    UNROLL for (int i = 0; i < 2; i++)
-        four[i] = __builtin_shufflevector(two[2 * i], two[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11)
-                  + __builtin_shufflevector(two[2 * i], two[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15);
-    return __builtin_shufflevector(four[0], four[1], 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
-#endif
-
 // Sums of level * q of a whole tile.
 INLINE vi tile_sums(int width, const uint8_t *values, const struct tile_x *x) {
-    vi of_pair[PAIRS_OF_ROWS];
+    vs of_pair[PAIRS_OF_ROWS];
     UNROLL for (int pair = 0; pair < PAIRS_OF_ROWS; pair++) {
         vb levels[2];
         unpack(width, values, pair, levels);
-        vi sums = 0;
-#if BYTE_DOTS
-        sums = dot_bytes(dot_bytes(sums, levels[0], x->part[0][0]), levels[1], x->part[0][1]) << 8;
-        sums = dot_bytes(dot_bytes(sums, levels[0], x->part[1][0]), levels[1], x->part[1][1]);
-#else
-        UNROLL for (int nib = 0; nib < 2; nib++) {
-            sums = dot_words(sums, EVEN(levels[nib]), (vw)x->part[0][nib]);
-            sums = dot_words(sums, ODD(levels[nib]), (vw)x->part[1][nib]);
-        }
+        of_pair[pair] = pair_sums(width, levels, x);
+#if defined(__aarch64__)
+        // Else the compiler begins all pairs at once and spills; levels that several tokens share are kept in memory.
+        if (TOKENS == 1 || width == 4) __asm__ volatile("" : "+w"(of_pair[pair]));
 #endif
-        of_pair[pair] = sums;
     }
     return sum_rows(of_pair);
 }
@@ -205,6 +91,7 @@ INLINE struct steps load_steps(int width, const uint8_t *fields, int n_tiles, in
     const vw8 wide = __builtin_convertvector(packed, vw8);
     const vb16 nibbles = (vb16)((wide | wide << 4) & 0x0f0f);
     steps.zeros = __builtin_convertvector(nibbles, vi) << (width == 8 ? 4 : 0);
+    if (SIGNED_LEVELS && width == 8) steps.zeros -= 128;
     steps.shift = width == 8 ? 0 : 4 - width;
     steps.scales = load_f16((const _Float16 *)(fields + 32 * slot)) * (1.0f / (1 << steps.shift));
     return steps;
@@ -271,31 +158,74 @@ INLINE const uint8_t *make_whole(int width, const uint8_t *values, const uint32_
 
 #else
 
-#ifndef __AVX2__
-// Without a branch: masks follow no pattern.
-INLINE const uint8_t *make_whole(int width, const uint8_t *values, const uint32_t kept[2], const uint8_t *zeros, uint8_t *to) {
-    const int entry = 2 * width;
-    UNROLL for (int half = 0; half < 2; half++) {
-        const uint64_t levels = levels_of_zeros(width, zeros, half);
-        for (int lane = 0; lane < 32; lane++) {
-            const uint64_t level = (levels >> lane / 4 * 8 & 0xff) * 0x0101010101010101;
-            const uint64_t removed[2] = {level, level};
-            const uintptr_t stays = kept[half] >> lane & 1, from = (uintptr_t)removed;
-            memcpy(to + (width == 8 ? half * 32 + lane : 2 * lane + half) * entry,
-                   (const void *)(from ^ ((from ^ (uintptr_t)values) & -stays)), entry);
-            values += stays * entry;
+// By a mask of four groups: row(how many are kept, which stored one goes to each place, -1: none).
+#define OF_MASKS(row)                                                                                                \
+    {row(0, -1, -1, -1, -1), row(1, 0, -1, -1, -1), row(1, -1, 0, -1, -1), row(2, 0, 1, -1, -1), row(1, -1, -1, 0, -1), \
+     row(2, 0, -1, 1, -1),   row(2, -1, 0, 1, -1),  row(3, 0, 1, 2, -1),   row(1, -1, -1, -1, 0), row(2, 0, -1, -1, 1), \
+     row(2, -1, 0, -1, 1),   row(3, 0, 1, -1, 2),   row(2, -1, -1, 0, 1),  row(3, 0, -1, 1, 2),   row(3, -1, 0, 1, 2),  \
+     row(4, 0, 1, 2, 3)}
+
+#if defined(__aarch64__)
+// The same for bytes of 16 or 32 that end with the row's last kept group, 255: none. What is read beside the kept groups
+// lies before them: others, zeros and scales.
+#define BYTE(entry, n, place, byte) ((place) < 0 ? 255 : (4 + (place) - (n)) * (entry) + (byte))
+#define BYTES_2(n, p) BYTE(4, n, p, 0), BYTE(4, n, p, 1), BYTE(4, n, p, 2), BYTE(4, n, p, 3)
+#define BYTES_4(n, p) \
+    BYTE(8, n, p, 0), BYTE(8, n, p, 1), BYTE(8, n, p, 2), BYTE(8, n, p, 3), \
+    BYTE(8, n, p, 4), BYTE(8, n, p, 5), BYTE(8, n, p, 6), BYTE(8, n, p, 7)
+#define ROW_2(n, a, b, c, d) {BYTES_2(n, a), BYTES_2(n, b), BYTES_2(n, c), BYTES_2(n, d)}
+#define ROW_4(n, a, b, c, d) {BYTES_4(n, a), BYTES_4(n, b), BYTES_4(n, c), BYTES_4(n, d)}
+#define KEPT(n, a, b, c, d) n
+static const uint8_t PLACES_2[16][16] = OF_MASKS(ROW_2), PLACES_4[16][32] = OF_MASKS(ROW_4), N_KEPT[16] = OF_MASKS(KEPT);
+
+// The four groups of one row; returns where the next row's begin.
+INLINE const uint8_t *expand(int width, const uint8_t *values, uint32_t mask, uint8_t zero, uint8x16_t row[4]) {
+    const uint8x16_t removed = vdupq_n_u8(zero);
+    if (width == 8) {
+        UNROLL for (int i = 0; i < 4; i++) {
+            const int stays = mask >> i & 1;
+            values += 16 * stays;
+            row[i] = vbslq_u8(vdupq_n_u8((uint8_t)-stays), vld1q_u8(values - 16), removed);
         }
+        return values;
+    }
+    values += 2 * width * N_KEPT[mask];
+    if (width == 2) {
+        row[0] = vqtbx1q_u8(removed, vld1q_u8(values - 16), vld1q_u8(PLACES_2[mask]));
+    } else {
+        const uint8x16x2_t stored = {{vld1q_u8(values - 32), vld1q_u8(values - 16)}};
+        UNROLL for (int i = 0; i < 2; i++) row[i] = vqtbx2q_u8(removed, stored, vld1q_u8(PLACES_4[mask] + 16 * i));
     }
     return values;
 }
 
+INLINE const uint8_t *make_whole(int width, const uint8_t *values, const uint32_t kept[2], const uint8_t *zeros, uint8_t *to) {
+    const uint8_t *second = values + 2 * width * __builtin_popcount(kept[0]);
+    const uint64_t zeros_first = levels_of_zeros(width, zeros, 0), zeros_second = levels_of_zeros(width, zeros, 1);
+    UNROLL for (int pair = 0; pair < PAIRS_OF_ROWS; pair++) {
+        uint8x16_t a[4], b[4];
+        values = expand(width, values, kept[0] >> 4 * pair & 15, (uint8_t)(zeros_first >> 8 * pair), a);
+        second = expand(width, second, kept[1] >> 4 * pair & 15, (uint8_t)(zeros_second >> 8 * pair), b);
+        if (width == 8) {
+            memcpy(to + 64 * pair, a, 64), memcpy(to + 512 + 64 * pair, b, 64);
+        } else if (width == 4) {
+            UNROLL for (int i = 0; i < 2; i++) {
+                const uint64x2_t x = vreinterpretq_u64_u8(a[i]), y = vreinterpretq_u64_u8(b[i]);
+                vst1q_u8(to + 64 * pair + 32 * i, vreinterpretq_u8_u64(vzip1q_u64(x, y)));
+                vst1q_u8(to + 64 * pair + 32 * i + 16, vreinterpretq_u8_u64(vzip2q_u64(x, y)));
+            }
+        } else {
+            const uint32x4_t x = vreinterpretq_u32_u8(a[0]), y = vreinterpretq_u32_u8(b[0]);
+            vst1q_u8(to + 32 * pair, vreinterpretq_u8_u32(vzip1q_u32(x, y)));
+            vst1q_u8(to + 32 * pair + 16, vreinterpretq_u8_u32(vzip2q_u32(x, y)));
+        }
+    }
+    return second;
+}
+
 #else
-// By a mask of four groups: which stored one goes to each place, -1: none.
-static const int8_t PLACES[16][4] = {
-    {-1, -1, -1, -1}, {0, -1, -1, -1}, {-1, 0, -1, -1}, {0, 1, -1, -1}, {-1, -1, 0, -1}, {0, -1, 1, -1},
-    {-1, 0, 1, -1},   {0, 1, 2, -1},   {-1, -1, -1, 0}, {0, -1, -1, 1}, {-1, 0, -1, 1},  {0, 1, -1, 2},
-    {-1, -1, 0, 1},   {0, -1, 1, 2},   {-1, 0, 1, 2},   {0, 1, 2, 3},
-};
+#define PLACE_ROW(n, a, b, c, d) {a, b, c, d}
+static const int8_t PLACES[16][4] = OF_MASKS(PLACE_ROW);
 static const int32_t FIRST[8] = {-1, -1, -1, -1, 0, 0, 0, 0};  // the mask of the first n of four from 4 - n on
 
 // The four groups of one row at 8 bits.
