@@ -175,11 +175,16 @@ def _use_file(data: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".gqsa", dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as file:
         file.write(data)
         file.flush()
-        found = verify_file(file.name)
-        with ArtifactFile.open(file.name) as artifact:
-            inspect_.render(inspect_.describe(artifact, None))
-            inspect_.kernel_rows(artifact)
-            inspect_.tensor_rows(artifact)
+        return use_path(file.name)
+
+
+def use_path(path: str | Path) -> str:
+    """Does with a file what a reader does that runs nothing of it."""
+    found = verify_file(path)
+    with ArtifactFile.open(path) as artifact:
+        inspect_.render(inspect_.describe(artifact, None))
+        inspect_.kernel_rows(artifact)
+        inspect_.tensor_rows(artifact)
     return f"{found}"
 
 

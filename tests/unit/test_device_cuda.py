@@ -15,6 +15,7 @@ from gqsa_runtime.session import cache_shapes
 
 from tests.format import tiny
 from tests.format.tiny import CONTEXT
+from tests.gpu import hostile_plans
 
 driver = pytest.importorskip("cuda.bindings.driver")
 
@@ -148,6 +149,26 @@ def test_kernels_point_to_the_weights_that_the_file_holds(tmp_path, host):
         device.close()
         device.close()
     assert host.calls.count("cuMemFree") == host.calls.count("cuMemFreeHost") == 1
+
+
+def test_for_memcheck_everything_has_memory_of_its_own(tmp_path, host, monkeypatch):
+    for name in ("_allocate", "close"):  # put back afterwards
+        monkeypatch.setattr(device_cuda.CudaDevice, name, getattr(device_cuda.CudaDevice, name))
+    hostile_plans.allocate_apart()
+    arrays = tiny.tensors()
+    with open_file(tmp_path) as file:
+        device = make_device(file)
+        assert set(device._addresses.values()) <= host._memory.keys()
+        assert len(set(device._addresses.values())) == len(device._addresses)
+        np.testing.assert_array_equal(
+            at(device._addresses["tensor", "q.values"], arrays["q.values"]), arrays["q.values"]
+        )
+        arena = device._buffers["tokens"][0] - file.program.plans["cuda"].buffers[0].offset
+        own = {*device._addresses.values(), *range(arena, arena + file.program.plans["cuda"].arena_bytes)}
+        assert own >= {pointer for launched in host.launched for pointer in launched if pointer}
+        device.close()
+        device.close()
+    assert host.calls.count("cuMemFree") == host.calls.count("cuMemAlloc") == 2 + len(device._addresses)
 
 
 def test_rotary_tables_are_made_anew_in_their_place(tmp_path, host):
