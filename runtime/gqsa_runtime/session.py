@@ -49,9 +49,7 @@ def cache_shapes(program: Program) -> list[tuple[str, int, int]]:
 def check_session_path(path: str | os.PathLike) -> None:
     """Raises InputError where no session could be written, before there is one to lose."""
     folder = Path(path).parent
-    if Path(path).is_dir():
-        why, what = "this is a folder", "name a file"
-    elif not folder.is_dir():
+    if not folder.is_dir():
         why, what = f"there is no folder {folder}", "make it first, or choose another path"
     elif not os.access(folder, os.W_OK | os.X_OK):
         why, what = f"the folder {folder} cannot be written", "choose another path"
