@@ -11,7 +11,7 @@ TORCH := torch==2.13.0
 FUZZ_SECONDS := 300
 FUZZ_SEED := $(shell expr $$(date +%s) / 86400)
 
-.PHONY: demo test fuzz lint clean
+.PHONY: demo test fuzz sanitize lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/smollm2_demo.py
@@ -23,6 +23,9 @@ test: $(VENV)/.installed-dev
 
 fuzz: $(VENV)/.installed-dev
 	RUST_BACKTRACE=0 $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --keep fuzz-failures
+
+sanitize: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.kernels.sanitize
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -148,7 +148,7 @@ class PartialFolder:
         self.save_json(_PUBLISHED, {"inode": folder.stat().st_ino})
         os.rename(folder, self._out)
         sync(self._out.parent)
-        shutil.rmtree(self.path)
+        _remove(self.path)
 
     def close(self) -> None:
         """Lets another compression have the folder."""
@@ -166,14 +166,24 @@ def refuse_existing(out: Path) -> None:
         published = json.loads((partial / f"{_PUBLISHED}.json").read_text(encoding="utf-8"))["inode"]
     except (OSError, ValueError, KeyError, TypeError):
         published = None
-    if published == out.stat().st_ino:
-        shutil.rmtree(partial)
+    if published == out.stat().st_ino or (partial.is_dir() and not any(partial.iterdir())):
+        _remove(partial)
     if _is_compressed(out):
         raise InputError(
             f"{out} exists already and is a finished compression; build it with `gqsac build {out} -o MODEL.gqsa`, or "
             "choose another output folder"
         )
     raise InputError(f"{out} exists already; choose another output folder or delete it first")
+
+
+def _remove(partial: Path) -> None:
+    """Removes a folder that was published. What says so goes last, so that a kill in between leaves nothing unclear."""
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != f"{_PUBLISHED}.json":
+            path.unlink()
+    shutil.rmtree(partial)
 
 
 def _is_compressed(folder: Path) -> bool:

@@ -270,6 +270,10 @@ def run(file, prompt, raw, device, context, threads, rebuild_kernels, session, s
       gqsa run model.gqsa --raw --session book.session < book-and-question.txt
       gqsa run model.gqsa --raw -p "Once" --context 2048 --context-shift --keep 64 --max-new-tokens 9999
     """
+    from gqsa_runtime.session import check_session_path
+
+    if session is not None:
+        check_session_path(session)
     if prompt is None:
         if sys.stdin.isatty():
             _tell("reading the prompt from standard input; end it with Ctrl-D")

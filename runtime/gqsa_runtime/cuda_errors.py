@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+STEPWISE_VARIABLE = "GQSA_CUDA_STEPWISE"
+
 _UPDATE = "update the NVIDIA driver"
 _RELINK = "make kernels with `gqsac relink FILE -o NEW --target sm_XX` (`gqsa doctor` names this GPU's sm_XX)"
+_REPORT = (
+    f"which is a bug: run it with {STEPWISE_VARIABLE}=1, which names the kernel, and report that with the file's build "
+    "options; use --device cpu meanwhile"
+)
 
 _REASONS = {
     "CUDA_ERROR_NO_DEVICE": "the driver finds no GPU; use --device cpu",
@@ -22,8 +28,12 @@ _REASONS = {
     "the NVIDIA driver's own is found, or use --device cpu",
     "CUDA_ERROR_DEVICE_UNAVAILABLE": "another program uses the GPU alone; end it, or choose another GPU with "
     "--device cuda:N",
-    "CUDA_ERROR_ILLEGAL_ADDRESS": "a kernel left its memory, which is a bug; report it with the file's build options, "
-    "and use --device cpu meanwhile",
+    "CUDA_ERROR_ILLEGAL_ADDRESS": f"a kernel left its memory, {_REPORT}",
+    "CUDA_ERROR_MISALIGNED_ADDRESS": f"a kernel read where no such value can lie, {_REPORT}",
+    "CUDA_ERROR_ILLEGAL_INSTRUCTION": f"a kernel holds what this GPU cannot do, {_REPORT}",
+    "CUDA_ERROR_LAUNCH_FAILED": f"a kernel failed, {_REPORT}",
+    "CUDA_ERROR_LAUNCH_TIMEOUT": "a kernel took longer than the system allows a GPU that shows a screen; use another "
+    "GPU with --device cuda:N, or --device cpu",
 }
 
 

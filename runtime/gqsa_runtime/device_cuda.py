@@ -25,6 +25,8 @@ STATIC_SHARED_LIMIT = 48 << 10  # above this a kernel must opt in to dynamic sha
 ALIGNMENT = 256  # of everything in the arena, as cuMemAlloc aligns
 # Chooses a binary by its target's name, e.g. compute_80 to run the PTX. For tests and comparisons.
 TARGET_VARIABLE = "GQSA_CUDA_TARGET"
+# Set to anything, each kernel is launched by itself and waited for, so that an error names it.
+STEPWISE_VARIABLE = cuda_errors.STEPWISE_VARIABLE
 
 _STEPS_TIMED = 32  # launches in a graph that times a kernel, at least
 
@@ -166,6 +168,7 @@ class CudaDevice:
         self._beginnings = {name: np.zeros(count, np.int32) for name, count in _STEP_INPUTS.items()}  # of buffers
         self._to_copy: set[str] = set()  # buffers whose beginning the device has not yet
         self._steps: StepsAhead | None = None  # where the plan chooses tokens
+        self._stepwise = bool(os.environ.get(STEPWISE_VARIABLE))
         self._stepped = False  # whether the last launch was such a step
         self._modules: list = []
         self._graphs: dict[str, object] = {}
@@ -177,12 +180,16 @@ class CudaDevice:
             # While tensors are read and checked ahead. Nothing of this runs before all of them are here.
             with self._clock.stage("modules"):
                 self._functions = self._load(binaries(self._binary))
-            with self._clock.stage("graphs"):
-                for phase, steps in self.plan.phases.items():
-                    if phase != "decode" or not self.plan.chooses:
-                        self._graphs[phase] = self._capture(steps)
-                if self.plan.chooses:
-                    self._make_steps()
+            self._configs = {
+                kernel.name: self._launch_config(kernel.launch(self.target)) for kernel in self.plan.kernels
+            }
+            if not self._stepwise:
+                with self._clock.stage("graphs"):
+                    for phase, steps in self.plan.phases.items():
+                        if phase != "decode" or not self.plan.chooses:
+                            self._graphs[phase] = self._capture(steps)
+                    if self.plan.chooses:
+                        self._make_steps()
             self._fill(tensors, context)
         except BaseException:
             self.close()
@@ -221,7 +228,11 @@ class CudaDevice:
         if self._steps is not None:
             self._steps.forget()
         self._copy_beginnings()
-        call("cuGraphLaunch", self._graphs[phase], self._stream)
+        if self._stepwise:
+            for step in self.plan.phases[phase]:
+                self._launch_step(step, wait=True)
+        else:
+            call("cuGraphLaunch", self._graphs[phase], self._stream)
 
     def _copy_beginnings(self) -> None:
         for buffer in self._to_copy:
@@ -322,21 +333,20 @@ class CudaDevice:
         """Frees everything. Safe to call twice."""
         if self._context is None:
             return
-        self._set_current()
+        # A device that failed answers every call with its failure, which whoever met it was told.
+        with contextlib.suppress(DeviceError):
+            self._set_current()
         if self._steps is not None:
-            self._steps.close()
-        for graph in self._graphs.values():
-            call("cuGraphExecDestroy", graph)
-        for module in self._modules:
-            call("cuModuleUnload", module)
-        if self._memory is not None:
-            call("cuMemFree", self._memory)
-        if self._host_memory is not None:
-            self._pinned.clear()
-            call("cuMemFreeHost", self._host_memory)
-        if self._stream is not None:
-            call("cuStreamDestroy", self._stream)
-        call("cuDevicePrimaryCtxRelease", self._gpu.device)
+            with contextlib.suppress(DeviceError):
+                self._steps.close()
+        freed = [("cuGraphExecDestroy", graph) for graph in self._graphs.values()]
+        freed += [("cuModuleUnload", module) for module in self._modules]
+        freed += [("cuMemFree", self._memory), ("cuMemFreeHost", self._host_memory), ("cuStreamDestroy", self._stream)]
+        self._pinned.clear()
+        for function, held in [*freed, ("cuDevicePrimaryCtxRelease", self._gpu.device)]:
+            if held is not None:
+                with contextlib.suppress(DeviceError):
+                    call(function, held)
         self._graphs, self._modules, self._steps = {}, [], None
         self._memory = self._host_memory = self._stream = self._context = None
 
@@ -451,20 +461,26 @@ class CudaDevice:
 
     def _capture(self, steps: tuple[Step, ...], begin: Callable = tuple, end: Callable = tuple) -> object:
         """A graph of the steps, one after another, between what `begin` and `end` put into the stream."""
-        kernels = {kernel.name: kernel for kernel in self.plan.kernels}
         call("cuStreamBeginCapture", self._stream, _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
         begin()
         for step in steps:
-            kernel = kernels[step.kernel]
-            values = tuple(self._address(arg) for arg in step.args)
-            types = (ctypes.c_void_p,) * len(values)
-            config = self._launch_config(kernel.launch(self.target))
-            call("cuLaunchKernelEx", config, self._functions[kernel.name], (values, types), 0)
+            self._launch_step(step)
         end()
         graph = call("cuStreamEndCapture", self._stream)
         executable = call("cuGraphInstantiate", graph, 0)
         call("cuGraphDestroy", graph)
         return executable
+
+    def _launch_step(self, step: Step, wait: bool = False) -> None:
+        """Puts a step into the stream. Errors of the launch, and with `wait` those of its work, name the kernel."""
+        values = tuple(self._address(arg) for arg in step.args)
+        types = (ctypes.c_void_p,) * len(values)
+        try:
+            call("cuLaunchKernelEx", self._configs[step.kernel], self._functions[step.kernel], (values, types), 0)
+            if wait:
+                call("cuStreamSynchronize", self._stream)
+        except DeviceError as error:
+            raise DeviceError(f"kernel {step.kernel}: {error}") from error
 
     def _launch_config(self, launch: Launch):
         driver = _driver()

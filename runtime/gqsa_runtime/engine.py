@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from gqsa_runtime.errors import ClosedError, InputError
+from gqsa_runtime.errors import ClosedError, DeviceError, InputError
 from gqsa_runtime.operators import FEW_TOKENS, STATE_DRAW, STATE_TOKENS, state_elements
 from gqsa_runtime.program import Plan, Program
 from gqsa_runtime.rope import long_ropes
@@ -93,7 +93,8 @@ class ScoreResult:
 class Engine:
     """Feeds tokens to slot 0 of a device. context: positions of a slot that the device was opened with.
 
-    Every method raises ClosedError after `close`.
+    Every method raises ClosedError after `close`. Where the device fails, the method raises its DeviceError, and every
+    later one the same: a GPU that failed can do nothing more in this process.
     """
 
     def __init__(self, program: Program, device: Device, context: int):
@@ -103,6 +104,7 @@ class Engine:
         self._resident: Sequence | None = None  # the sequence that the KV cache holds, if it is any
         self._lock = threading.Lock()
         self._closed = False
+        self._failure: DeviceError | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -237,8 +239,14 @@ class Engine:
         """The device for one caller. Gives the resident sequence, which only `extend` makes resident again."""
         with self._lock:
             self._check_open()
+            if self._failure is not None:
+                raise DeviceError(f"the device failed before, and nothing runs on it any more: {self._failure}")
             resident, self._resident = self._resident, None
-            yield resident
+            try:
+                yield resident
+            except DeviceError as error:
+                self._failure = error
+                raise
 
     def _check_open(self) -> None:
         if self._closed:

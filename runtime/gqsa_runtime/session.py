@@ -46,6 +46,18 @@ def cache_shapes(program: Program) -> list[tuple[str, int, int]]:
     return [(cache, layer, kv.kv_heads * kv.head_dim) for layer, kv in enumerate(program.kv_layers) for cache in CACHES]
 
 
+def check_session_path(path: str | os.PathLike) -> None:
+    """Raises InputError where no session could be written, before there is one to lose."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        why, what = f"there is no folder {folder}", "make it first, or choose another path"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        why, what = f"the folder {folder} cannot be written", "choose another path"
+    else:
+        return
+    raise InputError(f"{os.fspath(path)}: the session cannot be written: {why}; {what}")
+
+
 def write_session(path: str | os.PathLike, digest: bytes, session: Session) -> None:
     """Writes the file whole or not at all. digest: of the .gqsa file. Raises InputError where it cannot be written."""
     temporary = Path(f"{os.fspath(path)}.{secrets.token_hex(4)}.partial")

@@ -8,6 +8,8 @@ import reprlib
 import types
 import typing
 
+_PLAIN = frozenset((bool, int, float, str))
+
 
 def conforms(value, hint) -> str | None:
     """What is wrong with a value that should have the type `hint`, as "where is what", or None.
@@ -19,6 +21,8 @@ def conforms(value, hint) -> str | None:
 
 
 def _check(value, hint, where: str) -> str | None:
+    if type(value) is hint and hint in _PLAIN:  # nearly all values
+        return None
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         if type(value) is not hint:

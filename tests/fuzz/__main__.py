@@ -1,23 +1,30 @@
 """Tries mutants, each in a forked child with limits of time and memory, and tells what came of them.
 
-python -m tests.fuzz --seconds 300 --jobs 2            # as long as one likes
-python -m tests.fuzz --kind tokenizer --mutants 100000 --seed 7
-python -m tests.fuzz --replay tests/fuzz/seeds/*       # mutants that failed once
+python -m tests.fuzz --seconds 300 --jobs 2                          # as long as one likes
+python -m tests.fuzz --mutants 1000000 --seed 7 --json fuzz.json     # so many; of each kind its share
+python -m tests.fuzz --mutants 1000000 --seed 7 --seconds 3600       # or as many of those as an hour allows
+python -m tests.fuzz --replay tests/fuzz/seeds/*                     # mutants that failed once
 
-A mutant is made from its kind and number alone. What fails is kept in --keep, named by both; then the exit code is 1.
+A mutant is made from its kind and number alone, and no number belongs to two seeds, so a large run may be shared among
+machines, each with a seed of its own. What fails is kept in --keep, named by both; then the exit code is 1.
+It needs what the runtime needs, and neither PyTorch nor a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from random import Random
+
+from tqdm import tqdm
 
 SEEDS = Path(__file__).parent / "seeds"
 _BATCH = 100  # mutants a job
@@ -64,61 +71,106 @@ def batch(kind: str, first: int, until_s: float, keep: str, count: int = _BATCH)
     return {"kind": kind, "counts": counts, "slowest": slowest, "largest": largest, "failed": failed}
 
 
-def run(kinds: dict[str, float], seconds: float, mutants: int, seed: int, jobs: int, keep: str) -> dict:
-    """Figures by kind of a run that ends after so many seconds or mutants."""
+def run(kinds: Sequence[str], seconds: float, mutants: int | None, seed: int, jobs: int, keep: str) -> dict:
+    """Figures by kind of a run that ends after so many mutants, or seconds where they are fewer.
+
+    mutants: of each kind its share of them, whatever the machine. None: each kind has its share of the time.
+    """
+    from tests.fuzz.kinds import KINDS
+
     began_s = time.time()
     figures = {kind: {"counts": Counter(), "slowest": (0.0, -1), "largest": (0, -1), "failed": []} for kind in kinds}
-    next_number = dict.fromkeys(kinds, seed * 1_000_000_000)
-    spent, total = dict.fromkeys(kinds, 0.0), 0
-    with ProcessPoolExecutor(jobs) as pool:
+    left = dict.fromkeys(kinds, sys.maxsize) if mutants is None else _quotas(kinds, mutants)
+    shares = {kind: KINDS[kind].time_share if mutants is None else KINDS[kind].count_share for kind in kinds}
+    next_number, had = dict.fromkeys(kinds, seed * 1_000_000_000), dict.fromkeys(kinds, 0.0)
+    progress = tqdm(total=mutants, unit=" mutants", disable=None)
+    with ProcessPoolExecutor(jobs) as pool, progress:
         pending = {}
         while True:
-            while len(pending) < jobs and time.time() < began_s + seconds and total < mutants:
+            while len(pending) < jobs and time.time() < began_s + seconds and any(left.values()):
                 # The kind that has had the least of its share.
-                kind = min(kinds, key=lambda kind: spent[kind] / kinds[kind])
-                spent[kind] += 0.01  # until it is known
-                count = min(_BATCH if kind != "template" else 10, mutants - total)
+                kind = min(filter(left.get, kinds), key=lambda kind: had[kind] / shares[kind])
+                count = min(_BATCH if kind != "template" else 10, left[kind])
+                had[kind] += 0.01 if mutants is None else count  # the time until it is known
                 arguments = (kind, next_number[kind], began_s + seconds, keep, count)
                 pending[pool.submit(batch, *arguments)] = time.time()
                 next_number[kind] += count
-                total += count
+                left[kind] -= count
             if not pending:
                 break
             done = wait(pending, return_when=FIRST_COMPLETED).done.pop()
             found, started_s = done.result(), pending.pop(done)
             kind, into = found["kind"], figures[found["kind"]]
-            spent[kind] += time.time() - started_s
+            had[kind] += time.time() - started_s if mutants is None else 0
             into["counts"] += found["counts"]
             into["slowest"] = max(into["slowest"], found["slowest"])
             into["largest"] = max(into["largest"], found["largest"])
             into["failed"] += found["failed"]
-    return {"seconds": round(time.time() - began_s, 1), "kinds": figures}
+            progress.update(found["counts"].total())
+    return {"seconds": round(time.time() - began_s, 1), "seed": seed, "jobs": jobs, "kinds": figures}
+
+
+def _quotas(kinds: Sequence[str], mutants: int) -> dict[str, int]:
+    """How many mutants of each kind, so many in all."""
+    from tests.fuzz.kinds import KINDS
+
+    total, quotas, given, shares = sum(KINDS[kind].count_share for kind in kinds), {}, 0, 0
+    for kind in kinds:
+        shares += KINDS[kind].count_share
+        quotas[kind] = mutants * shares // total - given
+        given += quotas[kind]
+    return quotas
+
+
+def table(found: dict) -> str:
+    """Figures of a run as a table in Markdown, a row a kind."""
+    from tests.fuzz.limited import FAILURES
+
+    rows = [("kind", "mutants", "refused", "accepted", "failed", "slowest, s", "most memory grown, MB")]
+    for kind, figures in found["kinds"].items():
+        counts = figures["counts"]
+        numbers = [counts.total(), counts["refused"], counts["accepted"], sum(counts[name] for name in FAILURES)]
+        rows.append((kind, *map(str, numbers), f"{figures['slowest'][0]:.2f}", f"{figures['largest'][0] / 1e6:.1f}"))
+    all_counts = sum((figures["counts"] for figures in found["kinds"].values()), Counter())
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    per_s = all_counts.total() / max(found["seconds"], 0.1)
+    said = f"{all_counts.total()} mutants in {found['seconds']:.0f} s, {per_s:.0f} a second, {found['jobs']} jobs."
+    return "\n".join([*lines, "", said])
 
 
 def main() -> int:
     """The command line. Exit code 1 where a mutant failed."""
+    from tests.fuzz.kinds import KINDS
+    from tests.fuzz.limited import FAILURES, why_not_here
+
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=30)
-    parser.add_argument("--mutants", type=int, default=sys.maxsize)
-    parser.add_argument("--kind", action="append", help="Only this kind. May be given several times.")
+    parser.add_argument("--seconds", type=float, help="At most. [30, or as long as --mutants take]")
+    parser.add_argument("--mutants", type=int, help="How many in all.")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="Only this kind. May be given several times.")
     parser.add_argument("--seed", type=int, default=0, help="Other mutants for another number.")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--keep", default="fuzz-failures", help="Folder for mutants that fail.")
+    parser.add_argument("--json", help="A file for the figures, with the reason of every failure.")
     parser.add_argument("--replay", nargs="*", help="Files of mutants, named by their kind, in place of new ones.")
     arguments = parser.parse_args()
-    from tests.fuzz.kinds import SHARES
-    from tests.fuzz.limited import FAILURES
-
+    if why := why_not_here():
+        parser.error(why)
     if arguments.replay is not None:
         outcomes = []
         for path in map(Path, arguments.replay):
             outcomes += try_out(path.name.split("-")[0], [path.read_bytes()])
             print(f"{path}: {outcomes[-1].kind}: {outcomes[-1].detail[-1500:]}")
         return any(outcome.kind in FAILURES for outcome in outcomes)
-    kinds = {kind: SHARES[kind] for kind in arguments.kind or SHARES}
-    found = run(kinds, arguments.seconds, arguments.mutants, arguments.seed, arguments.jobs, arguments.keep)
-    print(json.dumps(found, indent=1))
-    return any(figures["failed"] for figures in found["kinds"].values())
+    seconds = arguments.seconds or (30 if arguments.mutants is None else math.inf)
+    kinds = [kind for kind in KINDS if kind in (arguments.kind or KINDS)]
+    found = run(kinds, seconds, arguments.mutants, arguments.seed, arguments.jobs, arguments.keep)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(found, indent=1))
+    print(table(found))
+    failed = [reason for figures in found["kinds"].values() for reason in figures["failed"]]
+    print(*failed[:20], *[f"… and {len(failed) - 20} more"][: len(failed) > 20], sep="\n", end="")
+    return bool(failed)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,14 @@ MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content
 class Kind:
     """make: bytes of a mutant. use: does with them what a runtime does. seconds: more is a hang.
 
-    memory_bytes: by which a process may grow beside the mutant itself.
+    memory_bytes: by which a process may grow beside the mutant itself. time_share, count_share: of a run's time, or of
+    its mutants, among all kinds.
     """
 
     make: Callable[[Random], bytes]
     use: Callable[[bytes], object]
+    time_share: int
+    count_share: int
     seconds: float = 2.0
     memory_bytes: int = 64 * MB
 
@@ -173,12 +176,17 @@ def _use_file(data: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".gqsa", dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as file:
         file.write(data)
         file.flush()
-        found = verify_file(file.name)
-        with ArtifactFile.open(file.name) as artifact:
-            inspect_.render(inspect_.describe(artifact, None))
-            inspect_.kernel_rows(artifact)
-            inspect_.tensor_rows(artifact)
-        check_file(file.name)
+        return use_path(file.name)
+
+
+def use_path(path: str | Path) -> str:
+    """Does with a file what a reader does that runs nothing of it."""
+    found = verify_file(path)
+    with ArtifactFile.open(path) as artifact:
+        inspect_.render(inspect_.describe(artifact, None))
+        inspect_.kernel_rows(artifact)
+        inspect_.tensor_rows(artifact)
+    check_file(path)
     return f"{found}"
 
 
@@ -191,14 +199,13 @@ def _use_template(data: bytes) -> str:
 
 
 KINDS = {
-    "plan": Kind(_plan, _use_file),
-    "arrays": Kind(_arrays, _use_file),
-    "metadata": Kind(_metadata, _use_file),
-    "bytes": Kind(_bytes, _use_file),
-    "prefix": Kind(_prefix, _use_file),
-    "tokenizer": Kind(_tokenizer, _use_tokenizer),
-    # The process that renders is another, with limits of its own: a second of processor time, 300 MB, 3 s in all.
-    "template": Kind(_template, _use_template, seconds=4.0),
+    "plan": Kind(_plan, _use_file, time_share=5, count_share=24),
+    "arrays": Kind(_arrays, _use_file, time_share=3, count_share=20),
+    "metadata": Kind(_metadata, _use_file, time_share=1, count_share=9),
+    "bytes": Kind(_bytes, _use_file, time_share=3, count_share=16),
+    "prefix": Kind(_prefix, _use_file, time_share=1, count_share=4),
+    "tokenizer": Kind(_tokenizer, _use_tokenizer, time_share=6, count_share=24),
+    # Each takes 50 ms and more: the process that renders is another, with limits of its own: a second of processor
+    # time, 300 MB, 3 s in all.
+    "template": Kind(_template, _use_template, time_share=4, count_share=3, seconds=4.0),
 }
-# What a share of a run's time is given to each; templates take 50 ms each and more.
-SHARES = {"plan": 5, "arrays": 3, "metadata": 1, "bytes": 3, "prefix": 1, "tokenizer": 6, "template": 4}

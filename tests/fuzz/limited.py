@@ -31,6 +31,16 @@ class Outcome:
 FAILURES = ("untyped", "crash", "hang", "memory")
 
 
+def why_not_here() -> str | None:
+    """Why work cannot be limited on this machine, or None: the peak of a child's memory must be known."""
+    try:
+        _forget_peak()
+        _peak_bytes()
+    except (OSError, IndexError) as error:
+        return f"how much memory a process takes is not known here ({error}): it takes Linux with /proc/self/clear_refs"
+    return None
+
+
 def run_limited(work: Callable[[], object], seconds: float, memory_bytes: int) -> Outcome:
     """How work() ends in a child, see run_all_limited."""
     return run_all_limited([work], seconds, memory_bytes)[0]
@@ -97,7 +107,7 @@ def _child(works: Sequence[Callable[[], object]], writer: int, memory_bytes: int
 
 
 def _outcome(work: Callable[[], object], memory_bytes: int) -> Outcome:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    _forget_peak()
     before_bytes, began_s = _peak_bytes(), time.perf_counter()
     try:
         kind, detail = "accepted", str(work())
@@ -111,6 +121,10 @@ def _outcome(work: Callable[[], object], memory_bytes: int) -> Outcome:
     if kind in ("accepted", "refused") and grown_bytes > memory_bytes:
         kind, detail = "memory", f"{grown_bytes >> 20} MB; {detail}"
     return Outcome(kind, detail[-2000:], took_s, grown_bytes)
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
 
 
 def _peak_bytes() -> int:

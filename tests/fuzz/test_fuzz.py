@@ -13,8 +13,8 @@ import pytest
 from gqsa_runtime.errors import InputError
 
 from tests.fuzz import mutate
-from tests.fuzz.__main__ import SEEDS, mutant, try_out
-from tests.fuzz.kinds import KINDS, SHARES
+from tests.fuzz.__main__ import SEEDS, _quotas, mutant, run, table, try_out
+from tests.fuzz.kinds import KINDS
 from tests.fuzz.limited import FAILURES, run_all_limited, run_limited
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,10 +29,12 @@ def test_half_a_minute_of_mutants(tmp_path):
         "RUST_BACKTRACE": "0",
     }
     # The same mutants each time; `make fuzz` tries others every day.
-    command = [sys.executable, "-m", "tests.fuzz", "--seconds", str(SECONDS), "--seed", "0", "--keep", str(tmp_path)]
+    figures = tmp_path / "figures.json"
+    options = ["--seconds", SECONDS, "--seed", 0, "--keep", tmp_path / "failures", "--json", figures]
+    command = [sys.executable, "-m", "tests.fuzz", *map(str, options)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=6 * SECONDS)
     assert done.returncode in (0, 1), done.stderr
-    kinds = json.loads(done.stdout)["kinds"]
+    kinds = json.loads(figures.read_text())["kinds"]
     assert [failed for figures in kinds.values() for failed in figures["failed"]] == []
     assert kinds.keys() == KINDS.keys()
     for kind, figures in kinds.items():
@@ -47,10 +49,17 @@ def test_what_failed_once(path):
 
 
 def test_a_mutant_is_made_from_its_number_alone():
-    assert SHARES.keys() == KINDS.keys()
     for kind in KINDS:
         assert mutant(kind, 3) == mutant(kind, 3)
         assert len({mutant(kind, number) for number in range(20)}) > 10
+
+
+def test_so_many_mutants_of_each_kind_its_share(tmp_path):
+    assert _quotas(list(KINDS), 1_000_000) == {kind: chosen.count_share * 10_000 for kind, chosen in KINDS.items()}
+    assert sum(_quotas(list(KINDS), 999).values()) == 999
+    found = run(["bytes", "prefix"], 60, 25, seed=3, jobs=2, keep=str(tmp_path))
+    assert {kind: figures["counts"].total() for kind, figures in found["kinds"].items()} == {"bytes": 20, "prefix": 5}
+    assert "| prefix | 5 | 5 | 0 | 0 |" in table(found) and "25 mutants" in table(found)
 
 
 def test_the_size_of_a_mutant_has_a_bound():

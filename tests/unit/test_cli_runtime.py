@@ -86,6 +86,13 @@ def test_a_session_is_made_and_gone_on_from(gqsa, path, tmp_path):
     assert damaged.exit_code == 1 and "is damaged" in damaged.stderr and damaged.stdout == ""
 
 
+def test_a_session_that_could_not_be_written_is_told_before_anything_is_done(gqsa, path, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_module.Model, "open", lambda *args, **options: pytest.fail("opened"))
+    result = gqsa("run", path, "--raw", "-p", "Once", "--session", str(tmp_path / "missing" / "x"))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "the session cannot be written: there is no folder" in result.stderr
+
+
 def test_run_uses_the_chat_template_unless_raw(gqsa, path):
     prompt = "<s>[user]Hi\n[assistant]"
     assert gqsa("run", path, "-p", "Hi", "--context", "32", answer="Yo", prompt=prompt).stdout == "Yo\n"

@@ -12,9 +12,10 @@ import torch
 from gqsa_runtime.cli import main
 
 from gqsac.cli import cli
-from gqsac.compress import blockwise, bqpo, end_to_end, run, sensitivity
+from gqsac.compress import blockwise, bqpo, end_to_end, partial, run, sensitivity
 from gqsac.compress.failures import explained
 from gqsac.compress.options import Options
+from gqsac.errors import InputError
 from gqsac.locks import lock
 from tests.unit.compress_models import TEXT, folder_bytes, save_model
 
@@ -259,6 +260,28 @@ def test_a_run_killed_after_its_folder_had_its_name_is_told_to_be_finished(tmp_p
     (tmp_path / "out.partial" / "published.json").write_text('{"inode": 1}')
     assert ended(command, tmp_path / "out") == 1
     assert (tmp_path / "out.partial").is_dir()
+
+
+@pytest.mark.parametrize("left", [("published.json", "state.json", "model/x"), ("published.json",), ()])
+def test_a_kill_while_the_partial_folder_is_removed_leaves_what_can_be(tmp_path, monkeypatch, left):
+    out, folder = tmp_path / "out", tmp_path / "out.partial"
+    out.mkdir()
+    (folder / "model").mkdir(parents=True)
+    for name in ("published.json", "state.json", "a.safetensors", "model/x"):
+        (folder / name).write_text(json.dumps({"inode": out.stat().st_ino}))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*raise_at((partial.shutil, "rmtree", 2), KeyboardInterrupt))  # the first is that of model
+        partial._remove(folder)
+    assert [path.name for path in folder.iterdir()] == ["published.json"]
+    for path in folder.iterdir():
+        if path.name not in left:
+            path.unlink()
+    for name in left:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps({"inode": out.stat().st_ino}))
+    with pytest.raises(InputError, match="exists already"):
+        partial.refuse_existing(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_two_runs_to_one_folder(tmp_path, work, capsys, monkeypatch):

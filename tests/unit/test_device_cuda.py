@@ -2,22 +2,27 @@
 
 import ctypes
 import itertools
+import sys
+import threading
 
 import numpy as np
 import pytest
-from gqsa_runtime import device_cuda
+from gqsa_runtime import cuda_errors, device_cuda
 from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.engine import launch_state
-from gqsa_runtime.errors import FormatError
+from gqsa_runtime.errors import DeviceError, FormatError
+from gqsa_runtime.model import Model
 from gqsa_runtime.operators import state_elements
 from gqsa_runtime.program import NUMPY_DTYPES, Binary, Rope
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.rope import rope_table
 from gqsa_runtime.sampling import GREEDY, SamplingOptions, first_draw, next_draw
 from gqsa_runtime.session import cache_shapes
+from gqsa_runtime.tokenizer import Tokenizer
 
 from tests.format import tiny
 from tests.format.tiny import CONTEXT
+from tests.gpu import hostile_plans
 
 driver = pytest.importorskip("cuda.bindings.driver")
 
@@ -31,9 +36,13 @@ class HostDriver:
         self._memory: dict[int, np.ndarray] = {}
         self._captured: list[tuple[int, ...] | None] | None = None  # copies of a graph, None for its kernels
         self.compute = lambda: None  # what a graph's kernels do
+        self.fails: dict[str, str] = {}  # function -> status: from now on
+        self.launches_left = sys.maxsize  # until a launch leaves every later call failed
 
     def __call__(self, function: str, *args):
         self.calls.append(function)
+        if status := self.fails.get(function, self.fails.get("")):
+            raise DeviceError(cuda_errors.explain(function, status))
         return getattr(self, function, self._nothing)(*args)
 
     def cuDeviceGetCount(self):
@@ -70,6 +79,7 @@ class HostDriver:
         return graph
 
     def cuGraphLaunch(self, graph, stream):
+        self._one_launch()
         self.copied = {copy[0] for copy in graph if copy}
         for copy in graph:
             ctypes.memmove(*copy) if copy else self.compute()
@@ -82,11 +92,19 @@ class HostDriver:
 
     cuMemcpyDtoHAsync = cuMemcpyHtoDAsync
 
+    def _one_launch(self):
+        self.launches_left -= 1
+        if self.launches_left == 0:
+            self.fails[""] = "CUDA_ERROR_ILLEGAL_ADDRESS"
+
     def cuEventElapsedTime(self, start, end):
         return 3.2  # milliseconds
 
     def cuLaunchKernelEx(self, config, function, arguments, extra):
         self.launched.append(arguments[0])
+        if self._captured is None:
+            self._one_launch()
+            return
         if not self._captured or self._captured[-1] is not None:
             self._captured.append(None)
 
@@ -151,6 +169,26 @@ def test_kernels_point_to_the_weights_that_the_file_holds(tmp_path, host):
         device.close()
         device.close()
     assert host.calls.count("cuMemFree") == host.calls.count("cuMemFreeHost") == 1
+
+
+def test_for_memcheck_everything_has_memory_of_its_own(tmp_path, host, monkeypatch):
+    for name in ("_allocate", "close"):  # put back afterwards
+        monkeypatch.setattr(device_cuda.CudaDevice, name, getattr(device_cuda.CudaDevice, name))
+    hostile_plans.allocate_apart()
+    arrays = tiny.tensors()
+    with open_file(tmp_path) as file:
+        device = make_device(file)
+        assert set(device._addresses.values()) <= host._memory.keys()
+        assert len(set(device._addresses.values())) == len(device._addresses)
+        np.testing.assert_array_equal(
+            at(device._addresses["tensor", "q.values"], arrays["q.values"]), arrays["q.values"]
+        )
+        arena = device._buffers["tokens"][0] - file.program.plans["cuda"].buffers[0].offset
+        own = {*device._addresses.values(), *range(arena, arena + file.program.plans["cuda"].arena_bytes)}
+        assert own >= {pointer for launched in host.launched for pointer in launched if pointer}
+        device.close()
+        device.close()
+    assert host.calls.count("cuMemFree") == host.calls.count("cuMemAlloc") == 2 + len(device._addresses)
 
 
 def test_rotary_tables_are_made_anew_in_their_place(tmp_path, host):
@@ -326,4 +364,76 @@ def test_no_token_is_told_and_nothing_goes_on_with_it(tmp_path, host):
         device.download("argmax", 1)  # of the step that was ahead already
         model.run(5, 3)
         model.run(-1, 4)
+        device.close()
+
+
+PAIRS = {
+    "cuDevicePrimaryCtxRetain": "cuDevicePrimaryCtxRelease", "cuStreamCreate": "cuStreamDestroy",
+    "cuMemAlloc": "cuMemFree", "cuMemAllocHost": "cuMemFreeHost", "cuModuleLoadData": "cuModuleUnload",
+    "cuGraphInstantiate": "cuGraphExecDestroy", "cuEventCreate": "cuEventDestroy",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "function",
+    ["cuStreamCreate", "cuMemAlloc", "cuMemAllocHost", "cuModuleLoadData", "cuGraphInstantiate", "cuMemcpyHtoDAsync"],
+)
+def test_memory_that_runs_out_while_it_opens_is_given_back(tmp_path, host, function):
+    host.fails[function] = "CUDA_ERROR_OUT_OF_MEMORY"
+    with open_file(tmp_path) as file, pytest.raises(DeviceError, match=f"{function} .* out of memory; use a smaller"):
+        make_device(file)
+    for made, freed in PAIRS.items():
+        assert host.calls.count(freed) == host.calls.count(made) - (made == function), made
+
+
+@pytest.fixture
+def model(tmp_path, host):
+    """A model over the host's driver that writes for ever, in graphs of its own."""
+    with open_file(tmp_path) as file:
+        device = make_device(file)
+        address = device._buffers["argmax"][0]
+        host.compute = lambda: at(address, np.zeros(1, np.int32)).fill(65)
+        yield Model(file.program, Tokenizer(tiny.tokenizer_json()), device, CONTEXT)
+
+
+def test_a_gpu_that_fails_ends_every_call_and_closes(model, host):
+    host.launches_left = 5
+    errors, began = [], threading.Barrier(3)
+
+    def generate():
+        began.wait()
+        with pytest.raises(DeviceError) as error:
+            list(model.generate("Once", max_new_tokens=20))
+        errors.append(str(error.value))
+
+    threads = [threading.Thread(target=generate) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    first, *others = sorted(errors, key=len)
+    assert "CUDA_ERROR_ILLEGAL_ADDRESS: a kernel left its memory" in first and "GQSA_CUDA_STEPWISE=1" in first
+    assert others == [f"the device failed before, and nothing runs on it any more: {first}"] * 2
+    launches = host.calls.count("cuGraphLaunch")
+    with pytest.raises(DeviceError, match="failed before"):
+        model.score("Once more")
+    assert host.calls.count("cuGraphLaunch") == launches
+    model.close()
+    for made, freed in PAIRS.items():
+        assert host.calls.count(freed) >= (host.calls.count(made) if made != "cuEventCreate" else 0), made
+
+
+def test_step_by_step_the_kernel_that_failed_is_named(tmp_path, host, monkeypatch):
+    monkeypatch.setenv(device_cuda.STEPWISE_VARIABLE, "1")
+    with open_file(tmp_path) as file:
+        device = make_device(file)
+        assert not {"cuGraphInstantiate", "cuStreamBeginCapture"} & set(host.calls)
+        steps = file.program.plans["cuda"].phases["prefill_body"]
+        device.upload("tokens", np.array([4, 5]))
+        device.launch("prefill_body")
+        assert on_device(device, "tokens", 2) == [4, 5] and len(host.launched) == len(steps)
+        host.launches_left = 3
+        with pytest.raises(DeviceError, match=f"^kernel {steps[2].kernel}: cuStreamSynchronize failed"):
+            device.launch("prefill_body")
         device.close()
