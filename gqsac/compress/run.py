@@ -339,10 +339,8 @@ class _Run:
                     counts[path] = stored_counts(from_stored(path, stored, shape, options))
         writer.finish()
         facts = sizes(self._shapes, counts, options, self._allotment)
-        if self._allotment is not None and self._allotment.goal is not None:
-            goal = self._allotment.goal
-            facts[goal.key] = goal.n_bytes({path: count.row_bits for path, count in counts.items()})
-            facts["counted"] = goal.words
+        if self._allotment is not None:
+            facts |= self._reached({path: count.row_bits for path, count in counts.items()})
         config = QuantizationConfig(
             bits=options.bits if self._allotment is None else facts["mean_width"],
             group_size=options.group_size,
@@ -373,6 +371,17 @@ class _Run:
         write_report(folder, report)
         self._partial.publish(folder)
         return report
+
+    def _reached(self, row_bits: dict[str, np.ndarray]) -> dict:
+        """For the report: what a goal in bytes came to, and a sentence where a target was missed, which is told too."""
+        goal, missed, facts = self._allotment.goal, self._allotment.missed(row_bits), {}
+        if goal is not None:
+            facts = {goal.key: goal.n_bytes(row_bits), "counted": goal.words}
+        if missed is None:
+            return facts
+        if self._progress:
+            print(f"warning: {missed}", file=sys.stderr, flush=True)
+        return facts | {"target_missed": missed}
 
 
 def _details(identity: dict) -> dict:
