@@ -23,7 +23,7 @@ from gqsac.compress.quantize import quantize
 from gqsac.compress.row_costs import best_grid, row_costs
 from gqsac.compress.run import compress
 from gqsac.compress.sensitivity import fisher_scores
-from gqsac.errors import InputError
+from gqsac.errors import InputError, ModelError
 from gqsac.evaluate.compare import bits_per_weight
 from gqsac.evaluate.load import load_for_evaluation
 from gqsac.evaluate.perplexity import perplexity
@@ -199,6 +199,15 @@ def test_sensitivities_are_those_of_the_models_own_tokens():
     p = torch.softmax(model.linear.weight.detach() * torch.arange(1.0, 9.0), 0)
     expected = p * (1 - p) * torch.arange(1.0, 9.0).square() / 8
     torch.testing.assert_close(found, expected, rtol=0.15, atol=0.02)
+
+
+def test_sensitivities_of_a_model_that_is_not_finite_name_the_layer(llama):
+    model = load_source(llama).model
+    norm = "model.layers.1.post_attention_layernorm"
+    model.get_submodule(norm).weight.data[5] = float("inf")
+    paths = ["model.layers.0.mlp.up_proj"]
+    with pytest.raises(ModelError, match=rf"are not finite for the calibration text, first that of {norm}; is"):
+        fisher_scores(model, paths, torch.arange(32).view(2, 16), 64, torch.Generator())
 
 
 def test_costs_fall_with_the_width_and_grow_with_the_sensitivity():
