@@ -356,4 +356,5 @@ def test_a_built_file_scores_the_same_and_shows_its_widths(tmp_path, trained):
     assert {int(width): share for width, share in shown["row_widths"].items()} == pytest.approx(
         {width: float((rows == width).mean()) for width in set(rows.tolist())}
     )
-    assert "rows of bits: " in CliRunner().invoke(cli, ["inspect", str(tmp_path / "m.gqsa")]).stdout
+    inspected = CliRunner().invoke(cli, ["inspect", str(tmp_path / "m.gqsa")]).stdout
+    assert "rows of bits: " in inspected and f"quality        KL {report['measured']['kl']:.4f} nats" in inspected
