@@ -114,17 +114,18 @@ class Allotment:
             bits = nearer if low < nearer < high else (low + high) / 2
         return best
 
-    def missed(self, row_bits: dict[str, np.ndarray]) -> str | None:
-        """A sentence about a result that is further below its target than TOLERANCE, or None. row_bits: path -> uint8
-        [rows]."""
+    def reached(self, row_bits: dict[str, np.ndarray]) -> float:
+        """What rows of these widths come to: bytes if the goal is one, else bits per weight."""
+        return self.budget.bits_per_weight(row_bits) if self.goal is None else self.goal.n_bytes(row_bits)
+
+    def missed(self, reached: float) -> str | None:
+        """A sentence about a result that is further below its target than TOLERANCE, or None. reached: see above."""
         budget, goal = self.budget, self.goal
         if goal is None:
-            target, reached = self.target, budget.bits_per_weight(row_bits)
-            figures = f"{target:g} bits per weight, and {reached:.4f}"
+            target, figures = self.target, f"{self.target:g} bits per weight, and {reached:.4f}"
             step = f"{8 * budget.least_step / budget.n_weights:.4f} bits per weight"
         else:
-            target, reached = goal.most, goal.n_bytes(row_bits)
-            figures = f"{in_words(target)} for {goal.words}, and {in_words(reached)}"
+            target, figures = goal.most, f"{in_words(goal.most)} for {goal.words}, and {in_words(reached)}"
             step = f"{in_words(budget.least_step)}, and a width that is new to a matrix needs kernels of its own"
         if reached >= target * (1 - TOLERANCE):
             return None

@@ -385,9 +385,10 @@ class _Run:
 
     def _reached(self, row_bits: dict[str, np.ndarray]) -> dict:
         """For the report: what a goal in bytes came to, and a sentence where a target was missed, which is told too."""
-        goal, missed, facts = self._allotment.goal, self._allotment.missed(row_bits), {}
+        goal, reached, facts = self._allotment.goal, self._allotment.reached(row_bits), {}
+        missed = self._allotment.missed(reached)
         if goal is not None:
-            facts = {goal.key: goal.n_bytes(row_bits), "counted": goal.words}
+            facts = {goal.key: reached, "counted": goal.words}
         if missed is None:
             return facts
         if self._progress:

@@ -113,7 +113,7 @@ def test_a_size_is_met_whatever_kernels_take(most):
     """The first has room for the kernels of two widths a stack, but not for those of five."""
     allotment, row_bits = allotted(most, 2.0)
     assert most * (1 - TOLERANCE) <= allotment.goal.n_bytes(row_bits) <= most
-    assert allotment.missed(row_bits) is None
+    assert allotment.missed(allotment.reached(row_bits)) is None
     assert allotment.target == allotment.budget.bits_per_weight(row_bits)
 
 
@@ -122,7 +122,7 @@ def test_a_size_that_kernels_put_out_of_reach_is_told():
     least = Kernels(0).n_bytes(budget.uniform(1))
     allotment, row_bits = allotted(least + 8000, budget.limits()[0])
     assert allotment.goal.n_bytes(row_bits) == least
-    assert allotment.missed(row_bits) == (
+    assert allotment.missed(allotment.reached(row_bits)) == (
         f"the target is {(least + 8000) / 1e3:.2f} kB for a file, and {least / 1e3:.2f} kB were reached, "
         f"{8000 / (least + 8000):.1%} less: rows of this model become wider in blocks of 16, by at least 512 B, and a "
         "width that is new to a matrix needs kernels of its own"
