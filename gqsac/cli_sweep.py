@@ -41,9 +41,9 @@ def sweep_command(compress: click.Command, parse: Callable[..., dict]) -> click.
 _HELP = """Compresses MODEL to several sizes, and says how far each is from it.
 
 For each number of --bpw a checkpoint is made as by `gqsac compress --target-bpw`, built, and compared with MODEL as by
-`gqsac eval kl` on --text. The folder gets 2.6bpw/ and 2.6bpw.gqsa, sweep.json with all that was measured, sweep.md, a
-table, and sweep.png, perplexity and KL over the bytes of the files. An interrupted run goes on where it
-stopped when the same command is given again; --bpw alone may change, which adds points.
+`gqsac eval kl` on --text. The folder gets 2.6bpw/ and 2.6bpw.gqsa, sweep.json with all that was measured, sweep.md and
+sweep.csv, a table, and sweep.png, perplexity and KL over bits and over the bytes of the files. An interrupted run goes
+on where it stopped when the same command is given again; --bpw alone may change, which adds points.
 
 \b
 gqsac sweep SmolLM2.gguf --bpw 2,2.6,3,4.3 -o curve/ --text wiki.test.raw --max-windows 64

@@ -1,11 +1,13 @@
 """What a checkpoint says of the model beside its graph: its name, special tokens, tokenizer and chat template."""
 
 from gqsa_runtime.chat import ChatTemplate
+from gqsa_runtime.facts import MEASURES, is_measured
 from gqsa_runtime.format import MAX_NAME_CHARACTERS
 from gqsa_runtime.tokenizer import Tokenizer
 
 from gqsac.checkpoint import Checkpoint
 from gqsac.errors import FormatError, ModelError
+from gqsac.model_folder import read_json
 
 
 def model_name(checkpoint: Checkpoint) -> str:
@@ -46,6 +48,21 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
         except FormatError as error:
             raise FormatError(f"{checkpoint.path}: {error}") from error
     return template
+
+
+def measured(checkpoint: Checkpoint) -> dict | None:
+    """What `gqsac compress` measured of the model, MEASURES; None where its report.json is missing or says nothing of
+    it. Raises FormatError where it says something else."""
+    file = checkpoint.path / "report.json"
+    if checkpoint.quantization is None or not file.is_file():
+        return None
+    found = read_json(file).get("measured")
+    if found is not None and not is_measured(found):
+        raise FormatError(
+            f"{file}: measured is {found!r}, expected {', '.join(MEASURES)}; is the file damaged? The folder can be "
+            "built without it"
+        )
+    return found
 
 
 def _token_ids(checkpoint: Checkpoint, key: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from gqsac.model_folder import read_json
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # of a folder; the first that are there are read
 _LARGEST_WEIGHT = 65504
+_FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # of a GGUF file
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Copied byte for byte into the compressed folder where the source has them.
 _TOKENIZER_FILES = (
@@ -38,13 +40,15 @@ class Source:
     """A loaded model. name: for people. model: a transformers causal LM on the CPU, in eval mode.
 
     config: the config.json to write, without quantization_config. files: name -> bytes of the tokenizer
-    and generation files to put beside it. tokenizer_json: the text of tokenizer.json.
+    and generation files to put beside it. tokenizer_json: the text of tokenizer.json. rounded: type -> share of the
+    weights that a GGUF file holds in it, where it is a rounded one such as Q4_K.
     """
 
     name: str
     model: object
     config: dict
     files: dict[str, bytes] = field(default_factory=dict)
+    rounded: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokenizer_json(self) -> str:
@@ -75,7 +79,7 @@ class Source:
 def load_source(src) -> Source:
     """Loads weights, config and tokenizer of `src`: a folder, a hub id such as org/name, or a .gguf file.
 
-    Weights keep the dtype they are stored in; GGUF is dequantised to float16. Raises ModelError or
+    Weights keep the dtype they are stored in; GGUF of every type is dequantised to float16. Raises ModelError or
     InputError, in one sentence, for whatever is wrong with the source.
     """
     path = Path(src)
@@ -169,10 +173,24 @@ def _load_gguf(path: Path) -> Source:
         config["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    with _explained(str(path)):
+        rounded = _rounded(path)
     files = _tokenizer_files(str(path), path.parent, gguf_file=path.name)
     if getattr(model, "generation_config", None) is not None:
         files["generation_config.json"] = model.generation_config.to_json_string().encode()
-    return Source(path.stem, model.eval(), config, files)
+    return Source(path.stem, model.eval(), config, files, rounded)
+
+
+def _rounded(path: Path) -> dict[str, float]:
+    """See Source: by the types of a GGUF file's matrices, the most frequent first."""
+    from gguf import GGUFReader
+
+    counts = Counter()
+    for tensor in GGUFReader(path).tensors:
+        if len(tensor.shape) > 1:
+            counts[tensor.tensor_type.name] += int(tensor.n_elements)
+    total = sum(counts.values())
+    return {name: n / total for name, n in counts.most_common() if name not in _FLOAT_TYPES}
 
 
 def _check_config(config: dict, name: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gqsa_runtime.facts import facts_json
 from gqsa_runtime.format import canonical_json
 from gqsa_runtime.layouts import GROUP_WORDS, RECORDS
 from gqsa_runtime.program import Program
@@ -37,7 +38,7 @@ from gqsac.compiler.passes.verify import verify
 from gqsac.compiler.plan_family import plan_family
 from gqsac.compiler.summary import ByteCounts, Summary, count_bytes
 from gqsac.errors import InputError
-from gqsac.model_info import bos_token_id, chat_template, eos_token_ids, model_name, tokenizer_json
+from gqsac.model_info import bos_token_id, chat_template, eos_token_ids, measured, model_name, tokenizer_json
 from gqsac.rounding import RoundedCheckpoint, Rounding
 
 KV_DTYPES = ("f16", "f32")
@@ -109,11 +110,13 @@ def planned_summary(
 
 @dataclass(frozen=True)
 class _Planned:
-    """All that is known before any kernel is compiled. sources: family -> kernel name -> text."""
+    """All that is known before any kernel is compiled. measured: see model_info. sources: family -> kernel name ->
+    text."""
 
     name: str
     tokenizer: str
     template: str | None
+    measured: dict | None
     targets: tuple[str, ...]
     program: Program
     counts: ByteCounts
@@ -135,6 +138,7 @@ def _plan(checkpoint: Checkpoint, options: BuildOptions, dumper: dump.Dumper, pr
     name = model_name(checkpoint)
     # They go into the file as they are: better refused now than after minutes of compiling.
     tokenizer, template = tokenizer_json(checkpoint), chat_template(checkpoint)
+    quality = measured(checkpoint)
 
     # From the config alone: the model as torch sees it, then as the compiler's own operators.
     progress("trace", 0, 1)
@@ -184,7 +188,7 @@ def _plan(checkpoint: Checkpoint, options: BuildOptions, dumper: dump.Dumper, pr
         for family, kernels in specs.items()
     }
     dumper.sources(sources)
-    return _Planned(name, tokenizer, template, targets, program, counts, packing, sources)
+    return _Planned(name, tokenizer, template, quality, targets, program, counts, packing, sources)
 
 
 def _compiled(planned: _Planned, options: BuildOptions, progress) -> list[Compiled]:
@@ -199,6 +203,7 @@ def _content(planned: _Planned, compiled: list[Compiled], options: BuildOptions)
         name=planned.name,
         program_json=replace(planned.program, binaries=binaries).to_json(),
         compiler_json=canonical_json(compiler_identity(planned.targets, options)),
+        facts_json=facts_json(planned.counts.sparsity, planned.measured),
         tokenizer_json=planned.tokenizer,
         chat_template=planned.template,
         tensors=(*binary_tensors, *planned.packing.tensors),

@@ -60,12 +60,12 @@ class Allotment:
         return cls(budget, target, max(start, target), goal, {}, {})
 
     def choose(self, costs: dict[str, np.ndarray], bits_per_weight: float | None = None) -> dict[str, np.ndarray]:
-        """Path -> uint8 [rows]: the widths of the least cost that meet the target exactly, or with so many bits, about.
+        """Path -> uint8 [rows]: the widths of the least cost that meet the target, or, within TOLERANCE, so many bits.
 
-        costs: path -> f32 [rows, widths]. Raises InputError where a goal in bytes turns out to be out of reach.
+        costs: path -> f32 [rows, widths]. Where nothing is near the target, the most that is within it: see `missed`.
         """
         if bits_per_weight is not None:
-            return self.budget.choose(costs, bits_per_weight, exact=False)
+            return self.budget.choose(costs, bits_per_weight, TOLERANCE)
         if self.goal is None:
             return self.budget.choose(costs, self.target)
         return self._met(costs)
@@ -73,11 +73,29 @@ class Allotment:
     def _met(self, costs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Widths whose bytes are within the goal and, as far as kernels allow, TOLERANCE of it.
 
-        What is not weights, kernels above all, changes a little with the widths: so it is measured and tried again.
+        Rows of many widths need more kernels than a goal near the least may have room for: then fewer are tried.
         """
-        goal, budget = self.goal, self.budget
+        goal, widths = self.goal, self.budget.widths
+        best, enough = (-1, None), goal.most * (1 - TOLERANCE)
+        for count, patient in [*((n, False) for n in range(len(widths), 0, -1)), (len(widths), True)]:
+            budget = WidthBudget(self.budget.stacks, widths[:count])
+            if best[1] is None or budget.limits()[1] >= self.target:  # otherwise too narrow to spend more
+                found = self._nearest({path: cost[:, :count] for path, cost in costs.items()}, budget, patient)
+                best = max(best, found, key=lambda known: known[0])
+            if best[0] >= enough:
+                break
+        self.target = self.budget.bits_per_weight(best[1])
+        return best[1]
+
+    def _nearest(self, costs: dict[str, np.ndarray], budget: WidthBudget, patient: bool) -> tuple[int, dict | None]:
+        """(bytes, path -> widths) of the most bytes within the goal that were found; (-1, None) if none are.
+
+        What is not weights, kernels above all, changes a little with the widths: so it is measured and tried again.
+        patient: also where the kernels of a choice leave no room for any weights, and fewer bits might need fewer.
+        """
+        goal, best = self.goal, (-1, None)
         enough = goal.most * (1 - TOLERANCE)
-        (low, high), best = budget.limits(), (-1, None)
+        low, high = budget.limits()
         bits = min(max(self.target, low), high)
         for _ in range(_TRIES):
             found = budget.choose(costs, bits)
@@ -90,17 +108,31 @@ class Allotment:
                 low, best = bits, max(best, (n_bytes, found), key=lambda known: known[0])
             else:
                 high = bits
-            if enough <= n_bytes <= goal.most or high - low < _LEAST_STEP:
+            least = n_bytes - (budget.bits_per_weight(found) - budget.limits()[0]) * budget.n_weights / 8
+            if enough <= n_bytes <= goal.most or high - low < _LEAST_STEP or (least > goal.most and not patient):
                 break
             bits = nearer if low < nearer < high else (low + high) / 2
-        if best[1] is None:
-            least = goal.n_bytes(budget.uniform(budget.widths[0]))
-            raise InputError(
-                f"{in_words(goal.most)} is too little for {goal.words}: with the least widths it takes "
-                f"{in_words(least)}, and mixed ones need kernels of their own; choose a little more"
-            )
-        self.target = budget.bits_per_weight(best[1])
-        return best[1]
+        return best
+
+    def reached(self, row_bits: dict[str, np.ndarray]) -> float:
+        """What rows of these widths come to: bytes if the goal is one, else bits per weight."""
+        return self.budget.bits_per_weight(row_bits) if self.goal is None else self.goal.n_bytes(row_bits)
+
+    def missed(self, reached: float) -> str | None:
+        """A sentence about a result that is further below its target than TOLERANCE, or None. reached: see above."""
+        budget, goal = self.budget, self.goal
+        if goal is None:
+            target, figures = self.target, f"{self.target:g} bits per weight, and {reached:.4f}"
+            step = f"{8 * budget.least_step / budget.n_weights:.4f} bits per weight"
+        else:
+            target, figures = goal.most, f"{in_words(goal.most)} for {goal.words}, and {in_words(reached)}"
+            step = f"{in_words(budget.least_step)}, and a width that is new to a matrix needs kernels of its own"
+        if reached >= target * (1 - TOLERANCE):
+            return None
+        return (
+            f"the target is {figures} were reached, {1 - reached / target:.1%} less: rows of this model become wider "
+            f"in blocks of 16, by at least {step}"
+        )
 
     @property
     def falls(self) -> bool:

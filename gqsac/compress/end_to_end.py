@@ -19,6 +19,7 @@ from torch import nn
 from gqsac.compress.choose_masks import MaskChooser
 from gqsac.compress.choose_widths import WidthChooser
 from gqsac.compress.clock import Clock, learning_rate_factor
+from gqsac.compress.finite import first_not_finite
 from gqsac.compress.losses import token_loss
 from gqsac.compress.trainable import adamw, autocast, set_learning_rates
 from gqsac.compress.write import sync
@@ -60,8 +61,8 @@ class Training:
 def train(training: Training, file: Path, on_read=lambda step, loss, clock: None) -> Clock:
     """Trains to the end. file: the checkpoint, read if it is there. on_read: called after each reading.
 
-    Raises ModelError that names the stage and the step when the loss is not finite; the checkpoint holds an
-    earlier, finite state.
+    Raises ModelError that names the stage, the step and the layer when the loss or its gradient is not finite; no
+    weights are changed by it, and the checkpoint holds an earlier state.
     """
     t = training
     optimizer = adamw(t.groups, t.device)
@@ -69,6 +70,7 @@ def train(training: Training, file: Path, on_read=lambda step, loss, clock: None
     step, spent_s = _restore(t, optimizer, file)
     clock = Clock(t.steps, t.seconds, spent_s)
     since, saved_at = torch.zeros((), device=t.device), time.monotonic()
+    failed = torch.zeros((), dtype=torch.int64, device=t.device)  # the first step that was not finite
     counted = saved_step = step
     while (fraction := clock.fraction(step)) < 1:
         if t.chooser is not None:
@@ -76,18 +78,25 @@ def train(training: Training, file: Path, on_read=lambda step, loss, clock: None
             t.chooser.step(step, fraction)
             t.choosing_s += time.monotonic() - began
         set_learning_rates(optimizer, learning_rate_factor(fraction))
-        since += _step(t, step, parameters)
+        loss = _step(t, step, parameters)
+        since += loss
         if t.chooser is not None:
             t.chooser.observe()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         step += 1
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        failed += torch.where(bad & (failed == 0), step, 0)
+        if t.device.type == "cuda":
+            optimizer.found_inf = bad.float()  # its kernel then changes nothing; to read it here would wait for the GPU
+        elif failed:
+            raise ModelError(_diverged(t, step))
+        optimizer.step()
         if step % _READ_EVERY == 0 or clock.fraction(step) >= 1:
             loss = float(since) / (step - counted)
             since.zero_()
             counted = step
-            if not np.isfinite(loss):
-                raise ModelError(_diverged(t, loss, step))
+            if failed:
+                raise ModelError(_diverged(t, int(failed)))
             t.history.append((step, loss))
             on_read(step, loss, clock)
             if step - saved_step >= _SAVE_EVERY and time.monotonic() - saved_at >= _SAVE_EVERY_S:
@@ -143,10 +152,22 @@ def batch_rows(samples: int, batch: int, step: int, seed: int) -> np.ndarray:
     return np.array([epochs[position // samples][position % samples] for position in positions], np.int64)
 
 
-def _diverged(t: Training, loss, step: int) -> str:
+def _diverged(t: Training, step: int) -> str:
+    """What to say of a step, counted from 1, whose loss was not finite."""
+    rows = batch_rows(len(t.tokens), t.batch, step - 1, t.seed)
+    at_once = micro_batch(t.student, t.batch, t.tokens.shape[1], t.device, t.recomputed)
+    where = "though every layer's output is finite"
+    for first in range(0, len(rows), at_once):
+        tokens = t.tokens[torch.from_numpy(rows[first : first + at_once])].to(t.device)
+        of_teacher = None if t.teacher is None else first_not_finite(t.teacher, tokens)
+        path = of_teacher or first_not_finite(t.student, tokens)
+        if path is not None:
+            whose = " of the uncompressed model" if of_teacher else ""
+            where = f"first in the output of {path}{whose}"
+            break
     return (
-        f"{t.name}: the loss became {loss} before step {step}; give the same command with a lower --weight-lr and "
-        "--scale-lr to go on from the last good state"
+        f"{t.name}: the loss or its gradient became NaN or infinite in step {step}, {where}; give the same command "
+        "with a lower --weight-lr and --scale-lr to go on from the last good state"
     )
 
 
@@ -161,7 +182,7 @@ def _save(t: Training, optimizer, file: Path, step: int, spent_s: float) -> None
     whole = {"step": step, "spent_s": spent_s, "history": t.history, "optimizer": optimizer.state_dict()}
     state = _state(t)
     if not all(torch.isfinite(tensor).all() for tensor in state.values()):
-        raise ModelError(_diverged(t, "not finite", step))
+        raise ModelError(_diverged(t, step))
     whole["reached"] = t.chooser is not None and t.chooser.reached
     temporary = file.with_suffix(".tmp")
     torch.save({**whole, "tensors": state}, temporary)

@@ -122,11 +122,26 @@ def summary(report: dict) -> str:
     for key in ("file_bytes", "memory_bytes"):
         if key in report:
             lines.append(f"  as built        {in_words(report[key])}: {report['counted']}")
+    if report["measured"]:
+        found = report["measured"]
+        lines.append(
+            f"  quality         KL {found['kl']:.4f} nats a token, {found['flips']:.1%} of likeliest tokens flip, "
+            f"perplexity {found['perplexity']:.2f} (uncompressed {found['reference_perplexity']:.2f})"
+        )
     for name, facts in report["stages"].items():
         lines.append(f"  {name:15s} {_outcome(facts)}{facts['seconds']:.0f} s, peak {_peak(facts)}")
     size = f"{report['bytes'] / 1e6:.1f} MB, {report['seconds']:.0f} s in all"
     lines.append(f"  written to      {report['out']} ({size})")
     return "\n".join(lines)
+
+
+def rounded_in_words(rounded: dict[str, float]) -> str:
+    """What to say of a source whose weights are rounded ones already. rounded: see Source."""
+    types = ", ".join(f"{share:.0%} {name}" for name, share in rounded.items())
+    return (
+        f"the weights of the source were rounded before ({types}) and are rounded a second time: what they lost stays "
+        "lost, and the float16 or bfloat16 model they were made from would give a better result"
+    )
 
 
 def _widths_in_words(report: dict) -> str:

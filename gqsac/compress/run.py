@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,13 @@ from gqsac.compress.calibrate import BUILT_IN
 from gqsac.compress.compiled import compiles
 from gqsac.compress.end_to_end import train
 from gqsac.compress.failures import LOADING, explained
+from gqsac.compress.measure import measured
 from gqsac.compress.memory import check_loading, check_memory
 from gqsac.compress.options import Options, checked, target_in_words, with_scale_groups
 from gqsac.compress.partial import PartialFolder, refuse_existing
 from gqsac.compress.prepare import choose_device, compressed_shapes, sample_length, source_tokens
 from gqsac.compress.progress import Meter, block_bar, step_bar
-from gqsac.compress.report import sizes, stored_counts, write_report
+from gqsac.compress.report import rounded_in_words, sizes, stored_counts, write_report
 from gqsac.compress.self_text import PREFIX, mixed, own_samples, sampled_windows, tokens_asked_for
 from gqsac.compress.sensitivity import allocate
 from gqsac.compress.store import dense_names, from_stored, load_dense, load_linears, to_numpy
@@ -128,7 +130,8 @@ class _Run:
         names = [f"{PREFIX}{self._own_tokens:,} tokens"] * bool(self._own_tokens) + [Path(file).name for file in files]
         self._described = ", ".join(names) or BUILT_IN
         source = src if isinstance(src, Source) else load_source(src)
-        small = sum(parameter.numel() for parameter in source.model.parameters()) < _COPIED_BELOW
+        self._parameters = sum(parameter.numel() for parameter in source.model.parameters())
+        small = self._parameters < _COPIED_BELOW
         self._original = source.model if small or isinstance(src, Source) else None
         self._source, self._model = source, copy.deepcopy(source.model) if self._original else source.model
         self._block_path, blocks = find_blocks(source.model)
@@ -184,6 +187,8 @@ class _Run:
         """The samples, every stage, then the checkpoint. The report."""
         if self._progress:
             print(f"target: {target_in_words(self._options)}", file=sys.stderr, flush=True)
+            if self._source.rounded:
+                print(f"warning: {rounded_in_words(self._source.rounded)}", file=sys.stderr, flush=True)
         self._tokens, self._train_tokens = self._samples()
         last = self._blockwise()
         for stage in self._options.training:
@@ -339,10 +344,8 @@ class _Run:
                     counts[path] = stored_counts(from_stored(path, stored, shape, options))
         writer.finish()
         facts = sizes(self._shapes, counts, options, self._allotment)
-        if self._allotment is not None and self._allotment.goal is not None:
-            goal = self._allotment.goal
-            facts[goal.key] = goal.n_bytes({path: count.row_bits for path, count in counts.items()})
-            facts["counted"] = goal.words
+        if self._allotment is not None:
+            facts |= self._reached({path: count.row_bits for path, count in counts.items()})
         config = QuantizationConfig(
             bits=options.bits if self._allotment is None else facts["mean_width"],
             group_size=options.group_size,
@@ -352,6 +355,10 @@ class _Run:
             shapes=self._shapes,
             details={"name": self._source.name, "gqsac": gqsac.__version__, **_details(self._identity)},
         )
+        quality = None
+        if self._original is not None:
+            compressed = partial(self._dequantised, last)
+            quality = measured(compressed, self._fresh_model, self._parameters, self._tokens, self._device)
         write_json(folder / "config.json", {**self._source.config, "quantization_config": config.to_dict()})
         for name, content in self._source.files.items():
             (folder / name).write_bytes(content)
@@ -359,6 +366,8 @@ class _Run:
             "out": str(self._out),
             "model": self._source.name,
             **facts,
+            "measured": quality,
+            "rounded_before": self._source.rounded,
             "bytes": sum(file.stat().st_size for file in folder.iterdir()),
             "calibration": f"{self._described}: {self._tokens.shape[0]} samples of {self._tokens.shape[1]} tokens",
             "resumed_blocks": sum(
@@ -373,6 +382,18 @@ class _Run:
         write_report(folder, report)
         self._partial.publish(folder)
         return report
+
+    def _reached(self, row_bits: dict[str, np.ndarray]) -> dict:
+        """For the report: what a goal in bytes came to, and a sentence where a target was missed, which is told too."""
+        goal, reached, facts = self._allotment.goal, self._allotment.reached(row_bits), {}
+        missed = self._allotment.missed(reached)
+        if goal is not None:
+            facts = {goal.key: reached, "counted": goal.words}
+        if missed is None:
+            return facts
+        if self._progress:
+            print(f"warning: {missed}", file=sys.stderr, flush=True)
+        return facts | {"target_missed": missed}
 
 
 def _details(identity: dict) -> dict:

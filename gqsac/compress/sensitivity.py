@@ -17,8 +17,10 @@ the contexts, and rounding a group by errors e costs about half of the mean of i
 from __future__ import annotations
 
 import torch
+from gqsa_runtime.errors import ModelError
 from tqdm import tqdm
 
+from gqsac.compress.finite import first_not_finite
 from gqsac.compress.losses import LOGITS_AT_ONCE, token_loss
 from gqsac.compress.options import Options
 from gqsac.compress.select import LEAST_ROW_SHARE, protect_rows, select_globally
@@ -119,8 +121,16 @@ def _summed(model, paths: list[str], tokens: torch.Tensor, score, gradient, show
             row = row[None].to(device)
             with autocast(device):
                 logits = model(row, use_cache=False).logits
+            if not torch.isfinite(logits).all():
+                raise ModelError(
+                    "the uncompressed model's outputs are not finite for the calibration text, first that of "
+                    f"{first_not_finite(model, row)}; is the model damaged?"
+                )
             logits.backward(gradient(logits, row))
     finally:
         for handle in handles:
             handle.remove()
+    for path in paths:
+        if not torch.isfinite(scores[path]).all():
+            raise ModelError(f"the gradients of {path} hold a NaN or an infinity for the calibration text")
     return {path: scores[path] for path in paths}

@@ -15,7 +15,7 @@ from gqsa_runtime.layouts.records import ROWS
 from gqsac.compiler.stacks import Stack
 
 _SEARCHES = 48  # halvings of the logarithm of lambda
-_NEAR = 16.0  # lambda with whole blocks is at least that without, but for this factor
+_NEAR = 2.0  # lambda with whole blocks is that without, but for this factor, or less
 
 
 @dataclass
@@ -64,11 +64,16 @@ class WidthBudget:
         least, most = (self.bits_per_weight(self.uniform(width)) for width in (self.widths[0], self.widths[-1]))
         return least, most
 
-    def choose(self, costs: dict[str, np.ndarray], bits_per_weight: float, exact: bool = True) -> dict[str, np.ndarray]:
+    @property
+    def least_step(self) -> int:
+        """Bytes by which a choice grows at least, but for rows that a stack's last block has room for."""
+        return min(int(np.diff(of_widths).min(initial=of_widths[0])) for of_widths in self._block_bytes.values())
+
+    def choose(self, costs: dict[str, np.ndarray], bits_per_weight: float, slack: float = 0.0) -> dict[str, np.ndarray]:
         """Path -> uint8 [rows]: the widths of the least total cost in at most so many bits per weight.
 
         costs: path -> f32 [rows, widths], comparable over the whole model. bits_per_weight: within `limits`.
-        exact: count blocks as a file stores them; otherwise as if any number of rows made whole ones, which is faster.
+        slack: share of the budget that may be left, which is faster.
         """
         budget = bits_per_weight * self.n_weights / 8
         widest = self.uniform(self.widths[-1])
@@ -83,16 +88,18 @@ class WidthBudget:
             return every_bytes[np.arange(len(chosen)), chosen].sum(), chosen
 
         scale = max(float(every_cost.max()), 1e-30) / float(every_bytes.min())
-        weight, chosen = _search(without_blocks, 1e-16 * scale, 1e4 * scale, budget, 1e-7)
-        parts = np.split(chosen, np.cumsum([len(u.costs) for u in units])[:-1])
-        if exact:
-            fixed = 8 * len(units)  # closes the tables of a stack
+        lowest, highest = 1e-16 * scale, 1e4 * scale
+        weight, _ = _search(without_blocks, lowest, highest, budget, 1e-3) or (highest, None)
+        fixed = 8 * len(units)  # closes the tables of a stack
 
-            def with_blocks(weight: float):
-                choices = [_whole_blocks(u, weight) for u in units]
-                return fixed + sum(_bytes(u, c) for u, c in zip(units, choices, strict=True)), choices
+        def with_blocks(weight: float):
+            choices = [_whole_blocks(u, weight) for u in units]
+            return fixed + sum(_bytes(u, c) for u, c in zip(units, choices, strict=True)), choices
 
-            _, parts = _search(with_blocks, weight / _NEAR, 1e4 * scale, budget, 1e-4)
+        near = weight / _NEAR, weight * _NEAR
+        found = _search(with_blocks, *near, budget, 1e-4, slack) or _search(with_blocks, near[1], highest, budget, 1e-4)
+        parts = found[1] if found else with_blocks(highest)[1]  # the narrowest for all
+        if fixed + sum(map(_bytes, units, parts)) < budget * (1 - slack):
             _fill(units, parts, budget - fixed)
             # A stack of one width may take less than its blocks count beside others.
             found = self._by_path(units, parts)
@@ -127,17 +134,20 @@ class WidthBudget:
         return found
 
 
-def _search(choose, low: float, high: float, budget: float, precision: float):
-    """(lambda, choice) of the least lambda, in the limits, whose bytes are within the budget; that of `high` at most.
+def _search(choose, low: float, high: float, budget: float, precision: float, slack: float = 0.0):
+    """(lambda, choice) of the least lambda, in the limits, whose bytes are within the budget; None if none of those
+    that were tried is. slack: share of the budget whose rest ends the search.
 
     choose: lambda -> (bytes, choice).
     """
-    best = high, choose(high)[1]
+    best = None
     for _ in range(_SEARCHES):
         middle = (low * high) ** 0.5
         n_bytes, choice = choose(middle)
         if n_bytes <= budget:
             high, best = middle, (middle, choice)
+            if n_bytes >= budget * (1 - slack):
+                break
         else:
             low = middle
         if high / low < 1 + precision:

@@ -56,17 +56,20 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
 
 
 def plot_sizes(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Writes a PNG: perplexity, and KL to the uncompressed model, over the bytes of built files.
+    """Writes a PNG: perplexity, and KL to the uncompressed model, over bits per weight and the bytes of built files.
 
     Rows without a divergence are left out; at least one must have it. Raises DeviceError where matplotlib is missing.
     """
     figure = _figure(path)
+    figure.set_size_inches(10, 8)
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     drawn = sorted((row for row in rows if row.divergence), key=lambda row: row.file_bytes)
-    sizes = [row.file_bytes / 1e6 for row in drawn]
-    panels = [("perplexity", "perplexity"), ("kl", "KL to the uncompressed model, nats a token")]
-    for axes, (key, words) in zip(figure.subplots(1, 2), panels, strict=True):
+    bits = [row.bits_per_weight for row in drawn], "bits per weight of the linears, as built"
+    megabytes = [row.file_bytes / 1e6 for row in drawn], "MB of the built file; labels: target in bits per weight"
+    measures = [("perplexity", "perplexity"), ("kl", "KL, nats a token")]
+    panels = [(*measure, *size) for measure in measures for size in (bits, megabytes)]
+    for axes, (key, words, sizes, of_sizes) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         values = [row.divergence[key] for row in drawn]
         axes.plot(sizes, values, marker="o", markersize=6, linewidth=1.2)
         if min(values) > 0:
@@ -77,12 +80,13 @@ def plot_sizes(rows: Sequence[Row], path: Path, title: str) -> None:
         axes.margins(x=0.1)  # room for labels on the right
         for row, size, value in zip(drawn, sizes, values, strict=True):
             axes.annotate(row.label, (size, value), xytext=(5, 5), textcoords="offset points", fontsize=8)
-        axes.set_xlabel("MB of the built file; labels: target in bits per weight")
+        axes.set_xlabel(of_sizes)
         axes.set_ylabel(f"{words} (lower is better)")
         axes.grid(True, which="both", linewidth=0.4, alpha=0.5)
     reference = drawn[0].divergence["reference_perplexity"]
-    figure.axes[0].axhline(reference, color="0.35", linestyle="--", linewidth=1, label=f"uncompressed: {reference:.1f}")
-    figure.axes[0].legend(fontsize=9)
+    for axes in figure.axes[:2]:
+        axes.axhline(reference, color="0.35", linestyle="--", linewidth=1, label=f"uncompressed: {reference:.1f}")
+        axes.legend(fontsize=9)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import sys
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +21,7 @@ from gqsac.evaluate.compare import Row
 from gqsac.evaluate.divergence import compare as diverge
 from gqsac.evaluate.plot import plot_sizes
 
-RESULTS, TABLE, PLOT = "sweep.json", "sweep.md", "sweep.png"
+RESULTS, TABLE, CSV, PLOT = "sweep.json", "sweep.md", "sweep.csv", "sweep.png"
 _SERIES = "widths by row"
 
 
@@ -38,7 +41,8 @@ def sweep(
     show: bool = True,
     **options,
 ) -> list[Row]:
-    """Writes to the folder `out` a checkpoint and a .gqsa file for each target, sweep.json, sweep.md and sweep.png.
+    """Writes to the folder `out` a checkpoint and a .gqsa file for each target, and, anew after each of them,
+    sweep.json, sweep.md, sweep.csv and sweep.png.
 
     model: folder, hub id or .gguf file. targets: bits per weight as built, see target_bpw of `compress`. text: to
     score. calibration, device, options: of `compress`. build_targets: of `gqsac build`. window, max_windows,
@@ -61,15 +65,26 @@ def sweep(
     known = compare.load(out / RESULTS, settings)
 
     def saved() -> None:
+        """All that is known; sweep.json first, since the rest can be made of it."""
         compare.save(out / RESULTS, settings, list(known.values()))
+        points = sorted(known.values(), key=lambda row: float(row.label))
+        for name, content in ((TABLE, table(points) + "\n"), (CSV, as_csv(points))):
+            _replace(out / name, lambda part, content=content: part.write_text(content, encoding="utf-8"))
+        if any(row.divergence for row in points):
+            title = f"{Path(model).name}: {settings['scored']}"
+            _replace(out / PLOT, lambda part: plot_sizes(points, part, title))
 
     saved()  # so that what is made from here on belongs to these settings
-    rows = []
+    rows, begun, done, to_do = [], time.monotonic(), 0, 0
+    for target in targets:
+        row = known.get(_label(target))
+        to_do += row is None or row.divergence is None
     for number, target in enumerate(targets, 1):
-        label = str(float(target)).removesuffix(".0")
+        label = _label(target)
         row = known.setdefault(label, Row(label, str(out / f"{label}bpw"), _SERIES, ""))
         rows.append(row)
-        tell(f"[{number}/{len(targets)}] {label} bits per weight")
+        left = _left(time.monotonic() - begun, done, to_do) if row.divergence is None else ""
+        tell(f"[{number}/{len(targets)}] {label} bits per weight{left}")
         if row.divergence is not None:
             tell("  finished before")
             continue
@@ -88,11 +103,41 @@ def sweep(
         else:
             row.bits_per_weight, row.file_bytes = summary.counts.bits_per_weight, summary.file_bytes
             row.divergence, row.perplexity = vars(found), {"perplexity": found.perplexity}
+            done += 1
+        to_do -= bool(row.errors)
         saved()
-    (out / TABLE).write_text(table(rows) + "\n", encoding="utf-8")
-    if any(row.divergence for row in rows):
-        plot_sizes(rows, out / PLOT, f"{Path(model).name}: {settings['scored']}")
     return rows
+
+
+def _label(target: float) -> str:
+    return str(float(target)).removesuffix(".0")
+
+
+def _left(spent_s: float, done: int, to_do: int) -> str:
+    """What is known of the time, once a point is made: points take about the same."""
+    if not done:
+        return ""
+    return f"; {spent_s / 60:.0f} min so far, about {spent_s / done * (to_do - done) / 60:.0f} min left"
+
+
+def _replace(file: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file, whole or not at all. The temporary one keeps the ending, which says what is to be drawn."""
+    part = file.with_name(f".part-{file.name}")
+    write(part)
+    part.replace(file)
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """The points that are made, a line each."""
+    content = io.StringIO()
+    writer = csv.writer(content, lineterminator="\n")
+    measures = ("perplexity", "reference_perplexity", "kl", "kl_99", "flips", "n_tokens", "n_windows")
+    writer.writerow(("target", "bits_per_weight", "file_bytes", *measures))
+    for row in rows:
+        if row.divergence:
+            figures = (row.divergence[key] for key in measures)
+            writer.writerow((row.label, row.bits_per_weight, row.file_bytes, *figures))
+    return content.getvalue()
 
 
 def table(rows: Sequence[Row]) -> str:

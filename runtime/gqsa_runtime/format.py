@@ -25,6 +25,8 @@ KEY_PROGRAM: Final = "gqsa.program"  # JSON, see program.Program
 KEY_TOKENIZER: Final = "tokenizer.huggingface.json"
 KEY_CHAT_TEMPLATE: Final = "tokenizer.chat_template"
 KEY_COMPILER: Final = "gqsa.compiler"  # JSON: gqsac version, NVRTC version, build options
+KEY_FACTS: Final = "gqsa.facts"  # JSON, see facts.py; may be missing
+FACTS_CHARACTERS: Final = 256
 
 # The last tensor of a file: sha256 of the header bytes, then of every other tensor in table order.
 DIGESTS_TENSOR: Final = "gqsa.digests"  # I8 [n_tensors, 32]

@@ -10,6 +10,7 @@ import numpy as np
 from gqsa_runtime import format as gqsa
 from gqsa_runtime import memory
 from gqsa_runtime.errors import FormatError
+from gqsa_runtime.facts import read_facts
 from gqsa_runtime.operators import OPERATORS
 from gqsa_runtime.reader import ArtifactFile
 
@@ -21,14 +22,19 @@ def describe(file: ArtifactFile, context: int | None = None) -> dict:
     device needs at `context` and, under "contexts", at several (`memory.context_costs`). The other facts are of the
     first plan. "linears" counts each compressed weight matrix of the decode phase but the head once: weights
     (parameters of the dense matrix), bytes as stored, bits_per_weight from the two, sparsity, the share of weights in
-    removed groups, and row_widths, bits -> share of the rows, both None where sizes do not tell them. "dense_bytes":
+    removed groups, and row_widths, bits -> share of the rows, both None where sizes do not tell them, sparsity only if
+    the build has not noted it either. "measured": by the compression, see facts.MEASURES, or None. "dense_bytes":
     embeddings, heads, norms and biases.
     """
     program = file.program
     if context is None:
         context = min(program.max_context, 4096)
     family = next(iter(program.plans))
-    linears = _linears(file, family)
+    linears, facts = _linears(file, family), {"sparsity": None, "measured": None}
+    if gqsa.KEY_FACTS in file.metadata:
+        facts = read_facts(file.text(gqsa.KEY_FACTS), file.path)
+    if linears["sparsity"] is None:
+        linears["sparsity"] = facts["sparsity"]
     return {
         "path": file.path,
         "name": program.name,
@@ -41,6 +47,7 @@ def describe(file: ArtifactFile, context: int | None = None) -> dict:
         "layers": len(program.kv_layers),
         "chat_template": gqsa.KEY_CHAT_TEMPLATE in file.metadata,
         "linears": linears,
+        "measured": facts["measured"],
         "dense_bytes": memory.weight_bytes(program, file.tensors, family) - linears["bytes"],
         "targets": [
             {"target": binary.target, "kind": binary.kind, "bytes": file.tensors[binary.tensor].size}
@@ -154,6 +161,7 @@ def render(facts: dict) -> str:
             f"{linears['bits_per_weight']:.2f} bits per weight{_removed(linears['sparsity'])}"
             f"{_by_width(linears['row_widths'])}",
         ),
+        ("quality", _quality(facts["measured"])),
         ("dense", f"{size(facts['dense_bytes'])} of embeddings, output head, norms and biases"),
         ("vocabulary", f"{facts['vocab_size']:,} tokens"),
         ("context", f"up to {facts['max_context']:,} tokens, {facts['layers']} layers of {facts['kv_dtype']} KV cache"),
@@ -178,6 +186,16 @@ def render(facts: dict) -> str:
         for row in plan["contexts"]
     ]
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows) + f"\n\n{table(costs)}"
+
+
+def _quality(measured: dict | None) -> str:
+    if measured is None:
+        return "not measured"
+    return (
+        f"KL {measured['kl']:.4f} nats a token from the uncompressed model (99th percentile {measured['kl_99']:.2f}), "
+        f"{measured['flips']:.1%} of likeliest tokens flip, perplexity {measured['perplexity']:.2f} (uncompressed "
+        f"{measured['reference_perplexity']:.2f}), on {measured['n_tokens']:,.0f} tokens of the calibration text"
+    )
 
 
 def _removed(sparsity: float | None) -> str:

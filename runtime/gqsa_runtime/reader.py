@@ -37,6 +37,7 @@ _MAX_VALUE_BYTES = {
     gqsa.KEY_PROGRAM: 4 * gqsa.MAX_PROGRAM_CHARACTERS,
     gqsa.KEY_COMPILER: 1 << 20,
     gqsa.KEY_CHAT_TEMPLATE: 4 << 18,
+    gqsa.KEY_FACTS: 4 * gqsa.FACTS_CHARACTERS,
 }
 
 

@@ -1,4 +1,4 @@
-"""Checks a whole file: every digest, the launch plan, all index tensors, tokenizer and chat template."""
+"""Checks a whole file: every digest, the launch plan, all index tensors, tokenizer, chat template and facts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from gqsa_runtime import format as gqsa
 from gqsa_runtime.chat import ChatTemplate
 from gqsa_runtime.checked_tensors import CheckedTensors
+from gqsa_runtime.facts import read_facts
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.tokenizer import Tokenizer
 from gqsa_runtime.validate import validate
@@ -33,6 +34,8 @@ def verify_file(path: str | os.PathLike, progress: Callable | None = None) -> Ve
         with CheckedTensors(artifact, names) as tensors:
             n_bytes = sum(tensors[name].nbytes for name in (progress(names) if progress else names))
         Tokenizer(artifact.text(gqsa.KEY_TOKENIZER), artifact.program.vocab_size)
+        if gqsa.KEY_FACTS in artifact.metadata:
+            read_facts(artifact.text(gqsa.KEY_FACTS), artifact.path)
         if gqsa.KEY_CHAT_TEMPLATE in artifact.metadata:
             ChatTemplate(artifact.text(gqsa.KEY_CHAT_TEMPLATE)).check()
         return Verified(len(names), n_bytes)

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 from gqsa_runtime.errors import FormatError
+from gqsa_runtime.facts import facts_json
 from gqsa_runtime.format import ALIGNMENT, DIGESTS_TENSOR
 from gqsa_runtime.reader import ArtifactFile
 
@@ -42,6 +43,7 @@ def write(path, made=None, chat_template=tiny.CHAT_TEMPLATE, **options):
         name="tiny",
         program_json=tiny.program().to_json(),
         compiler_json='{"gqsac":"test"}',
+        facts_json=facts_json(0.5, None),
         tokenizer_json=tiny.tokenizer_json(),
         chat_template=chat_template,
         tensors=tuple(tensors() if made is None else made),

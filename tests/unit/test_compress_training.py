@@ -218,9 +218,34 @@ def test_a_nan_in_a_block_stops_with_its_name_and_keeps_the_others(tmp_path, lla
 def test_a_nan_end_to_end_stops_with_the_stage_and_step(tmp_path, llama, monkeypatch):
     real = end_to_end.token_loss
     monkeypatch.setattr(end_to_end, "token_loss", lambda *args: tuple(part * float("nan") for part in real(*args)))
-    with pytest.raises(ModelError, match="distill: the loss became nan before step 10"):
+    with pytest.raises(ModelError, match=r"^distill: the loss .* in step 1, though every layer's output is finite; "):
         compress(llama, tmp_path / "out", sparsity=0.5, stages=("distill",), **SMALL)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_that_is_not_finite_is_named_and_the_last_good_state_goes_on(tmp_path, llama, monkeypatch):
+    monkeypatch.setattr(end_to_end, "_SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(end_to_end, "_SAVE_EVERY", 10)
+    options = {"sparsity": 0.5, "stages": ("distill",), **SMALL, "e2e_steps": 20}
+    compress(llama, tmp_path / "whole", **options)
+    real, steps, norm = end_to_end._step, [], "model.layers.1.post_attention_layernorm"
+
+    def step(training, number, parameters):
+        steps.append(number)
+        if number == 13:
+            training.student.get_submodule(norm).weight.data[3] = float("inf")
+        return real(training, number, parameters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(end_to_end, "_step", step)
+        message = rf"^distill: .* in step 14, first in the output of {norm}; give the same"
+        with pytest.raises(ModelError, match=message):
+            compress(llama, tmp_path / "out", **options)
+        compress_again = []
+        patch.setattr(end_to_end, "_step", lambda t, number, p: compress_again.append(number) or real(t, number, p))
+        compress(llama, tmp_path / "out", **options)
+    assert steps == list(range(14)) and compress_again == list(range(10, 20))
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
 def test_scales_alone_learn_in_e2e_oqp(tmp_path, llama):

@@ -1,6 +1,8 @@
 """`gqsac sweep` on a tiny random model: its points, a run that goes on, and failures that leave the others alone."""
 
+import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -21,6 +23,8 @@ SETTINGS = {
     "build_targets": ("x86_64_v3",), "window": 16, "max_windows": 4, "samples": 8, "seq_len": 16, "show": False,
     "device": "cpu",
 }  # fmt: skip
+FOUND = divergence.Divergence(0.1, 0.5, 0.2, 12.0, 10.0, 60, 4)
+BUILT = SimpleNamespace(counts=SimpleNamespace(bits_per_weight=2.5), file_bytes=1000)
 COUNTED = {"2.6": 2.6, "4.3": 4.3}
 
 
@@ -58,6 +62,12 @@ def test_files_of_a_sweep(swept):
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| 2.6", "| 4.3"]
     assert f"| {rows[0].divergence['kl']:.4f} |" in lines[2] and f"| {rows[1].file_bytes / 1e6:.2f} |" in lines[3]
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    with (out / "sweep.csv").open() as file:
+        for line, row in zip(csv.DictReader(file), rows, strict=True):
+            assert line["target"] == row.label and int(line["file_bytes"]) == row.file_bytes
+            assert float(line["bits_per_weight"]) == row.bits_per_weight
+            assert {key: float(line[key]) for key in row.divergence} == row.divergence
+    assert not [file.name for file in out.iterdir() if "part" in file.name]
     assert [row["divergence"] for row in json.loads((out / "sweep.json").read_text())["rows"]] == [
         row.divergence for row in sorted(rows, key=lambda row: row.label)
     ]
@@ -76,6 +86,9 @@ def test_an_interrupted_sweep_goes_on(llama, swept, tmp_path, monkeypatch):
         patch.setattr(sweep_module, "build", stopped_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             sweep(str(llama), [2.6, 4.3], tmp_path / "out", TEXT, **SETTINGS)
+    table = (tmp_path / "out" / "sweep.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| 2.6"]  # the second is not made
+    assert (tmp_path / "out" / "sweep.png").is_file()
     with monkeypatch.context() as patch:  # both checkpoints are there, and one of them is built
         patch.setattr(sweep_module, "compress", None)
         built = []
@@ -84,6 +97,22 @@ def test_an_interrupted_sweep_goes_on(llama, swept, tmp_path, monkeypatch):
     assert built == [str(tmp_path / "out" / "4.3bpw")]
     assert [row.divergence for row in rows] == [row.divergence for row in swept[1]]
     assert folder_bytes(tmp_path / "out" / "4.3bpw") == folder_bytes(swept[0] / "4.3bpw")
+
+
+def test_time_left_is_told_once_a_point_is_made(llama, tmp_path, monkeypatch):
+    def failing(model, folder, target_bpw, **options):
+        if target_bpw == 3.0:
+            raise InputError("no")
+
+    for name, result in (("build", lambda *args: BUILT), ("diverge", lambda *args, **kwargs: FOUND)):
+        monkeypatch.setattr(sweep_module, name, result)
+    monkeypatch.setattr(sweep_module, "compress", failing)
+    times, told = iter([0.0, 0.0, 120.0, 130.0, 260.0]), []
+    monkeypatch.setattr(sweep_module.time, "monotonic", lambda: next(times))
+    sweep(str(llama), [2.0, 3.0, 4.0, 5.0], tmp_path / "out", TEXT, tell=told.append, **SETTINGS)
+    assert [line.partition("; ")[2] for line in told if line.startswith("[")] == [
+        "", "2 min so far, about 6 min left", "2 min so far, about 4 min left", "4 min so far, about 2 min left",
+    ]  # fmt: skip
 
 
 def test_a_finished_sweep_makes_nothing(llama, swept, monkeypatch):

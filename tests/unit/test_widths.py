@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gqsac.compiler.stacks import Stack, stacks_of
+from gqsac.compress.allot_widths import TOLERANCE, Allotment
 from gqsac.compress.widths import WidthBudget
 
 WIDTHS = (1, 2, 3, 4, 8)
@@ -13,6 +14,13 @@ STACKS = (
     Stack(("q", "k", "v"), (64, 32, 32), 128, False),
     Stack(("o",), (72,), 64, False),  # no whole number of blocks
     Stack(("gate", "up"), (96, 96), 128, True),
+)
+
+LAYER = (  # of a model of which a block of rows is a small part
+    Stack(("q", "k", "v"), (256, 128, 128), 256, False),
+    Stack(("o",), (264,), 256, False),
+    Stack(("gate", "up"), (768, 768), 256, True),
+    Stack(("down",), (256,), 768, False),
 )
 
 
@@ -82,6 +90,61 @@ def test_stacks_of_one_width_take_less_and_others_get_the_rest():
         chosen = budget.choose(costs, target)
         assert all(set(chosen[f"{i}"]) == {2} for i in range(4))
         assert target - 8 * block / budget.n_weights < budget.bits_per_weight(chosen) <= target
+
+
+def test_every_target_in_hundredths_of_a_bit_is_met():
+    budget, costs = WidthBudget(LAYER, WIDTHS), some_costs(2, LAYER)
+    for target in np.arange(150, 801) / 100:
+        achieved = budget.bits_per_weight(budget.choose(costs, target))
+        assert (1 - TOLERANCE) * target <= achieved <= target, target
+
+
+def test_a_budget_that_falls_is_kept_on_its_way():
+    """Blocks that are not full count: between start and target too, nothing is above the budget."""
+    allotment = Allotment(WidthBudget(LAYER, WIDTHS), 2.0, 4.4, None, {}, {})
+    for seed, bits in enumerate(np.arange(2.0, 4.4, 0.3)):
+        achieved = allotment.budget.bits_per_weight(allotment.choose(some_costs(seed, LAYER), bits))
+        assert (1 - TOLERANCE) * bits <= achieved <= bits
+
+
+class Kernels:
+    """A goal in bytes: weights, and kernels of 9000 bytes for every width of a stack."""
+
+    words = "a file"
+
+    def __init__(self, most: int):
+        self.most = most
+
+    def n_bytes(self, row_bits):
+        rows = [np.concatenate([row_bits[path] for path in stack.modules]) for stack in LAYER]
+        weights = sum(stack.n_bytes(bits) for stack, bits in zip(LAYER, rows, strict=True))
+        return weights + 9000 * sum(len(set(bits.tolist())) for bits in rows)
+
+
+def allotted(most: int, target: float) -> tuple[Allotment, dict]:
+    allotment = Allotment(WidthBudget(LAYER, WIDTHS), target, target, Kernels(most), {}, {})
+    return allotment, allotment.choose(some_costs(3, LAYER))
+
+
+@pytest.mark.parametrize("most", [260_000, 300_000, 400_000, 650_000])
+def test_a_size_is_met_whatever_kernels_take(most):
+    """The first has room for the kernels of two widths a stack, but not for those of five."""
+    allotment, row_bits = allotted(most, 2.0)
+    assert most * (1 - TOLERANCE) <= allotment.goal.n_bytes(row_bits) <= most
+    assert allotment.missed(allotment.reached(row_bits)) is None
+    assert allotment.target == allotment.budget.bits_per_weight(row_bits)
+
+
+def test_a_size_that_kernels_put_out_of_reach_is_told():
+    budget = WidthBudget(LAYER, WIDTHS)
+    least = Kernels(0).n_bytes(budget.uniform(1))
+    allotment, row_bits = allotted(least + 8000, budget.limits()[0])
+    assert allotment.goal.n_bytes(row_bits) == least
+    assert allotment.missed(allotment.reached(row_bits)) == (
+        f"the target is {(least + 8000) / 1e3:.2f} kB for a file, and {least / 1e3:.2f} kB were reached, "
+        f"{8000 / (least + 8000):.1%} less: rows of this model become wider in blocks of 16, by at least 512 B, and a "
+        "width that is new to a matrix needs kernels of its own"
+    )
 
 
 def test_the_choice_is_the_best_there_is():
