@@ -55,7 +55,7 @@ class Gpu:
         return function
 
     def allocate(self, nbytes: int) -> int:
-        return int(_checked(self.driver.cuMemAlloc(nbytes)))
+        return int(_checked(self.driver.cuMemAlloc(max(nbytes, 1))))  # none of 0 bytes
 
     def free(self, address: int) -> None:
         _checked(self.driver.cuMemFree(address))
