@@ -11,11 +11,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gqsa_runtime import __version__
 from gqsa_runtime.errors import GqsaError, InputError
+
+if TYPE_CHECKING:
+    from gqsa_runtime.model import Model
 
 _FILE = click.argument("file", type=click.Path(path_type=str))
 OPTIONAL_FILE = click.argument("file", type=click.Path(path_type=str), required=False)
@@ -57,7 +61,7 @@ class _ReaderGone(Exception):
 class Commands(click.Group):
     """A group of commands whose reader may leave early, as in `gqsa run … | head`."""
 
-    def invoke(self, ctx: click.Context):
+    def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
@@ -94,29 +98,29 @@ def gqsa() -> None:
     """
 
 
-def _options(*options: Callable) -> Callable:
+_Function = Callable[..., Any]
+
+
+def _options(*options: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:
     return functools.partial(functools.reduce, lambda function, option: option(function), options[::-1])
 
 
-class _Context(click.ParamType):
-    """A number of tokens, or what free memory allows."""
-
-    name = "integer|auto"
-
-    def convert(self, value, param, ctx):
-        if value == "auto" or isinstance(value, int):
-            return value
-        try:
-            return int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a number of tokens nor auto", param, ctx)
+def _context(value: str | int) -> int | str:
+    """A number of tokens, or "auto": what free memory allows."""
+    if value == "auto":
+        return "auto"
+    try:
+        return int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number of tokens nor auto") from None
 
 
 _model_options = _options(
     click.option("--device", default="auto", show_default=True, help="auto, cuda, cuda:N or cpu."),
     click.option(
         "--context",
-        type=_Context(),
+        type=_context,
+        metavar="INTEGER|AUTO",
         help="Tokens that fit at once; auto: as many as the model has and free memory allows. Default: 4096, or less "
         "to fit.",
     ),
@@ -124,7 +128,7 @@ _model_options = _options(
 )
 
 
-def _sampling_options(temperature: float) -> Callable:
+def _sampling_options(temperature: float) -> Callable[[_Function], _Function]:
     return _options(
         click.option("--max-new-tokens", type=int, default=256, show_default=True),
         click.option("--temperature", type=float, default=temperature, show_default=True, help="0: the likeliest."),
@@ -149,7 +153,13 @@ def _tell(message: str) -> None:
     click.echo(message, err=True)
 
 
-def _open_model(file: str, device: str, context: int | str | None, threads: int | None, sampling: dict | None = None):
+def _open_model(
+    file: str,
+    device: str,
+    context: int | str | None,
+    threads: int | None,
+    sampling: dict[str, Any] | None = None,
+) -> Model:
     from gqsa_runtime.model import Model
 
     Model.check_options(**(sampling or {}))  # better refused now than after seconds of loading
@@ -164,8 +174,10 @@ def _open_model(file: str, device: str, context: int | str | None, threads: int 
 class _LoadingBar:
     """A progress bar over bytes, on a terminal only."""
 
-    def __enter__(self):
-        self._bar = None
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __enter__(self) -> _LoadingBar:
         return self
 
     def update(self, done: int, total: int) -> None:
@@ -177,16 +189,17 @@ class _LoadingBar:
             self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", leave=False, file=sys.stderr)
         self._bar.update(done - self._bar.n)
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
 
-def progress(items: Iterable, unit: str):
+def progress(items: Iterable[Any], unit: str) -> Iterable[Any]:
     """The items, with a progress bar on a terminal."""
     from tqdm import tqdm
 
-    return tqdm(items, unit=unit, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
+    bar: Iterable[Any] = tqdm(items, unit=unit, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
+    return bar
 
 
 def _write(pieces: Iterable[str]) -> str:
@@ -198,7 +211,7 @@ def _write(pieces: Iterable[str]) -> str:
     return "".join(text)
 
 
-def _tell_if_full(model) -> None:
+def _tell_if_full(model: Model) -> None:
     if model.stats.finish_reason == "context":
         _tell(
             f"the context of {model.context} tokens is full, so the text ends here; --context-shift goes on, or open "
@@ -206,7 +219,7 @@ def _tell_if_full(model) -> None:
         )
 
 
-def _tell_stats(model) -> None:
+def _tell_stats(model: Model) -> None:
     stats = model.stats
     _tell(
         f"prompt {stats.prompt_tokens} tokens ({stats.cached_tokens} kept) in {stats.prefill_seconds:.3f} s, "
@@ -220,7 +233,7 @@ def read_text(path: str, what: str) -> str:
     """A UTF-8 text file, "-" for standard input. Raises InputError that names `what`."""
     try:
         with click.open_file(path, encoding="utf-8") as file:
-            return file.read()
+            return str(file.read())
     except OSError as error:
         raise InputError(f"{path}: the {what} cannot be read: {error.strerror or error}; check the path") from None
     except UnicodeDecodeError:
@@ -239,7 +252,17 @@ def read_text(path: str, what: str) -> str:
     help="File of a prompt that was read before: what this one shares with it is not read again. Made, or made anew.",
 )
 @click.option("--stats", is_flag=True, help="Tell counts and speeds on standard error.")
-def run(file, prompt, raw, device, context, threads, session, stats, **sampling) -> None:
+def run(
+    file: str,
+    prompt: str | None,
+    raw: bool,
+    device: str,
+    context: int | str | None,
+    threads: int | None,
+    session: str | None,
+    stats: bool,
+    **sampling: Any,
+) -> None:
     """Answers one prompt, as a chat message if the file has a chat template, and exits.
 
     \b
@@ -274,7 +297,15 @@ def run(file, prompt, raw, device, context, threads, session, stats, **sampling)
 @_sampling_options(temperature=0.7)
 @_model_options
 @click.option("--stats", is_flag=True, help="Tell counts and speeds after each answer.")
-def chat(file, system, device, context, threads, stats, **sampling) -> None:
+def chat(
+    file: str,
+    system: str | None,
+    device: str,
+    context: int | str | None,
+    threads: int | None,
+    stats: bool,
+    **sampling: Any,
+) -> None:
     """Talks with the model, line by line; /reset begins anew, /exit or Ctrl-D ends.
 
     Ctrl-C ends an answer. Where the context is full, the oldest messages are forgotten; an answer that fills it ends,
@@ -315,7 +346,7 @@ def chat(file, system, device, context, threads, stats, **sampling) -> None:
                 _tell_stats(model)
 
 
-def _forget_oldest(model, messages: list[dict], n_opening: int) -> list[dict]:
+def _forget_oldest(model: Model, messages: list[dict[str, str]], n_opening: int) -> list[dict[str, str]]:
     """The messages without the oldest ones after the opening, until they leave an eighth of the context free."""
     kept = list(messages)
     while len(kept) > n_opening + 1 and len(model.chat_tokens(kept)) > model.context - model.context // 8:
@@ -345,7 +376,7 @@ def _read_line() -> str | None:
 @click.option("--kernels", is_flag=True, help="List the kernels and their constants.")
 @click.option("--tensors", is_flag=True, help="List the tensors.")
 @_JSON
-def inspect(file, context, kernels, tensors, as_json) -> None:
+def inspect(file: str, context: int | None, kernels: bool, tensors: bool, as_json: bool) -> None:
     """Shows what a file holds: size, bits per weight, targets, kernels, memory.
 
     \b
@@ -374,7 +405,7 @@ def inspect(file, context, kernels, tensors, as_json) -> None:
 @click.command()
 @_FILE
 @_JSON
-def verify(file, as_json) -> None:
+def verify(file: str, as_json: bool) -> None:
     """Checks every digest, the launch plan and all index tensors of a file.
 
     \b
@@ -403,7 +434,19 @@ def verify(file, as_json) -> None:
 @click.option("--plot", type=click.Path(path_type=str), help="Draw a roofline to this PNG file; needs matplotlib.")
 @_model_options
 @_JSON
-def bench(file, lengths, prompts, n_decode, repeats, profile, plot, device, context, threads, as_json) -> None:
+def bench(
+    file: str,
+    lengths: str | None,
+    prompts: str | None,
+    n_decode: int,
+    repeats: int,
+    profile: bool,
+    plot: str | None,
+    device: str,
+    context: int | str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
     """Measures opening, decode and prompts at given lengths: warm-up, then medians.
 
     Without --context what fits 4096 tokens is measured; --context auto measures prompts of 8192, too.
@@ -416,14 +459,14 @@ def bench(file, lengths, prompts, n_decode, repeats, profile, plot, device, cont
     from gqsa_runtime import bench as benchmark
     from gqsa_runtime import inspect_
 
-    lengths, prompts = _numbers(lengths, "--at"), _numbers(prompts, "--prompts")
+    contexts, sizes = _numbers(lengths, "--at"), _numbers(prompts, "--prompts")
     if plot:
         from gqsa_runtime import roofline
 
         roofline.check(plot)  # better refused now than after the measurement
     with _open_model(file, device, context, threads) as model:
         track = functools.partial(progress, unit="length")
-        found = benchmark.bench(model, lengths, prompts, n_decode, repeats, profile, track)
+        found = benchmark.bench(model, contexts, sizes, n_decode, repeats, profile, track)
         found = {"path": file, "name": model.program.name, "device": model.device.name, **found}
     if plot:
         roofline.plot(found, plot)
@@ -458,7 +501,17 @@ def evaluate() -> None:
 @click.option("--max-windows", type=int, help="Stop after so many windows.")
 @_model_options
 @_JSON
-def ppl(file, text, window, stride, max_windows, device, context, threads, as_json) -> None:
+def ppl(
+    file: str,
+    text: str,
+    window: int,
+    stride: int | None,
+    max_windows: int | None,
+    device: str,
+    context: int | str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
     """Perplexity of a text. The last tokens that fill no window are left out; a shorter text is scored whole.
 
     \b
@@ -482,7 +535,7 @@ def ppl(file, text, window, stride, max_windows, device, context, threads, as_js
 @click.command()
 @OPTIONAL_FILE
 @_JSON
-def doctor(file, as_json) -> None:
+def doctor(file: str | None, as_json: bool) -> None:
     """Says what this machine can run, and what to install where something is missing.
 
     With FILE, a compiled model, also how much memory it needs at which context, and what fits here.

@@ -62,7 +62,7 @@ def _free_cuda_bytes() -> int | None:
         return None
 
 
-def _cost(family: str, row: dict, free: int | None) -> Finding:
+def _cost(family: str, row: dict[str, int], free: int | None) -> Finding:
     parts = ", ".join(f"{name.replace('_', ' ')} {row[name] / 1e9:.2f}" for name in ("weights", "kv_cache", "scratch"))
     fits = "" if free is None else "; fits" if row["total"] <= free else "; does not fit"
     return Finding(f"{family}, {row['context']:,} tokens", f"{row['total'] / 1e9:.2f} GB: {parts}{fits}")

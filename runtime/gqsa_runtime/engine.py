@@ -24,8 +24,11 @@ from gqsa_runtime.session import Session, cache_shapes
 
 _Read = TypeVar("_Read")
 
+# Integers in a row, tokens or positions.
+Tokens = abc.Sequence[int] | np.ndarray
 
-def launch_state(context: int, slots: int | np.ndarray, positions: abc.Sequence[int]) -> np.ndarray:
+
+def launch_state(context: int, slots: int | np.ndarray, positions: Tokens) -> np.ndarray:
     """The `state` of a launch, i32 [2 + 2 * n_tokens]: {n_tokens, context}, then {slot, position} of each token.
 
     context: positions of one slot. slots: of the tokens, or of all of them. positions: n_tokens integers.
@@ -92,7 +95,7 @@ class Engine:
     Every method raises ClosedError after `close`.
     """
 
-    def __init__(self, program: Program, device: Device, context: int):
+    def __init__(self, program: Program, device: Device, context: int) -> None:
         self.program, self.device, self.context = program, device, context
         self._tokens: list[int] = []
         self._long_ropes: frozenset[str] | None = frozenset()  # of the device's tables; None: unknown
@@ -122,7 +125,7 @@ class Engine:
                 raise InputError(f"cannot rewind to {n_tokens} tokens: the cache holds {len(self._tokens)}")
             del self._tokens[n_tokens:]
 
-    def prefill(self, tokens: abc.Sequence[int]) -> np.ndarray:
+    def prefill(self, tokens: Tokens) -> np.ndarray:
         """Appends tokens, any number up to the context; returns the last one's logits, f32 [vocab].
 
         Raises InputError for no tokens, a token outside the vocabulary, or too many for the context.
@@ -135,7 +138,7 @@ class Engine:
         """Appends one token; returns its logits, f32 [vocab]. Raises InputError as prefill does."""
         return self.prefill([token])
 
-    def extend(self, sequence: Sequence, tokens: abc.Sequence[int]) -> np.ndarray:
+    def extend(self, sequence: Sequence, tokens: Tokens) -> np.ndarray:
         """Appends tokens to a sequence; returns the last one's logits, f32 [vocab].
 
         Where the cache holds another sequence, what the two do not share is computed again. Raises
@@ -143,7 +146,7 @@ class Engine:
         """
         return self._extend(sequence, tokens, self._logits)
 
-    def extend_greedy(self, sequence: Sequence, tokens: abc.Sequence[int]) -> int:
+    def extend_greedy(self, sequence: Sequence, tokens: Tokens) -> int:
         """Like extend, but returns the likeliest next token, of equal ones the first.
 
         The device chooses it where the file has the operator for it; then logits stay there. Raises ModelError where
@@ -151,7 +154,7 @@ class Engine:
         """
         return self._extend(sequence, tokens, self._likeliest)
 
-    def _extend(self, sequence: Sequence, tokens: abc.Sequence[int], read: Callable[[], _Read]) -> _Read:
+    def _extend(self, sequence: Sequence, tokens: Tokens, read: Callable[[], _Read]) -> _Read:
         with self._alone() as resident:
             new = ids = self._checked(tokens, self.context - len(sequence.tokens))
             n_reused = 0
@@ -164,7 +167,7 @@ class Engine:
             sequence.n_reused, self._resident = max(n_reused - n_again, 0), sequence
             return found
 
-    def step_seconds(self, tokens: abc.Sequence[int], repeats: int) -> tuple[str, list[float]]:
+    def step_seconds(self, tokens: Tokens, repeats: int) -> tuple[str, list[float]]:
         """(phase, seconds of each of its steps) that appending one token, or a chunk of them, would run.
 
         The cache stays as it is. Raises InputError as prefill does.
@@ -175,7 +178,7 @@ class Engine:
             self._upload(ids)
             return phase, self.device.step_seconds(phase, repeats)
 
-    def score(self, tokens: abc.Sequence[int], first: int = 1) -> ScoreResult:
+    def score(self, tokens: Tokens, first: int = 1) -> ScoreResult:
         """Log-probabilities of tokens `first` and later of a text; the last is scored, never run.
 
         What the cache shares with the tokens before `first` is not computed again. Raises InputError.
@@ -294,7 +297,7 @@ class Engine:
             raise not_finite()
         return token
 
-    def _checked(self, tokens: abc.Sequence[int], room: int) -> np.ndarray:
+    def _checked(self, tokens: Tokens, room: int) -> np.ndarray:
         """Tokens as int32 [n], all in the vocabulary and n no more than the room."""
         ids = np.asarray(tokens)
         if ids.ndim != 1 or ids.size == 0:

@@ -10,7 +10,7 @@ from gqsa_runtime import device_cpu, device_cuda, memory
 from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.engine import Device
 from gqsa_runtime.errors import DeviceError, InputError
-from gqsa_runtime.program import Program
+from gqsa_runtime.program import Binary, Program
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.stopwatch import Stopwatch
 
@@ -56,7 +56,7 @@ def open_device(
         chosen, context_reason = choose_context(file, kind, context, usable_cpu_bytes())
     used = program.plans[kind].tensors(program.ropes)
 
-    def binaries(binary) -> bytes:
+    def binaries(binary: Binary) -> bytes:
         return file.read(binary.tensor).tobytes()
 
     with contextlib.ExitStack() as stack:
@@ -122,14 +122,12 @@ def choose_context(
     """
     program = file.program
     usual = min(program.max_context, DEFAULT_CONTEXT)
+    asked = context if isinstance(context, int) else usual
     if free is None:
         unknown = f"context {usual}: the system does not say how much memory is free; choose another with --context"
-        return (usual, unknown) if context == AUTO else (usual if context is None else context, None)
+        return asked, unknown if context == AUTO else None
     fits = memory.largest_context(program, file.tensors, family, free)
-    if context == AUTO:
-        wanted = max(1, _largest_by_itself(file, family, free))
-    else:
-        wanted = usual if context is None else context
+    wanted = max(1, _largest_by_itself(file, family, free)) if context == AUTO else asked
     if fits >= wanted:
         return wanted, _why(file, family, wanted, free) if context == AUTO else None
     needed_gb = memory.needed_bytes(program, file.tensors, family, wanted) / 1e9
@@ -162,7 +160,16 @@ def _why(file: ArtifactFile, family: str, context: int, free: int) -> str:
     )
 
 
-def _open(kind, ordinal, program, tensors, binaries, context, threads, clock) -> Device:
+def _open(
+    kind: str,
+    ordinal: int,
+    program: Program,
+    tensors: CheckedTensors,
+    binaries: Callable[[Binary], bytes],
+    context: int,
+    threads: int | None,
+    clock: Stopwatch,
+) -> Device:
     if kind == "cuda":
         return device_cuda.CudaDevice(program, tensors, binaries, context, ordinal, clock=clock)
     return device_cpu.CpuDevice(program, tensors, binaries, context, threads, clock=clock)

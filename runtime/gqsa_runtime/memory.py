@@ -19,7 +19,9 @@ SHOWN_CONTEXTS = (2048, 8192, 32768)  # whose memory is told beside that of a mo
 class Sized(Protocol):
     """A tensor of a file, or one that goes into it."""
 
-    size: int  # in bytes
+    @property
+    def size(self) -> int:
+        """In bytes."""
 
 
 def weight_bytes(program: Program, tensors: Mapping[str, Sized], family: str) -> int:
@@ -47,7 +49,7 @@ def largest_context(program: Program, tensors: Mapping[str, Sized], family: str,
     return min(program.max_context, rest // per_token) if per_token else program.max_context
 
 
-def context_costs(program: Program, tensors: Mapping[str, Sized], family: str) -> list[dict]:
+def context_costs(program: Program, tensors: Mapping[str, Sized], family: str) -> list[dict[str, int]]:
     """Bytes that a family needs at a context of 2k, 8k and 32k, as far as the program has them, and at its longest.
 
     A row for each: context in positions; weights, kv_cache, scratch (activations and rotary tables) and their total.

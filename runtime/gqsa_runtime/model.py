@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -90,13 +91,14 @@ class Model:
         self.open_seconds = dict(open_seconds or {})
         self._digest = digest  # of the file
         self.stats = GenerationStats()
-        self._chat_source, self._chat_template = chat_template, None
+        self._chat_source = chat_template
+        self._chat_template: ChatTemplate | None = None
         self._turns = Turns()
 
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         device: str = "auto",
         context: int | str | None = None,
         threads: int | None = None,
@@ -152,10 +154,10 @@ class Model:
             file.digest,
         )
 
-    def __enter__(self):
+    def __enter__(self) -> Model:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def close(self, wait: bool = False) -> None:
@@ -191,7 +193,7 @@ class Model:
         stop: str | Sequence[str] = (),
         context_shift: bool = False,
         n_keep: int = 0,
-        **sampling,
+        **sampling: Any,
     ) -> SamplingOptions:
         """Raises InputError where options of `generate` are out of range, before there is a model."""
         options = SamplingOptions(**sampling)
@@ -261,7 +263,9 @@ class Model:
                 "keep fewer, or open the model with a larger context"
             )
 
-    def chat(self, messages: Sequence[Mapping], template_variables: Mapping | None = None, **options) -> Iterator[str]:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], template_variables: Mapping[str, Any] | None = None, **options: Any
+    ) -> Iterator[str]:
         """The assistant's answer to messages such as {"role": "user", "content": "Hello"}, in pieces.
 
         template_variables: what the template knows beyond messages, such as tools or enable_thinking.
@@ -269,7 +273,7 @@ class Model:
         """
         return self.generate(self.chat_tokens(messages, **(template_variables or {})), **options)
 
-    def chat_tokens(self, messages: Sequence[Mapping], **template_variables) -> list[int]:
+    def chat_tokens(self, messages: Sequence[Mapping[str, Any]], **template_variables: Any) -> list[int]:
         """Token ids of chat messages, up to where the assistant's answer begins."""
         if self._chat_template is None:
             if self._chat_source is None:
@@ -290,7 +294,7 @@ class Model:
         with self._turns.turn(wait):
             return self.engine.score(ids, first)
 
-    def save_session(self, path: str | os.PathLike, wait: bool = True) -> int:
+    def save_session(self, path: str | os.PathLike[str], wait: bool = True) -> int:
         """Writes what the KV cache holds, the last prompt and its answer, to a file; returns the number of its tokens.
 
         A prompt that begins like it is read from there on, after `load_session` in any process. The file appears whole
@@ -301,7 +305,7 @@ class Model:
             write_session(path, self._digest, session)
             return len(session.tokens)
 
-    def load_session(self, path: str | os.PathLike, wait: bool = True) -> int:
+    def load_session(self, path: str | os.PathLike[str], wait: bool = True) -> int:
         """Makes the KV cache hold what `save_session` wrote; returns the number of its tokens.
 
         Raises InputError where the file cannot be read or is longer than the context, FormatError where it is damaged
@@ -339,7 +343,7 @@ class Model:
 
         def next_token(tokens: list[int]) -> int:
             nonlocal sequence
-            if len(sequence.tokens) + len(tokens) > self.context:  # never without n_keep
+            if n_keep is not None and len(sequence.tokens) + len(tokens) > self.context:
                 tokens = _shifted([*sequence.tokens, *tokens], n_keep)
                 sequence = TokenSequence()
                 stats.context_shifts += 1

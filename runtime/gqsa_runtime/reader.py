@@ -15,6 +15,7 @@ import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
@@ -62,7 +63,7 @@ class ArtifactFile:
     of the digests of the header and of every tensor, which tells files of different contents apart.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._file = _open_regular(self.path)
         try:
@@ -81,7 +82,7 @@ class ArtifactFile:
         }
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> ArtifactFile:
+    def open(cls, path: str | os.PathLike[str]) -> ArtifactFile:
         """Opens a file and reads its header. Raises InputError (no such file) or FormatError."""
         return cls(path)
 
@@ -89,10 +90,10 @@ class ArtifactFile:
         """Closes the file; `read` fails afterwards."""
         self._file.close()
 
-    def __enter__(self):
+    def __enter__(self) -> ArtifactFile:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def text(self, key: str) -> str:
@@ -111,7 +112,7 @@ class ArtifactFile:
             raise FormatError(f"{self.path}: tensor {name!r} is missing; rebuild the file with `gqsac build`")
         info = self.tensors[name]
         data = _read_exactly(self._file, self.path, info.offset, info.size)
-        if verify and hashlib.sha256(data).digest() != self._digests[name]:
+        if verify and hashlib.sha256(data.data).digest() != self._digests[name]:
             raise FormatError(
                 f"{self.path}: tensor {name!r} is damaged: its sha256 differs from the file's digest table; "
                 "copy or download the file again"
@@ -142,7 +143,7 @@ class ArtifactFile:
 class _Header:
     """Parses the header; metadata, tensors and digest (sha256 of the bytes before the tensor data)."""
 
-    def __init__(self, file, path: str, file_size: int):
+    def __init__(self, file: io.FileIO, path: str, file_size: int) -> None:
         self._file, self._path, self._file_size = file, path, file_size
         self._position = 0
         self._sha256 = hashlib.sha256()
@@ -170,7 +171,7 @@ class _Header:
         self.tensors = self._place(infos)
         self.digest = self._sha256.digest()
 
-    def _fail(self, what: str):
+    def _fail(self, what: str) -> NoReturn:
         raise FormatError(f"{self._path}: {what}; the file is damaged or foreign: build or download it again")
 
     def _take(self, n_bytes: int, what: str) -> bytes:
@@ -181,7 +182,7 @@ class _Header:
             )
         if n_bytes > gqsa.MAX_HEADER_BYTES - self._position:
             self._fail(f"the header is larger than the {gqsa.MAX_HEADER_BYTES >> 20} MiB allowed")
-        data = self._file.read(n_bytes)
+        data: bytes = self._file.read(n_bytes)
         if len(data) != n_bytes:
             self._fail("the file shrank while it was read")
         self._position += n_bytes
@@ -189,7 +190,8 @@ class _Header:
         return data
 
     def _number(self, layout: str, what: str) -> int:
-        return struct.unpack(layout, self._take(struct.calcsize(layout), what))[0]
+        (number,) = struct.unpack(layout, self._take(struct.calcsize(layout), what))
+        return int(number)
 
     def _count(self, most: int, what: str) -> int:
         count = self._number("<Q", f"the number of {what}")
@@ -211,6 +213,7 @@ class _Header:
         if key in self.metadata:
             self._fail(f"the metadata key {key!r} occurs twice")
         kind = self._number("<I", f"the type of {key!r}")
+        value: int | bool | str
         if kind == _VALUE_UINT32:
             value = self._number("<I", f"the value of {key!r}")
         elif kind == _VALUE_STRING:
@@ -267,7 +270,7 @@ class _Header:
             )
         return name, tuple(reversed_shape[::-1]), dtype, math.prod(reversed_shape) * element_bytes, offset
 
-    def _place(self, infos) -> dict[str, TensorInfo]:
+    def _place(self, infos: list[tuple[str, tuple[int, ...], str, int, int]]) -> dict[str, TensorInfo]:
         """Tensors must cover the rest of the file exactly, in order, each padded to the alignment."""
         tensors: dict[str, TensorInfo] = {}
         start = end = self._position
@@ -288,7 +291,7 @@ class _Header:
         return tensors
 
 
-def _open_regular(path: str):
+def _open_regular(path: str) -> io.FileIO:
     try:
         # O_NONBLOCK: a named pipe must be refused, not waited for. O_BINARY exists on Windows alone.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -306,7 +309,7 @@ def _open_regular(path: str):
     return file
 
 
-def _check_padding(file, path: str, tensors: Mapping[str, TensorInfo]) -> None:
+def _check_padding(file: io.FileIO, path: str, tensors: Mapping[str, TensorInfo]) -> None:
     for name, info in tensors.items():
         n_bytes = -info.size % gqsa.ALIGNMENT
         if n_bytes and _read_exactly(file, path, info.offset + info.size, n_bytes).any():
@@ -315,7 +318,7 @@ def _check_padding(file, path: str, tensors: Mapping[str, TensorInfo]) -> None:
             )
 
 
-def _read_exactly(file, path: str, offset: int, n_bytes: int) -> np.ndarray:
+def _read_exactly(file: io.FileIO, path: str, offset: int, n_bytes: int) -> np.ndarray:
     """uint8 [n_bytes] from the file, the first byte aligned in memory as tensors are in the file."""
     try:
         room = np.empty(n_bytes + gqsa.ALIGNMENT, np.uint8)
@@ -323,7 +326,7 @@ def _read_exactly(file, path: str, offset: int, n_bytes: int) -> np.ndarray:
         raise FormatError(f"{path}: there is no memory for the {n_bytes} bytes of a tensor; free some") from None
     shift = -room.ctypes.data % gqsa.ALIGNMENT
     data = room[shift : shift + n_bytes]
-    view, done = memoryview(data), 0
+    view, done = data.data, 0
     while done < n_bytes:  # a raw file may return less than asked, 2 GiB at most on Linux
         count = _read_at(file, view[done:], offset + done)
         if not count:
@@ -335,10 +338,10 @@ def _read_exactly(file, path: str, offset: int, n_bytes: int) -> np.ndarray:
 _seeking = threading.Lock()
 
 
-def _read_at(file, view: memoryview, offset: int) -> int:
+def _read_at(file: io.FileIO, view: memoryview, offset: int) -> int:
     """Reads from a place of the file into the view; returns how many bytes."""
     if hasattr(os, "preadv"):
         return os.preadv(file.fileno(), [view], offset)
     with _seeking:  # Windows has one position for all threads
         file.seek(offset)
-        return file.readinto(view)
+        return file.readinto(view) or 0

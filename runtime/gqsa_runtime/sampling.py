@@ -28,7 +28,7 @@ class SamplingOptions:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value, good, expected in (
             ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
@@ -101,7 +101,7 @@ def _nucleus(logits: np.ndarray, greatest: float, options: SamplingOptions) -> t
     total = None if options.top_k else float(weights.sum())
     count = n_candidates if options.top_k else min(_FIRST_CANDIDATES, n_candidates)
     order = _largest(weights, count)
-    while count < n_candidates and weights[order].sum() < options.top_p * total:
+    while count < n_candidates and weights[order].sum() < options.top_p * (total or 0.0):
         count = min(8 * count, n_candidates)
         order = _largest(weights, count)
     chosen = weights[order]

@@ -18,7 +18,7 @@ PATIENCE_S = 1.0
 class Turn:
     """A place in the queue. paused_s: since when nothing was asked of it, by time.monotonic, or None."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.paused_s: float | None = None
         self.thread: threading.Thread | None = None  # that paused it
 
@@ -34,7 +34,7 @@ class Turn:
 class Turns:
     """The queue of a model. Every method may be called from any thread."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._changed = threading.Condition()
         self._queue: list[Turn] = []  # the first one has its turn
         self._closed = False

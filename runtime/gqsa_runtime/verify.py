@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from gqsa_runtime import format as gqsa
 from gqsa_runtime.chat import ChatTemplate
 from gqsa_runtime.checked_tensors import CheckedTensors
+from gqsa_runtime.perplexity import Progress
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.tokenizer import Tokenizer
 from gqsa_runtime.validate import validate
@@ -22,7 +22,7 @@ class Verified:
     n_bytes: int
 
 
-def verify_file(path: str | os.PathLike, progress: Callable | None = None) -> Verified:
+def verify_file(path: str | os.PathLike[str], progress: Progress | None = None) -> Verified:
     """Reads everything in a .gqsa file once. Raises FormatError at the first thing that is wrong.
 
     progress: wraps the list of tensor names, as `tqdm.tqdm` does.

@@ -58,10 +58,11 @@ def test_the_archives_hold_what_they_should(distributions):
     with zipfile.ZipFile(wheel(distributions, "gqsac")) as archive:
         names = archive.namelist()
     assert {f"gqsac/{name}" for name in TEMPLATES} <= set(names)
-    assert "gqsac/data/calibration.txt" in names
+    assert {"gqsac/data/calibration.txt", "gqsac/py.typed"} <= set(names)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"gqsac"}
     with zipfile.ZipFile(wheel(distributions, "gqsa_runtime")) as archive:
         names = archive.namelist()
+    assert "gqsa_runtime/py.typed" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"gqsa_runtime"}
     (sdist,) = distributions.glob("gqsac-*.tar.gz")
     with tarfile.open(sdist) as archive:
