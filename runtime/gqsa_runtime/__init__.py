@@ -23,7 +23,9 @@ if TYPE_CHECKING:  # for type checkers, which do not see what is loaded late
     from gqsa_runtime.errors import InputError as InputError
     from gqsa_runtime.errors import ModelError as ModelError
     from gqsa_runtime.errors import UnsupportedError as UnsupportedError
-    from gqsa_runtime.model import GenerationStats as GenerationStats
+    from gqsa_runtime.generation import AsyncGeneration as AsyncGeneration
+    from gqsa_runtime.generation import Generation as Generation
+    from gqsa_runtime.generation import GenerationStats as GenerationStats
     from gqsa_runtime.model import Model as Model
     from gqsa_runtime.perplexity import PerplexityResult as PerplexityResult
     from gqsa_runtime.sampling import SamplingOptions as SamplingOptions
@@ -32,7 +34,9 @@ __version__ = "0.1.0"
 
 # Loaded when first used: the compiler imports this package for its format alone.
 _EXPORTS = {
-    "GenerationStats": "model",
+    "AsyncGeneration": "generation",
+    "Generation": "generation",
+    "GenerationStats": "generation",
     "Model": "model",
     "PerplexityResult": "perplexity",
     "SamplingOptions": "sampling",

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from gqsa_runtime.errors import ClosedError, InputError
+from gqsa_runtime.errors import Cancelled, ClosedError, InputError
 from gqsa_runtime.operators import state_elements
 from gqsa_runtime.program import Plan, Program
 from gqsa_runtime.rope import long_ropes
@@ -26,6 +26,10 @@ _Read = TypeVar("_Read")
 
 # Integers in a row, tokens or positions.
 Tokens = abc.Sequence[int] | np.ndarray
+
+
+def _never() -> bool:
+    return False
 
 
 def launch_state(context: int, slots: int | np.ndarray, positions: Tokens) -> np.ndarray:
@@ -138,30 +142,33 @@ class Engine:
         """Appends one token; returns its logits, f32 [vocab]. Raises InputError as prefill does."""
         return self.prefill([token])
 
-    def extend(self, sequence: Sequence, tokens: Tokens) -> np.ndarray:
+    def extend(self, sequence: Sequence, tokens: Tokens, cancelled: Callable[[], bool] = _never) -> np.ndarray:
         """Appends tokens to a sequence; returns the last one's logits, f32 [vocab].
 
         Where the cache holds another sequence, what the two do not share is computed again. Raises
-        InputError as prefill does, and leaves the sequence as it was.
+        InputError as prefill does, Cancelled where `cancelled` becomes true before a chunk of a prompt, and
+        leaves the sequence as it was.
         """
-        return self._extend(sequence, tokens, self._logits)
+        return self._extend(sequence, tokens, self._logits, cancelled)
 
-    def extend_greedy(self, sequence: Sequence, tokens: Tokens) -> int:
+    def extend_greedy(self, sequence: Sequence, tokens: Tokens, cancelled: Callable[[], bool] = _never) -> int:
         """Like extend, but returns the likeliest next token, of equal ones the first.
 
         The device chooses it where the file has the operator for it; then logits stay there. Raises ModelError where
         they are not finite.
         """
-        return self._extend(sequence, tokens, self._likeliest)
+        return self._extend(sequence, tokens, self._likeliest, cancelled)
 
-    def _extend(self, sequence: Sequence, tokens: Tokens, read: Callable[[], _Read]) -> _Read:
+    def _extend(
+        self, sequence: Sequence, tokens: Tokens, read: Callable[[], _Read], cancelled: Callable[[], bool]
+    ) -> _Read:
         with self._alone() as resident:
             new = ids = self._checked(tokens, self.context - len(sequence.tokens))
             n_reused = 0
             if resident is not sequence:
                 ids = np.concatenate([np.array(sequence.tokens, np.int32), new])
                 n_reused = self._keep_shared(ids[:-1])  # the last token must run for its logits
-            n_again = self._append(ids[n_reused:])
+            n_again = self._append(ids[n_reused:], cancelled)
             found = read()
             sequence.tokens.extend(new.tolist())
             sequence.n_reused, self._resident = max(n_reused - n_again, 0), sequence
@@ -262,7 +269,7 @@ class Engine:
         self._long_ropes = long
         return stale
 
-    def _append(self, ids: np.ndarray) -> int:
+    def _append(self, ids: np.ndarray, cancelled: Callable[[], bool] = _never) -> int:
         """Runs tokens; returns how many that the cache held ran again, because a sequence so long turns differently."""
         stale = self._use_ropes(self.position + len(ids))
         ids = np.concatenate([np.array(stale, np.int32), ids]) if stale else ids
@@ -270,6 +277,8 @@ class Engine:
             self._launch(ids, "decode")
         else:
             for chunk in _chunks(ids, self.device.plan.prefill_chunk):
+                if cancelled():
+                    raise Cancelled
                 self._launch(chunk, "prefill_body")
             self.device.launch("last_logits")
         return len(stale)

@@ -35,3 +35,7 @@ class BusyError(GqsaError):
 
 class ClosedError(GqsaError):
     """A model was closed; nothing more can be asked of it."""
+
+
+class Cancelled(Exception):
+    """Ends a generation from within. It reaches no caller: the text just ends."""

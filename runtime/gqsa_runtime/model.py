@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ import numpy as np
 from gqsa_runtime import format as gqsa
 from gqsa_runtime.chat import ChatTemplate
 from gqsa_runtime.engine import Device, Engine, ScoreResult
-from gqsa_runtime.errors import ClosedError, FormatError, InputError
+from gqsa_runtime.errors import Cancelled, ClosedError, FormatError, InputError
+from gqsa_runtime.generation import AsyncGeneration, Generation, GenerationStats
 from gqsa_runtime.load import open_device
 from gqsa_runtime.program import Program
 from gqsa_runtime.reader import ArtifactFile, TensorInfo
@@ -24,36 +25,8 @@ from gqsa_runtime.sequence import Sequence as TokenSequence
 from gqsa_runtime.session import read_session, write_session
 from gqsa_runtime.stopwatch import Stopwatch
 from gqsa_runtime.tokenizer import StopFilter, TextStream, Tokenizer
-from gqsa_runtime.turns import Turns
+from gqsa_runtime.turns import Turn, Turns
 from gqsa_runtime.validate import validate
-
-
-@dataclass
-class GenerationStats:
-    """What the last generation did; filled while it runs. cached_tokens: of the prompt, kept from before.
-
-    finish_reason: "stop" (end of text or a stop string), "length" (max_new_tokens), "context" (it is
-    full), or None while it runs or where the caller left early. context_shifts: how often the oldest half
-    of the text was forgotten; reading the rest again counts as decode_seconds.
-    """
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    new_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    finish_reason: str | None = None
-    context_shifts: int = 0
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """Speed over the prompt's tokens that were not kept from before."""
-        return (self.prompt_tokens - self.cached_tokens) / max(self.prefill_seconds, 1e-9)
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Speed of every new token but the first, whose logits the prefill made."""
-        return max(self.new_tokens - 1, 0) / max(self.decode_seconds, 1e-9)
 
 
 class Model:
@@ -222,13 +195,14 @@ class Model:
         context_shift: bool = False,
         n_keep: int = 0,
         wait: bool = True,
-    ) -> Iterator[str]:
-        """Continues a text or token ids; yields pieces of text as they come, whole characters each.
+    ) -> Generation:
+        """Continues a text or token ids: an iterator over pieces of text as they come, whole characters each.
 
         Ends at an end-of-text token, before a stop string, after max_new_tokens, or where the context
-        is full; `stats.finish_reason` says which. With context_shift a full context does not end it: the first
-        n_keep tokens stay, and a begin-of-text token always; of the others the older half is forgotten and the
-        rest read again, as if it were the prompt. A prompt must fit the context all the same.
+        is full, or where `Generation.cancel` is called in any thread; `stats.finish_reason` says which. With
+        context_shift a full context does not end it: the first n_keep tokens stay, and a begin-of-text token
+        always; of the others the older half is forgotten and the rest read again, as if it were the prompt. A
+        prompt must fit the context all the same.
         temperature 0 is deterministic; so is a seed.
         Arguments are checked, and InputError is raised, before the first piece. Its turn begins with
         the first piece: there wait=False raises BusyError where another call runs.
@@ -252,8 +226,10 @@ class Model:
         if context_shift:
             kept = max(n_keep, int(ids[0] == self.program.bos_token_id))
             self._check_kept(kept)
-        pieces = self._pieces(ids, max_new_tokens, options, np.random.default_rng(seed), StopFilter(stop), kept)
-        return self._in_turn(pieces, wait)
+        turn, stats = Turn(), GenerationStats(prompt_tokens=len(ids))
+        random = np.random.default_rng(seed)
+        pieces = self._pieces(ids, max_new_tokens, options, random, StopFilter(stop), kept, stats, turn)
+        return Generation(self._in_turn(pieces, turn, wait, stats), stats, functools.partial(self._turns.cancel, turn))
 
     def _check_kept(self, n_keep: int) -> None:
         # Of two tokens behind them one is forgotten, so that the text can go on.
@@ -265,13 +241,30 @@ class Model:
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], template_variables: Mapping[str, Any] | None = None, **options: Any
-    ) -> Iterator[str]:
+    ) -> Generation:
         """The assistant's answer to messages such as {"role": "user", "content": "Hello"}, in pieces.
 
         template_variables: what the template knows beyond messages, such as tools or enable_thinking.
         options: as for `generate`. What the new prompt shares with the last one is not computed again.
         """
         return self.generate(self.chat_tokens(messages, **(template_variables or {})), **options)
+
+    def generate_async(self, prompt: str | Sequence[int], **options: Any) -> AsyncGeneration:
+        """As `generate`, for `async for`: all work is done in a thread, and the event loop never waits.
+
+        options: as for `generate`. A task that is cancelled cancels the generation. InputError and its like are
+        raised with the first piece.
+        """
+        return AsyncGeneration(functools.partial(self.generate, prompt, **options))
+
+    def chat_async(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template_variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> AsyncGeneration:
+        """As `chat`, for `async for`; see `generate_async`."""
+        return AsyncGeneration(functools.partial(self.chat, messages, template_variables, **options))
 
     def chat_tokens(self, messages: Sequence[Mapping[str, Any]], **template_variables: Any) -> list[int]:
         """Token ids of chat messages, up to where the assistant's answer begins."""
@@ -316,14 +309,18 @@ class Model:
             self.engine.restore(session)
             return len(session.tokens)
 
-    def _in_turn(self, pieces: Iterator[str], wait: bool) -> Iterator[str]:
+    def _in_turn(
+        self, pieces: Iterator[str], turn: Turn, wait: bool, stats: GenerationStats
+    ) -> Generator[str, None, None]:
         """The pieces of a generation, each made while it is this one's turn."""
-        turn = self._turns.take(wait)
         try:
+            self._turns.enter(turn, wait)
             for text in pieces:
                 self._turns.pause(turn)
                 yield text
                 self._turns.resume(turn)
+        except Cancelled:
+            stats.finish_reason = "cancelled"
         finally:
             self._turns.release(turn)
 
@@ -335,21 +332,28 @@ class Model:
         random: np.random.Generator,
         stop: StopFilter,
         n_keep: int | None,
+        stats: GenerationStats,
+        turn: Turn,
     ) -> Iterator[str]:
         """n_keep: tokens that stay when the context is full, None: it ends the text."""
-        stats = self.stats = GenerationStats(prompt_tokens=len(ids))
+        self.stats = stats
         began_s = time.perf_counter()
         sequence, seen = TokenSequence(), list(ids)
 
+        def cancelled() -> bool:
+            return turn.cancelled
+
         def next_token(tokens: list[int]) -> int:
             nonlocal sequence
+            if turn.cancelled:
+                raise Cancelled
             if n_keep is not None and len(sequence.tokens) + len(tokens) > self.context:
                 tokens = _shifted([*sequence.tokens, *tokens], n_keep)
                 sequence = TokenSequence()
                 stats.context_shifts += 1
             if options.greedy:
-                return self.engine.extend_greedy(sequence, tokens)
-            return sample(self.engine.extend(sequence, tokens), options, random, seen)
+                return self.engine.extend_greedy(sequence, tokens, cancelled)
+            return sample(self.engine.extend(sequence, tokens, cancelled), options, random, seen)
 
         token = next_token(ids)
         stats.cached_tokens = sequence.n_reused
