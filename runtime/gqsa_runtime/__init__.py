@@ -9,6 +9,7 @@ with Model.open("model.gqsa") as model:
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers, which do not see what is loaded late
@@ -31,6 +32,9 @@ if TYPE_CHECKING:  # for type checkers, which do not see what is loaded late
     from gqsa_runtime.sampling import SamplingOptions as SamplingOptions
 
 __version__ = "0.1.0"
+
+# Silent unless the application asks for it: logging.getLogger("gqsa_runtime").
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # Loaded when first used: the compiler imports this package for its format alone.
 _EXPORTS = {

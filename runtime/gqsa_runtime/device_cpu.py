@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import sys
@@ -20,6 +21,8 @@ from gqsa_runtime.program import DTYPE_BYTES, NUMPY_DTYPES, Argument, Binary, Pl
 from gqsa_runtime.rope import RopeTables
 from gqsa_runtime.session import cache_shapes
 from gqsa_runtime.stopwatch import Stopwatch
+
+_log = logging.getLogger(__name__)
 
 ALIGNMENT = 64  # of everything in the arena: a cache line
 _LAUNCH_BYTES = 16  # of a native launch: {function, args}
@@ -320,8 +323,9 @@ def _open_library(data: bytes) -> tuple[ctypes.CDLL, int | None]:
         file.write(data)
     try:
         return ctypes.CDLL(f"/proc/self/fd/{descriptor}"), descriptor
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
+        _log.debug("no code is run from memory here (%s): the kernels go through a private file", error)
     with tempfile.TemporaryDirectory(prefix="gqsa-") as folder:  # mode 0700
         path = os.path.join(folder, "kernels.so")
         with open(path, "wb") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from gqsa_runtime.stopwatch import Stopwatch
 from gqsa_runtime.tokenizer import StopFilter, TextStream, Tokenizer
 from gqsa_runtime.turns import Turn, Turns
 from gqsa_runtime.validate import validate
+
+_log = logging.getLogger(__name__)
 
 
 class Model:
@@ -113,6 +116,11 @@ class Model:
                 if os.fspath(path) in str(error):
                     raise
                 raise FormatError(f"{os.fspath(path)}: {error}") from error
+        _log.info("%s: open in %.2f s, device %s", os.fspath(path), clock.seconds["total"], opened.device_reason)
+        if opened.context_reason:
+            # Less than the default was nobody's wish; what "auto" chose was.
+            level = logging.WARNING if context is None else logging.INFO
+            _log.log(level, "%s: %s", os.fspath(path), opened.context_reason)
         return cls(
             file.program,
             tokenizer,
@@ -323,6 +331,7 @@ class Model:
             stats.finish_reason = "cancelled"
         finally:
             self._turns.release(turn)
+            _log.debug("a generation ended: %s", stats)
 
     def _pieces(
         self,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
 import time
 from collections.abc import Iterator
 
 from gqsa_runtime.errors import BusyError, Cancelled, ClosedError
+
+_log = logging.getLogger(__name__)
 
 # A generation keeps its turn while its consumer looks at a piece of text, but not for ever: after this
 # long the next call goes first, and the generation queues again when it is asked for more.
@@ -115,6 +118,7 @@ class Turns:
             while (first := self._queue[0]) is not turn:
                 left_s = first.patience_s()
                 if left_s <= 0:
+                    _log.debug("a generation that nobody asked for more gives way to the next call")
                     self._drop(first)
                 elif wait:
                     self._changed.wait(None if left_s == math.inf else left_s)

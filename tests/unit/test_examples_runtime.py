@@ -52,3 +52,9 @@ def test_score(example, capsys):
     values = [float(line.split()[0]) for line in lines]
     assert len(lines) == 2 and values == sorted(values, reverse=True)
     assert all("per token" in line for line in lines)
+
+
+def test_async_stream(example, capsys):
+    example("async_stream", "Once", "upon")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["'Once'", "'upon'"] and all(len(line) > 12 for line in lines)
