@@ -1,4 +1,4 @@
-"""Answers several questions under asyncio, each for a second at most. Usage: python async_stream.py model.gqsa "Hi" …"""
+"""Answers questions under asyncio, each for a second at most. Usage: python async_stream.py model.gqsa "Hi" …"""
 
 import asyncio
 import sys
@@ -19,7 +19,9 @@ async def answer(model: Model, prompt: str, seconds: float = 1.0) -> str:
 async def answer_all(path: str, prompts: tuple[str, ...]) -> None:
     model = await asyncio.to_thread(Model.open, path)
     with model:
-        for prompt, text in zip(prompts, await asyncio.gather(*(answer(model, prompt) for prompt in prompts))):
+        for prompt, text in zip(
+            prompts, await asyncio.gather(*(answer(model, prompt) for prompt in prompts)), strict=True
+        ):
             print(f"{prompt!r}: {text!r}")
 
 
