@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for type checkers, which do not see what is loaded late
     from gqsa_runtime.errors import GqsaError as GqsaError
     from gqsa_runtime.errors import InputError as InputError
     from gqsa_runtime.errors import ModelError as ModelError
+    from gqsa_runtime.errors import SignatureError as SignatureError
     from gqsa_runtime.errors import UnsupportedError as UnsupportedError
     from gqsa_runtime.generation import AsyncGeneration as AsyncGeneration
     from gqsa_runtime.generation import Generation as Generation
@@ -52,6 +53,7 @@ _EXPORTS = {
     "GqsaError": "errors",
     "InputError": "errors",
     "ModelError": "errors",
+    "SignatureError": "errors",
     "UnsupportedError": "errors",
     "freeze_support": "chat",
     "set_python": "chat",

@@ -115,7 +115,18 @@ def _context(value: str | int) -> int | str:
         raise click.BadParameter(f"{value!r} is neither a number of tokens nor auto") from None
 
 
+_signature_options = _options(
+    click.option(
+        "--require-signature",
+        metavar="PEM",
+        type=click.Path(dir_okay=False),
+        help="Use FILE only if this public key signed it, or a signer whose certificate descends from these.",
+    ),
+    click.option("--signature", type=click.Path(dir_okay=False), help="With it: the signature. Default: FILE.sig."),
+)
+
 _model_options = _options(
+    _signature_options,
     click.option("--device", default="auto", show_default=True, help="auto, cuda, cuda:N or cpu."),
     click.option(
         "--context",
@@ -158,17 +169,25 @@ def _open_model(
     device: str,
     context: int | str | None,
     threads: int | None,
+    require_signature: str | None,
+    signature: str | None,
     sampling: dict[str, Any] | None = None,
 ) -> Model:
     from gqsa_runtime.model import Model
 
+    _check_signature_options(require_signature, signature)
     Model.check_options(**(sampling or {}))  # better refused now than after seconds of loading
     with _LoadingBar() as bar:
-        model = Model.open(file, device, context, threads, bar.update)
+        model = Model.open(file, device, context, threads, bar.update, require_signature, signature)
     _tell(f"device {model.device_reason}")
     if model.context_reason:
         _tell(model.context_reason)
     return model
+
+
+def _check_signature_options(require_signature: str | None, signature: str | None) -> None:
+    if signature is not None and require_signature is None:
+        raise click.UsageError("--signature says where a signature lies; --require-signature, by whom it must be")
 
 
 class _LoadingBar:
@@ -259,6 +278,8 @@ def run(
     device: str,
     context: int | str | None,
     threads: int | None,
+    require_signature: str | None,
+    signature: str | None,
     session: str | None,
     stats: bool,
     **sampling: Any,
@@ -276,7 +297,7 @@ def run(
         if sys.stdin.isatty():
             _tell("reading the prompt from standard input; end it with Ctrl-D")
         prompt = read_text("-", "prompt")
-    with _open_model(file, device, context, threads, sampling) as model:
+    with _open_model(file, device, context, threads, require_signature, signature, sampling) as model:
         if session is not None and os.path.exists(session):
             _tell(f"{session}: {model.load_session(session)} tokens are in the cache")
         if model.has_chat_template and not raw:
@@ -303,6 +324,8 @@ def chat(
     device: str,
     context: int | str | None,
     threads: int | None,
+    require_signature: str | None,
+    signature: str | None,
     stats: bool,
     **sampling: Any,
 ) -> None:
@@ -316,7 +339,7 @@ def chat(
       gqsa chat model.gqsa --system "Answer in one sentence."
     """
     opening = [{"role": "system", "content": system}] if system else []
-    with _open_model(file, device, context, threads, sampling) as model:
+    with _open_model(file, device, context, threads, require_signature, signature, sampling) as model:
         if not model.has_chat_template:
             raise InputError(f"{file}: the file carries no chat template; use `gqsa run` instead")
         messages = list(opening)
@@ -404,17 +427,20 @@ def inspect(file: str, context: int | None, kernels: bool, tensors: bool, as_jso
 
 @click.command()
 @_FILE
+@_signature_options
 @_JSON
-def verify(file: str, as_json: bool) -> None:
+def verify(file: str, require_signature: str | None, signature: str | None, as_json: bool) -> None:
     """Checks every digest, the launch plan and all index tensors of a file.
 
     \b
-    Example:
+    Examples:
       gqsa verify model.gqsa
+      gqsa verify model.gqsa --require-signature maker.pem
     """
     from gqsa_runtime.verify import verify_file
 
-    found = verify_file(file, functools.partial(progress, unit="tensor"))
+    _check_signature_options(require_signature, signature)
+    found = verify_file(file, functools.partial(progress, unit="tensor"), require_signature, signature)
     if as_json:
         click.echo(json.dumps({"path": file, "ok": True, "tensors": found.n_tensors, "bytes": found.n_bytes}))
     else:
@@ -445,6 +471,8 @@ def bench(
     device: str,
     context: int | str | None,
     threads: int | None,
+    require_signature: str | None,
+    signature: str | None,
     as_json: bool,
 ) -> None:
     """Measures opening, decode and prompts at given lengths: warm-up, then medians.
@@ -464,7 +492,7 @@ def bench(
         from gqsa_runtime import roofline
 
         roofline.check(plot)  # better refused now than after the measurement
-    with _open_model(file, device, context, threads) as model:
+    with _open_model(file, device, context, threads, require_signature, signature) as model:
         track = functools.partial(progress, unit="length")
         found = benchmark.bench(model, contexts, sizes, n_decode, repeats, profile, track)
         found = {"path": file, "name": model.program.name, "device": model.device.name, **found}
@@ -510,6 +538,8 @@ def ppl(
     device: str,
     context: int | str | None,
     threads: int | None,
+    require_signature: str | None,
+    signature: str | None,
     as_json: bool,
 ) -> None:
     """Perplexity of a text. The last tokens that fill no window are left out; a shorter text is scored whole.
@@ -521,7 +551,7 @@ def ppl(
     from gqsa_runtime.perplexity import perplexity
 
     content = read_text(text, "text")
-    with _open_model(file, device, context or None, threads) as model:
+    with _open_model(file, device, context or None, threads, require_signature, signature) as model:
         result = perplexity(model, content, window, stride, max_windows, functools.partial(progress, unit="window"))
     if as_json:
         click.echo(json.dumps({"path": file, "window": window, "stride": stride or window, **vars(result)}))

@@ -79,6 +79,8 @@ class Model:
         context: int | str | None = None,
         threads: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        require_signature: str | os.PathLike[str] | bytes | None = None,
+        signature: str | os.PathLike[str] | None = None,
     ) -> Model:
         """Opens a .gqsa file.
 
@@ -86,14 +88,19 @@ class Model:
         context: positions of the KV cache; default 4096, less where the model or the memory has less; "auto": as many
         as the model is made for and free memory allows, on the CPU half of what the weights leave free.
         threads: of the CPU. progress: called with (bytes read, bytes in all) while weights load.
-        Raises FormatError (not a sound .gqsa file), DeviceError (nothing to run it on, no memory: it says how much is
-        needed and free, and the largest context that fits, before anything is allocated on the device) or
-        InputError (no such file, a context that the model is not made for).
+        require_signature: who must have signed the file: a public key on P-256, P-384 or P-521, or trusted
+        certificates, as a PEM file or its bytes. Nothing of the file is used before its signature was found to be
+        theirs and of the bytes that are loaded. Needs gqsa-runtime[signature]. signature: where it lies; default: the
+        file's name and ".sig".
+        Raises FormatError (not a sound .gqsa file), SignatureError (a signature is asked for and is not of this file
+        and key, or cannot be checked), DeviceError (nothing to run it on, no memory: it says how much is needed and
+        free, and the largest context that fits, before anything is allocated on the device) or InputError (no such
+        file, a context that the model is not made for).
         """
         clock = Stopwatch()
         with clock.stage("total"), contextlib.ExitStack() as stack:
             with clock.stage("header"):
-                file = stack.enter_context(ArtifactFile.open(path))
+                file = stack.enter_context(ArtifactFile.open(path, require_signature, signature))
             try:
                 with clock.stage("header"):
                     validate(file.program, file.tensors)

@@ -22,12 +22,17 @@ class Verified:
     n_bytes: int
 
 
-def verify_file(path: str | os.PathLike[str], progress: Progress | None = None) -> Verified:
+def verify_file(
+    path: str | os.PathLike[str],
+    progress: Progress | None = None,
+    require_signature: str | os.PathLike[str] | bytes | None = None,
+    signature: str | os.PathLike[str] | None = None,
+) -> Verified:
     """Reads everything in a .gqsa file once. Raises FormatError at the first thing that is wrong.
 
-    progress: wraps the list of tensor names, as `tqdm.tqdm` does.
+    progress: wraps the list of tensor names, as `tqdm.tqdm` does. require_signature, signature: as in `Model.open`.
     """
-    with ArtifactFile.open(path) as artifact:
+    with ArtifactFile.open(path, require_signature, signature) as artifact:
         validate(artifact.program, artifact.tensors)
         names = list(artifact.tensors)
         with CheckedTensors(artifact, names) as tensors:
