@@ -1,5 +1,6 @@
 """What is told to those who ship the runtime: versions, licences, the bill of materials."""
 
+import inspect
 import json
 import re
 
@@ -63,3 +64,22 @@ def test_the_bill_of_materials(distributions):
     needs = {each["ref"]: set(each.get("dependsOn", ())) for each in made["dependencies"]}
     assert {"numpy", "cryptography"} < needs["gqsa-runtime"] and "markupsafe" in needs["jinja2"]
     assert all(part["licenses"] for part in made["components"])
+
+
+def test_the_reference_holds_every_public_name(tmp_path):
+    pytest.importorskip("pdoc", reason="pdoc writes the reference; install the extra 'dev'")
+    from tools.reference import write
+
+    page = write(tmp_path).read_text()  # warnings are errors there
+    for name in gqsa_runtime.__all__:
+        assert f'id="{name}"' in page
+        found = getattr(gqsa_runtime, name)
+        members = {f"{name}.{key}": value for key, value in vars(found).items()} if inspect.isclass(found) else {}
+        for label, value in {name: found, **members}.items():
+            if label.split(".")[-1].startswith("_") or not (
+                callable(value) or isinstance(value, (property, classmethod))
+            ):
+                continue
+            value = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+            assert inspect.getdoc(value) and len(inspect.getdoc(value)) > 15, f"{label} has no docstring"
+            assert f'id="{label}"' in page, label
