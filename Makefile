@@ -11,7 +11,7 @@ TORCH := torch==2.13.0
 FUZZ_SECONDS := 300
 FUZZ_SEED := $(shell expr $$(date +%s) / 86400)
 
-.PHONY: demo test fuzz sanitize lint clean
+.PHONY: demo test fuzz sanitize lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/smollm2_demo.py
@@ -19,6 +19,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
 fuzz: $(VENV)/.installed-dev
@@ -31,6 +32,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The reference of the Python API, as HTML.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m tools.reference build/docs
+
 $(VENV)/.installed: pyproject.toml runtime/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)"
@@ -42,4 +47,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo .mypy_cache .pytest_cache .ruff_cache

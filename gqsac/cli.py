@@ -15,6 +15,7 @@ from gqsac import __version__
 from gqsac.bsr import GROUP_SIZES
 from gqsac.cli_doctor import doctor
 from gqsac.cli_eval import evaluate
+from gqsac.cli_sign import sign
 from gqsac.cli_sweep import sweep_command
 from gqsac.errors import DeviceError
 
@@ -211,9 +212,13 @@ def _numbers(option: str, text: str, kind=float):
 @click.option("--dump-dir", type=click.Path(path_type=Path), help="Write graph, plan, sources, logs and code here.")
 @click.option("--dry-run", is_flag=True, help="Trace and plan, but compile and write nothing.")
 @click.option("--no-cache", is_flag=True, help="Compile every kernel anew.")
+@click.option(
+    "--sign", "key", metavar="KEY", type=click.Path(path_type=Path, dir_okay=False),
+    help="Sign the file with this private key; see `gqsac sign`.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def build(model, output, targets, jobs, kv_dtype, exact, head_bits, max_context, bits, group_size, sparsity, dump_dir,
-          dry_run, no_cache, as_json):  # fmt: skip
+          dry_run, no_cache, key, as_json):  # fmt: skip
     """Compiles a checkpoint folder into one .gqsa file.
 
     MODEL is a folder made by `gqsac compress`, by llm-compressor with 4 or 8 bits (compressed-tensors'
@@ -232,6 +237,11 @@ def build(model, output, targets, jobs, kv_dtype, exact, head_bits, max_context,
     from gqsac.compiler.pipeline import build as run
     from gqsac.rounding import Rounding
 
+    signer = None
+    if key is not None:
+        from gqsac.sign import Signer
+
+        signer = Signer(key)  # better refused now than after the build
     rounding = Rounding(bits, group_size, sparsity) if bits is not None else None
     if rounding is not None:
         click.echo(
@@ -244,6 +254,8 @@ def build(model, output, targets, jobs, kv_dtype, exact, head_bits, max_context,
     )  # fmt: skip
     with BuildProgress() as progress:
         summary = run(model, output, options, progress)
+    if signer is not None and not dry_run:
+        click.echo(f"signed: {signer.sign(output)}", err=True)
     if as_json:
         click.echo(json.dumps(summary.as_dict(), indent=1))
         return
@@ -328,6 +340,7 @@ def import_(model, output):
     click.echo(f"{len(config.shapes)} linears of {config.bits:g} bits written to {output}", err=True)
 
 
+cli.add_command(sign)
 cli.add_command(sweep_command(compress, _chosen))
 for command in commands():
     cli.add_command(command)

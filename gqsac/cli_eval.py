@@ -36,7 +36,7 @@ def _shared(*names: str) -> list[click.Parameter]:
 
 
 @evaluate.command(params=_runtime_ppl.params, context_settings=_HELP)
-def ppl(file, text, window, stride, max_windows, device, context, threads, rebuild_kernels, as_json) -> None:
+def ppl(file, text, window, stride, max_windows, device, context, threads, as_json, **of_artifacts) -> None:
     """Perplexity of a text. The last tokens that fill no window are left out; a shorter text is scored whole.
 
     FILE is a .gqsa file, or a model folder (compressed or not), hub id or .gguf file: those run in
@@ -48,12 +48,13 @@ def ppl(file, text, window, stride, max_windows, device, context, threads, rebui
       gqsac eval ppl model/ --text wiki.test.raw --json
     """
     if is_artifact(file):
-        _runtime_ppl.callback(
-            file, text, window, stride, max_windows, device, context, threads, rebuild_kernels, as_json
-        )
+        measured = (file, text, window, stride, max_windows, device, context, threads)
+        _runtime_ppl.callback(*measured, as_json=as_json, **of_artifacts)
         return
-    if rebuild_kernels:
-        raise click.UsageError("--rebuild-kernels is for .gqsa files: other models have no kernels")
+    for name, value in of_artifacts.items():
+        if value:
+            option = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{option} is for .gqsa files alone")
     from gqsac.evaluate.load import open_scorer
 
     content = read_text(text, "text")

@@ -55,13 +55,15 @@ def made_by(target: str) -> str:
     return _words(toolchain((target,)))
 
 
-def compare(path: str, progress: Callable[[str, int, int], None] = lambda stage, done, total: None) -> Comparison:
+def compare(
+    file: ArtifactFile, progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+) -> Comparison:
     """Compiles every kernel of a sound file anew, for all of its targets and without the cache, and compares the code.
 
     progress: called as ("compile", done, total). Raises GqsaError where a target cannot be compiled for, or a plan is
     not one that this compiler makes: then nothing was compared.
     """
-    with ArtifactFile.open(path) as file, naming(path):
+    with naming(file.path):
         program = file.program
         validate(program, file.tensors)
         recorded = recorded_compiler(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from gqsa_runtime import memory
 from gqsa_runtime.errors import InputError
 from gqsa_runtime.model import Model
 from gqsa_runtime.operators import OPERATORS
+from gqsa_runtime.perplexity import Progress
 from gqsa_runtime.program import DTYPE_BYTES, Kernel, Step
 from gqsa_runtime.sequence import Sequence as TokenSequence
 
@@ -29,8 +31,8 @@ def bench(
     n_decode: int = 64,
     repeats: int = 3,
     profile: bool = False,
-    progress: Callable | None = None,
-) -> dict:
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Measures a model that has just been opened. Tokens are random: speed does not depend on which.
 
     contexts: tokens in the cache before n_decode single steps, default 128, 1024 and 2048, or as many as fit.
@@ -69,8 +71,10 @@ def bench(
             )
     first_s = _first_token(model)
     bandwidth = model.device.bandwidth()
-    tasks = [(_decode, length, n_decode) for length in contexts] + [(_prefill, length) for length in prompts]
-    rows: dict[Callable, list[dict]] = {_decode: [], _prefill: []}
+    tasks: list[tuple[Any, ...]] = [(_decode, length, n_decode) for length in contexts] + [
+        (_prefill, length) for length in prompts
+    ]
+    rows: dict[Callable[..., Any], list[dict[str, Any]]] = {_decode: [], _prefill: []}
     for measure, *sizes in progress(tasks) if progress else tasks:
         rows[measure].append(measure(model, *sizes, repeats))
     decode = [{**row, "share": 1e9 * row["gb_per_s"] / bandwidth} for row in rows[_decode]]
@@ -118,7 +122,7 @@ def _first_token(model: Model) -> float:
     return time.perf_counter() - began_s
 
 
-def _decode(model: Model, length: int, n_decode: int, repeats: int) -> dict:
+def _decode(model: Model, length: int, n_decode: int, repeats: int) -> dict[str, Any]:
     prompt, seconds = _random_tokens(model, length), []
     for turn in range(repeats + 1):
         sequence = TokenSequence()  # of the prompt only the last token runs again
@@ -145,7 +149,7 @@ def _decode(model: Model, length: int, n_decode: int, repeats: int) -> dict:
     }
 
 
-def _prefill(model: Model, length: int, repeats: int) -> dict:
+def _prefill(model: Model, length: int, repeats: int) -> dict[str, Any]:
     prompt, seconds = _random_tokens(model, length), []
     for _ in range(repeats + 1):
         model.engine.reset()
@@ -165,7 +169,7 @@ def _prefill(model: Model, length: int, repeats: int) -> dict:
     }
 
 
-def _profile(model: Model, context: int, prompt: int) -> list[dict]:
+def _profile(model: Model, context: int, prompt: int) -> list[dict[str, Any]]:
     chunk = min(model.device.plan.prefill_chunk, prompt)
     rows = []
     for held, n_tokens in ((context, 1), (prompt - chunk, chunk)):
@@ -177,7 +181,7 @@ def _profile(model: Model, context: int, prompt: int) -> list[dict]:
     return rows
 
 
-def _profile_rows(model: Model, phase: str, seconds: Sequence[float], context: int) -> list[dict]:
+def _profile_rows(model: Model, phase: str, seconds: Sequence[float], context: int) -> list[dict[str, Any]]:
     plan = model.program.plans[model.family]
     kernels = {kernel.name: kernel for kernel in plan.kernels}
     rows = []
@@ -203,7 +207,7 @@ def _step_bytes(model: Model, kernel: Kernel, step: Step, context: int) -> int:
     """Weights and cache that a step reads; of a table it reads a few rows, which do not count."""
     if kernel.op.startswith("embedding"):
         return 0
-    tensors = {arg.name for arg in step.args if arg.kind == "tensor"}
+    tensors = {arg.named for arg in step.args if arg.kind == "tensor"}
     n_bytes = sum(model.tensors[name].size for name in tensors)
     if kernel.op in _ATTENTION:
         p = kernel.params
@@ -212,7 +216,7 @@ def _step_bytes(model: Model, kernel: Kernel, step: Step, context: int) -> int:
     return n_bytes
 
 
-def render(found: Mapping, table: Callable[[list[dict]], str]) -> str:
+def render(found: Mapping[str, Any], table: Callable[[list[dict[str, Any]]], str]) -> str:
     """What `bench` found as text. table: draws rows of equal keys."""
     seconds = found["open_seconds"]
     beside = ("tokenizer", "read", "check")

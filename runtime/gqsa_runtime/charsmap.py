@@ -73,4 +73,5 @@ def _growth(units: np.ndarray, strings: bytes) -> float:
 def _children(units: np.ndarray, nodes: np.ndarray) -> np.ndarray:
     """Where the children of nodes are counted from."""
     values = units[nodes]
-    return nodes ^ (values >> 10 << ((values & 1 << 9) >> 6))
+    first: np.ndarray = nodes ^ (values >> 10 << ((values & 1 << 9) >> 6))
+    return first

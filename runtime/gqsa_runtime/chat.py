@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gqsa_runtime.errors import DeviceError, FormatError, InputError
 
@@ -50,7 +51,7 @@ def freeze_support() -> None:
     _frozen_support = True
 
 
-def set_python(path: str | os.PathLike) -> None:
+def set_python(path: str | os.PathLike[str]) -> None:
     """Which Python 3.10 or later renders chat templates: for programs that embed Python and are none themselves.
 
     Default: sys.executable. It needs no packages of its own; jinja2 is taken from this process's.
@@ -65,7 +66,7 @@ class ChatTemplate:
     Raises FormatError where the template is too long. Any number of threads may use it.
     """
 
-    def __init__(self, source: str, bos_token: str | None = None, eos_token: str | None = None):
+    def __init__(self, source: str, bos_token: str | None = None, eos_token: str | None = None) -> None:
         if len(source) > MAX_TEMPLATE_CHARACTERS:
             raise FormatError(
                 f"the file's chat template has {len(source)} characters, allowed are {MAX_TEMPLATE_CHARACTERS}; "
@@ -78,7 +79,9 @@ class ChatTemplate:
         """Raises FormatError where the template is no Jinja, or uses what the sandbox has not."""
         self._ask(None)
 
-    def render(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, **variables) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
         """The prompt for messages such as {"role": "user", "content": "Hello"}.
 
         add_generation_prompt: end where the assistant's answer begins. variables: others that the
@@ -95,7 +98,7 @@ class ChatTemplate:
             }
         )
 
-    def _ask(self, names: dict | None) -> str:
+    def _ask(self, names: dict[str, Any] | None) -> str:
         try:
             given = json.dumps(names)
         except (TypeError, ValueError, RecursionError) as error:
@@ -131,13 +134,14 @@ def _command() -> list[str]:
     worker = Path(__file__).with_name("template_worker.py")
     python = _python or sys.executable
     specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
-    if not python or not worker.is_file() or not all(spec and spec.origin for spec in specs):
+    origins = [spec.origin for spec in specs if spec and spec.origin]
+    if not python or not worker.is_file() or len(origins) < len(specs):
         raise DeviceError(
             "chat templates are rendered by a Python of their own, but there is no Python to start, or gqsa_runtime, "
             "jinja2 or markupsafe are no files that it could read; install them with pip, or name a Python with "
             "gqsa_runtime.set_python()"
         )
-    folders = sorted({os.fspath(Path(spec.origin).parents[1]) for spec in specs})
+    folders = sorted({os.fspath(Path(origin).parents[1]) for origin in origins})
     return [python, "-I", "-S", os.fspath(worker), *folders]
 
 
@@ -156,18 +160,20 @@ def _run(request: bytes, seconds: float, most_bytes: int) -> bytes:
             f"chat templates are rendered by a process of their own, but {command[0]} cannot be started: "
             f"{error.strerror or error}; name a Python with gqsa_runtime.set_python()"
         ) from None
+    given, answer = child.stdin, child.stdout
+    assert given is not None and answer is not None  # pipes, as asked
     timer = threading.Timer(seconds, child.kill)
     try:
         timer.start()
-        for give in (lambda: child.stdin.write(request), child.stdin.close):
+        for give in (lambda: given.write(request), given.close):
             with contextlib.suppress(BrokenPipeError):  # it ended early
                 give()
-        data = child.stdout.read(most_bytes + 1)
+        data = answer.read(most_bytes + 1)
         return data if len(data) <= most_bytes else b""
     finally:
         timer.cancel()
         child.kill()
-        child.stdout.close()
+        answer.close()
         child.wait()
 
 
@@ -180,7 +186,7 @@ def _parse(data: bytes) -> tuple[str, str]:
     return (kind, text) if isinstance(text, str) else ("exhausted", "")
 
 
-def _check_messages(messages: Sequence[Mapping]) -> None:
+def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     if not messages:
         raise InputError('there are no messages; expected at least one, such as {"role": "user", "content": "Hello"}')
     for index, message in enumerate(messages):

@@ -1,7 +1,8 @@
 """Whether a file runs here: which device would run it, why not otherwise, and how much memory it takes.
 
 Everything is asked of the functions that `load.open_device` opens files by. The header is read, with the launch plan
-in it, and nothing of the weights, the kernels' code and the tokenizer: `verify` reads those.
+in it, and nothing of the weights, the kernels' code and the tokenizer: `verify` reads those. Only where a signature is
+asked for, every byte is hashed, too.
 """
 
 from __future__ import annotations
@@ -61,19 +62,27 @@ class Check:
     devices: tuple[DeviceCheck, ...]
 
 
-def check_file(path: str | os.PathLike, device: str = "auto", context: int | str | None = None) -> Check:
+def check_file(
+    path: str | os.PathLike[str],
+    device: str = "auto",
+    context: int | str | None = None,
+    require_signature: str | os.PathLike[str] | bytes | None = None,
+    signature: str | os.PathLike[str] | None = None,
+) -> Check:
     """Checks whether a file runs here; parameters as in `Model.open`.
 
-    Raises FormatError for a file whose header or launch plan is not sound, InputError where there is no such file, for
-    an unknown device, and for a context that the model is not made for.
+    Raises FormatError for a file whose header or launch plan is not sound, SignatureError for one that is not signed as
+    is asked for, InputError where there is no such file, for an unknown device, and for a context that the model is not
+    made for.
     """
     asked, ordinal = load.parse_device(device)
-    with ArtifactFile.open(path) as file, naming(path):
+    with ArtifactFile.open(path, require_signature, signature) as file, naming(path):
         validate(file.program, file.tensors)
         load.check_context(file.program, context)
         kinds = ("cuda", "cpu") if asked == "auto" else (asked,)
         devices = tuple(_check_device(file, kind, ordinal) for kind in kinds)
-        chosen = context_reason = None
+        chosen: DeviceCheck | None = None
+        context_reason: str | None = None
         wanted = needed = free = fits = None
         try:
             kind, ordinal, reason = load.choose_device(file.program, device)
@@ -93,7 +102,7 @@ def check_file(path: str | os.PathLike, device: str = "auto", context: int | str
         name=file.program.name,
         runs=runs,
         reason=reason,
-        device=chosen and chosen.device,
+        device=None if chosen is None else chosen.device,
         context=wanted,
         needed_bytes=needed,
         free_bytes=free,

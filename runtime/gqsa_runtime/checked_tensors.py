@@ -20,7 +20,7 @@ MAX_READERS = 8
 AHEAD_BYTES = 1 << 30
 
 
-class CheckedTensors(Mapping):
+class CheckedTensors(Mapping[str, np.ndarray]):
     """A file's tensors: none is handed out whose digest is wrong, or whose numbers break a rule of its layout.
 
     names: those that will be asked for. Within a `with` block threads read and check them ahead in this order. Any
@@ -52,7 +52,7 @@ class CheckedTensors(Mapping):
         self._stopped = True
         self._readers: list[threading.Thread] = []
 
-    def __enter__(self):
+    def __enter__(self) -> CheckedTensors:
         self._stopped = False
         count = min(MAX_READERS, default_threads(), len(self._names))
         self._readers = [threading.Thread(target=self._read_ahead, name="gqsa-reader") for _ in range(count)]
@@ -60,7 +60,7 @@ class CheckedTensors(Mapping):
             reader.start()
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -100,14 +100,16 @@ class CheckedTensors(Mapping):
             if array is not None:
                 return array
             pending = self._pending.get(name)
-            mine = None if pending else self._claim(name)
+            mine = pending is None
+            future = self._claim(name) if pending is None else pending
         if mine:
-            self._read(name, mine)
-        return (mine or pending).result()
+            self._read(name, future)
+        return future.result()
 
     def _claim(self, name: str) -> Future[np.ndarray]:
         """Makes the tensor pending; whoever calls this, with the lock, must `_read` it."""
-        self._pending[name] = future = Future()
+        future: Future[np.ndarray] = Future()
+        self._pending[name] = future
         self._pending_bytes += self.nbytes(name)
         return future
 

@@ -13,11 +13,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gqsa_runtime import __version__, rebuild
 from gqsa_runtime.errors import FormatError, GqsaError, InputError
+
+if TYPE_CHECKING:
+    from gqsa_runtime.model import Model
 
 _FILE = click.argument("file", type=click.Path(path_type=str))
 OPTIONAL_FILE = click.argument("file", type=click.Path(path_type=str), required=False)
@@ -59,7 +63,7 @@ class _ReaderGone(Exception):
 class Commands(click.Group):
     """A group of commands whose reader may leave early, as in `gqsa run … | head`."""
 
-    def invoke(self, ctx: click.Context):
+    def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
@@ -96,34 +100,45 @@ def gqsa() -> None:
     """
 
 
-def _options(*options: Callable) -> Callable:
+_Function = Callable[..., Any]
+
+
+def _options(*options: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:
     return functools.partial(functools.reduce, lambda function, option: option(function), options[::-1])
 
 
-class _Context(click.ParamType):
-    """A number of tokens, or what free memory allows."""
+def _context(value: str | int) -> int | str:
+    """A number of tokens, or "auto": what free memory allows."""
+    if value == "auto":
+        return "auto"
+    try:
+        return int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number of tokens nor auto") from None
 
-    name = "integer|auto"
 
-    def convert(self, value, param, ctx):
-        if value == "auto" or isinstance(value, int):
-            return value
-        try:
-            return int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a number of tokens nor auto", param, ctx)
-
+_signature_options = _options(
+    click.option(
+        "--require-signature",
+        metavar="PEM",
+        type=click.Path(dir_okay=False),
+        help="Use FILE only if this public key signed it, or a signer whose certificate descends from these.",
+    ),
+    click.option("--signature", type=click.Path(dir_okay=False), help="With it: the signature. Default: FILE.sig."),
+)
 
 _place_options = _options(
     click.option("--device", default="auto", show_default=True, help="auto, cuda, cuda:N or cpu."),
     click.option(
         "--context",
-        type=_Context(),
+        type=_context,
+        metavar="INTEGER|AUTO",
         help="Tokens that fit at once; auto: as many as the model has and free memory allows. Default: 4096, or less "
         "to fit.",
     ),
 )
 _model_options = _options(
+    _signature_options,
     _place_options,
     click.option("--threads", type=int, help="CPU threads. Default: all."),
     click.option(
@@ -134,7 +149,7 @@ _model_options = _options(
 )
 
 
-def _sampling_options(temperature: float) -> Callable:
+def _sampling_options(temperature: float) -> Callable[[_Function], _Function]:
     return _options(
         click.option("--max-new-tokens", type=int, default=256, show_default=True),
         click.option("--temperature", type=float, default=temperature, show_default=True, help="0: the likeliest."),
@@ -165,28 +180,38 @@ def _open_model(
     context: int | str | None,
     threads: int | None,
     rebuild_kernels: bool,
-    sampling: dict | None = None,
-):
+    require_signature: str | None,
+    signature: str | None,
+    sampling: dict[str, Any] | None = None,
+) -> Model:
     from gqsa_runtime.model import Model
 
+    _check_signature_options(require_signature, signature)
     Model.check_options(**(sampling or {}))  # better refused now than after seconds of loading
     if rebuild_kernels:
         rebuild.compiler()
         _tell("making the kernels anew")
     kernels = rebuild.REBUILD if rebuild_kernels else rebuild.FILE
     with _LoadingBar() as bar:
-        model = Model.open(file, device, context, threads, bar.update, kernels)
+        model = Model.open(file, device, context, threads, bar.update, kernels, require_signature, signature)
     _tell(f"device {model.device_reason}")
     if model.context_reason:
         _tell(model.context_reason)
     return model
 
 
+def _check_signature_options(require_signature: str | None, signature: str | None) -> None:
+    if signature is not None and require_signature is None:
+        raise click.UsageError("--signature says where a signature lies; --require-signature, by whom it must be")
+
+
 class _LoadingBar:
     """A progress bar over bytes, on a terminal only."""
 
-    def __enter__(self):
-        self._bar = None
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __enter__(self) -> _LoadingBar:
         return self
 
     def update(self, done: int, total: int) -> None:
@@ -198,16 +223,17 @@ class _LoadingBar:
             self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", leave=False, file=sys.stderr)
         self._bar.update(done - self._bar.n)
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
 
-def progress(items: Iterable, unit: str):
+def progress(items: Iterable[Any], unit: str) -> Iterable[Any]:
     """The items, with a progress bar on a terminal."""
     from tqdm import tqdm
 
-    return tqdm(items, unit=unit, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
+    bar: Iterable[Any] = tqdm(items, unit=unit, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
+    return bar
 
 
 def _write(pieces: Iterable[str]) -> str:
@@ -219,7 +245,7 @@ def _write(pieces: Iterable[str]) -> str:
     return "".join(text)
 
 
-def _tell_if_full(model) -> None:
+def _tell_if_full(model: Model) -> None:
     if model.stats.finish_reason == "context":
         _tell(
             f"the context of {model.context} tokens is full, so the text ends here; --context-shift goes on, or open "
@@ -227,7 +253,7 @@ def _tell_if_full(model) -> None:
         )
 
 
-def _tell_stats(model) -> None:
+def _tell_stats(model: Model) -> None:
     stats = model.stats
     _tell(
         f"prompt {stats.prompt_tokens} tokens ({stats.cached_tokens} kept) in {stats.prefill_seconds:.3f} s, "
@@ -241,7 +267,7 @@ def read_text(path: str, what: str) -> str:
     """A UTF-8 text file, "-" for standard input. Raises InputError that names `what`."""
     try:
         with click.open_file(path, encoding="utf-8") as file:
-            return file.read()
+            return str(file.read())
     except OSError as error:
         raise InputError(f"{path}: the {what} cannot be read: {error.strerror or error}; check the path") from None
     except UnicodeDecodeError:
@@ -260,7 +286,20 @@ def read_text(path: str, what: str) -> str:
     help="File of a prompt that was read before: what this one shares with it is not read again. Made, or made anew.",
 )
 @click.option("--stats", is_flag=True, help="Tell counts and speeds on standard error.")
-def run(file, prompt, raw, device, context, threads, rebuild_kernels, session, stats, **sampling) -> None:
+def run(
+    file: str,
+    prompt: str | None,
+    raw: bool,
+    device: str,
+    context: int | str | None,
+    threads: int | None,
+    rebuild_kernels: bool,
+    require_signature: str | None,
+    signature: str | None,
+    session: str | None,
+    stats: bool,
+    **sampling: Any,
+) -> None:
     """Answers one prompt, as a chat message if the file has a chat template, and exits.
 
     \b
@@ -278,7 +317,7 @@ def run(file, prompt, raw, device, context, threads, rebuild_kernels, session, s
         if sys.stdin.isatty():
             _tell("reading the prompt from standard input; end it with Ctrl-D")
         prompt = read_text("-", "prompt")
-    with _open_model(file, device, context, threads, rebuild_kernels, sampling) as model:
+    with _open_model(file, device, context, threads, rebuild_kernels, require_signature, signature, sampling) as model:
         if session is not None and os.path.exists(session):
             _tell(f"{session}: {model.load_session(session)} tokens are in the cache")
         if model.has_chat_template and not raw:
@@ -299,7 +338,18 @@ def run(file, prompt, raw, device, context, threads, rebuild_kernels, session, s
 @_sampling_options(temperature=0.7)
 @_model_options
 @click.option("--stats", is_flag=True, help="Tell counts and speeds after each answer.")
-def chat(file, system, device, context, threads, rebuild_kernels, stats, **sampling) -> None:
+def chat(
+    file: str,
+    system: str | None,
+    device: str,
+    context: int | str | None,
+    threads: int | None,
+    rebuild_kernels: bool,
+    require_signature: str | None,
+    signature: str | None,
+    stats: bool,
+    **sampling: Any,
+) -> None:
     """Talks with the model, line by line; /reset begins anew, /exit or Ctrl-D ends.
 
     Ctrl-C ends an answer. Where the context is full, the oldest messages are forgotten; an answer that fills it ends,
@@ -310,7 +360,7 @@ def chat(file, system, device, context, threads, rebuild_kernels, stats, **sampl
       gqsa chat model.gqsa --system "Answer in one sentence."
     """
     opening = [{"role": "system", "content": system}] if system else []
-    with _open_model(file, device, context, threads, rebuild_kernels, sampling) as model:
+    with _open_model(file, device, context, threads, rebuild_kernels, require_signature, signature, sampling) as model:
         if not model.has_chat_template:
             raise InputError(f"{file}: the file carries no chat template; use `gqsa run` instead")
         messages = list(opening)
@@ -340,7 +390,7 @@ def chat(file, system, device, context, threads, rebuild_kernels, stats, **sampl
                 _tell_stats(model)
 
 
-def _forget_oldest(model, messages: list[dict], n_opening: int) -> list[dict]:
+def _forget_oldest(model: Model, messages: list[dict[str, str]], n_opening: int) -> list[dict[str, str]]:
     """The messages without the oldest ones after the opening, until they leave an eighth of the context free."""
     kept = list(messages)
     while len(kept) > n_opening + 1 and len(model.chat_tokens(kept)) > model.context - model.context // 8:
@@ -366,14 +416,23 @@ def _read_line() -> str | None:
 
 @click.command()
 @_FILE
+@_signature_options
 @_place_options
 @_JSON
 @click.pass_context
-def check(ctx, file, device, context, as_json) -> None:
+def check(
+    ctx: click.Context,
+    file: str,
+    require_signature: str | None,
+    signature: str | None,
+    device: str,
+    context: int | str | None,
+    as_json: bool,
+) -> None:
     """Says whether a file runs here, on which device, and in how much memory, without reading its weights.
 
     Exit code 0: it runs. 3: it is sound as far as its header tells, but does not run here; the first line says why. 1:
-    it is no sound file.
+    it is no sound file, or, with --require-signature, which hashes all of it, not one of that signer.
 
     \b
     Examples:
@@ -383,12 +442,13 @@ def check(ctx, file, device, context, as_json) -> None:
     from gqsa_runtime import doctor as examination
     from gqsa_runtime.check import check_file
 
-    found = check_file(file, device, context)
+    _check_signature_options(require_signature, signature)
+    found = check_file(file, device, context, require_signature, signature)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(found), indent=2))
     else:
         click.echo(f"{file} {'runs' if found.runs else 'does not run'} here: {found.reason}")
-        if found.runs:
+        if found.context is not None and found.needed_bytes is not None and found.runs:
             fits = "" if found.largest_context is None else f"; up to {found.largest_context:,} fit"
             needed = f"{found.needed_bytes / 1e9:.2f} GB"
             click.echo(f"it opens with {found.context:,} of {found.max_context:,} tokens in {needed}{fits}")
@@ -404,7 +464,7 @@ def check(ctx, file, device, context, as_json) -> None:
 @click.option("--kernels", is_flag=True, help="List the kernels and their constants.")
 @click.option("--tensors", is_flag=True, help="List the tensors.")
 @_JSON
-def inspect(file, context, kernels, tensors, as_json) -> None:
+def inspect(file: str, context: int | None, kernels: bool, tensors: bool, as_json: bool) -> None:
     """Shows what a file holds: size, bits per weight, targets, kernels, memory.
 
     \b
@@ -432,6 +492,7 @@ def inspect(file, context, kernels, tensors, as_json) -> None:
 
 @click.command()
 @_FILE
+@_signature_options
 @click.option(
     "--rebuild",
     "compare",
@@ -439,7 +500,7 @@ def inspect(file, context, kernels, tensors, as_json) -> None:
     help="Have gqsac, which must be installed, compile every kernel anew, too, and compare the machine code.",
 )
 @_JSON
-def verify(file, compare, as_json) -> None:
+def verify(file: str, require_signature: str | None, signature: str | None, compare: bool, as_json: bool) -> None:
     """Checks every digest, the launch plan and all index tensors of a file.
 
     With --rebuild it says of each kernel whether its machine code is what gqsac makes of the launch plan here: same,
@@ -449,26 +510,31 @@ def verify(file, compare, as_json) -> None:
     Examples:
       gqsa verify model.gqsa
       gqsa verify model.gqsa --rebuild
+      gqsa verify model.gqsa --require-signature maker.pem
     """
-    from gqsa_runtime.verify import verify_file
+    from gqsa_runtime.reader import ArtifactFile
+    from gqsa_runtime.verify import verify_open
 
+    _check_signature_options(require_signature, signature)
     compiler = rebuild.compiler() if compare else None
-    found = verify_file(file, functools.partial(progress, unit="tensor"))
-    facts = {"path": file, "ok": True, "tensors": found.n_tensors, "bytes": found.n_bytes}
-    if not as_json:
-        click.echo(
-            f"{file} is sound: {found.n_tensors} tensors, {found.n_bytes:,} bytes, "
-            "launch plan, tokenizer and chat template"
-        )
-    if compare:
-        with compiler.BuildProgress() as bars:
-            compared = compiler.compare(file, bars)
-        facts |= {"ok": compared.same, "rebuilt": dataclasses.asdict(compared)}
+    compared = None
+    with ArtifactFile.open(file, require_signature, signature) as artifact:
+        found = verify_open(artifact, functools.partial(progress, unit="tensor"))
+        facts: dict[str, Any] = {"path": file, "ok": True, "tensors": found.n_tensors, "bytes": found.n_bytes}
         if not as_json:
-            _show_comparison(compared)
+            click.echo(
+                f"{file} is sound: {found.n_tensors} tensors, {found.n_bytes:,} bytes, "
+                "launch plan, tokenizer and chat template"
+            )
+        if compiler is not None:
+            with compiler.BuildProgress() as bars:
+                compared = compiler.compare(artifact, bars)
+            facts |= {"ok": compared.same, "rebuilt": dataclasses.asdict(compared)}
+            if not as_json:
+                _show_comparison(compared)
     if as_json:
         click.echo(json.dumps(facts))
-    if not facts["ok"]:
+    if compared is not None and not compared.same:
         raise FormatError(
             f"{file}: {compared.n_differing} of {len(compared.kernels)} kernels differ from those that "
             f"{compared.installed} makes; the file says that {compared.recorded or 'nothing'} made them"
@@ -495,7 +561,20 @@ def _show_comparison(compared: rebuild.Comparison) -> None:
 @_model_options
 @_JSON
 def bench(
-    file, lengths, prompts, n_decode, repeats, profile, plot, device, context, threads, rebuild_kernels, as_json
+    file: str,
+    lengths: str | None,
+    prompts: str | None,
+    n_decode: int,
+    repeats: int,
+    profile: bool,
+    plot: str | None,
+    device: str,
+    context: int | str | None,
+    threads: int | None,
+    rebuild_kernels: bool,
+    require_signature: str | None,
+    signature: str | None,
+    as_json: bool,
 ) -> None:
     """Measures opening, decode and prompts at given lengths: warm-up, then medians.
 
@@ -509,14 +588,14 @@ def bench(
     from gqsa_runtime import bench as benchmark
     from gqsa_runtime import inspect_
 
-    lengths, prompts = _numbers(lengths, "--at"), _numbers(prompts, "--prompts")
+    contexts, sizes = _numbers(lengths, "--at"), _numbers(prompts, "--prompts")
     if plot:
         from gqsa_runtime import roofline
 
         roofline.check(plot)  # better refused now than after the measurement
-    with _open_model(file, device, context, threads, rebuild_kernels) as model:
+    with _open_model(file, device, context, threads, rebuild_kernels, require_signature, signature) as model:
         track = functools.partial(progress, unit="length")
-        found = benchmark.bench(model, lengths, prompts, n_decode, repeats, profile, track)
+        found = benchmark.bench(model, contexts, sizes, n_decode, repeats, profile, track)
         found = {"path": file, "name": model.program.name, "device": model.device.name, **found}
     if plot:
         roofline.plot(found, plot)
@@ -551,7 +630,20 @@ def evaluate() -> None:
 @click.option("--max-windows", type=int, help="Stop after so many windows.")
 @_model_options
 @_JSON
-def ppl(file, text, window, stride, max_windows, device, context, threads, rebuild_kernels, as_json) -> None:
+def ppl(
+    file: str,
+    text: str,
+    window: int,
+    stride: int | None,
+    max_windows: int | None,
+    device: str,
+    context: int | str | None,
+    threads: int | None,
+    rebuild_kernels: bool,
+    require_signature: str | None,
+    signature: str | None,
+    as_json: bool,
+) -> None:
     """Perplexity of a text. The last tokens that fill no window are left out; a shorter text is scored whole.
 
     \b
@@ -561,7 +653,7 @@ def ppl(file, text, window, stride, max_windows, device, context, threads, rebui
     from gqsa_runtime.perplexity import perplexity
 
     content = read_text(text, "text")
-    with _open_model(file, device, context or None, threads, rebuild_kernels) as model:
+    with _open_model(file, device, context or None, threads, rebuild_kernels, require_signature, signature) as model:
         result = perplexity(model, content, window, stride, max_windows, functools.partial(progress, unit="window"))
     if as_json:
         click.echo(json.dumps({"path": file, "window": window, "stride": stride or window, **vars(result)}))
@@ -575,7 +667,7 @@ def ppl(file, text, window, stride, max_windows, device, context, threads, rebui
 @click.command()
 @OPTIONAL_FILE
 @_JSON
-def doctor(file, as_json) -> None:
+def doctor(file: str | None, as_json: bool) -> None:
     """Says what this machine can run, and what to install where something is missing.
 
     With FILE, a compiled model, also how much memory it needs at which context, and what fits here.

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 _MAX_INT = 2**31 - 1  # kernels index with 32 bits
 _MAX_NUMBER = 3.4e38  # kernels calculate with float32
 
 SIZE, COUNT, NUMBER, FLAG = "an integer from 1", "an integer from 0", "a number that float32 holds", "true or false"
 
 # One of the kinds above, or a tuple of the allowed values.
-Rule = str | tuple
+Rule = str | tuple[Any, ...]
+
+# Constants of a kernel by name: numbers, flags and names.
+Params = Mapping[str, Any]
 
 
-def allowed(value, rule: Rule) -> bool:
+def allowed(value: Any, rule: Rule) -> bool:
     """Whether a constant is of the kind `rule`, type and range."""
     if isinstance(rule, tuple):
         # True == 1 and 8.0 == 8: the type counts too.
@@ -23,7 +29,7 @@ def allowed(value, rule: Rule) -> bool:
     return type(value) is int and (1 if rule is SIZE else 0) <= value <= _MAX_INT
 
 
-def shown(value) -> str:
+def shown(value: object) -> str:
     """A value as a message shows it: a number from a file may have thousands of digits."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:40]}…"

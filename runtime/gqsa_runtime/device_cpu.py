@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import sys
@@ -11,14 +12,17 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
 from gqsa_runtime.errors import DeviceError
-from gqsa_runtime.program import DTYPE_BYTES, NUMPY_DTYPES, Argument, Binary, Plan, Program, Step
+from gqsa_runtime.program import DTYPE_BYTES, NUMPY_DTYPES, Argument, Binary, Place, Plan, Program, Step
 from gqsa_runtime.rope import RopeTables
 from gqsa_runtime.session import cache_shapes
 from gqsa_runtime.stopwatch import Stopwatch
+
+_log = logging.getLogger(__name__)
 
 ALIGNMENT = 64  # of everything in the arena: a cache line
 _LAUNCH_BYTES = 16  # of a native launch: {function, args}
@@ -132,7 +136,7 @@ class CpuDevice:
         self.threads = default_threads() if threads is None else threads
         if self.threads < 1:
             raise DeviceError(f"{threads} threads cannot run anything; choose 1 or more")
-        self._pool = None
+        self._pool: Any = None
         binary = choose_binary(program.binaries)
         self.target = binary.target
         self.name = f"CPU ({self.target}, {self.threads} thread{'s' if self.threads > 1 else ''})"
@@ -140,7 +144,7 @@ class CpuDevice:
             self._library = _load_library(binaries(binary))
         self._context, self._slots = context, slots
         self._keep: list[np.ndarray] = []  # arrays that native code points into
-        self._addresses: dict[tuple, int] = {}
+        self._addresses: dict[Place, int] = {}
         plan = self.plan = program.plans["cpu"]
         self._allocate(program, plan, tensors)
         self._use_tensors(plan, tensors)
@@ -167,11 +171,13 @@ class CpuDevice:
         array = self._buffers[buffer]
         if count > array.size:
             raise ValueError(f"buffer {buffer!r} holds {array.size} elements, not {count}")
-        return array[:count].copy()
+        values: np.ndarray = array[:count].copy()
+        return values
 
     def download_rows(self, cache: str, layer: int, count: int) -> np.ndarray:
         """See engine.Device."""
-        return self._caches[cache, layer][:count].copy()
+        rows: np.ndarray = self._caches[cache, layer][:count].copy()
+        return rows
 
     def upload_rows(self, cache: str, layer: int, rows: np.ndarray) -> None:
         """See engine.Device."""
@@ -205,24 +211,24 @@ class CpuDevice:
                 began_s = time.perf_counter()
                 self._library.gqsa_run(self._pool, launches + index * _LAUNCH_BYTES, 1)
                 times[index] = time.perf_counter() - began_s
-        return np.median(seconds, axis=0).tolist()
+        return [float(median) for median in np.median(seconds, axis=0)]
 
     def close(self) -> None:
         """Ends the threads and frees the memory. Safe to call twice."""
         if self._pool:
             self._library.gqsa_pool_destroy(self._pool)
-        self._pool, self._phases, self._buffers, self._caches, self._addresses = None, {}, {}, {}, {}
-        self._tables = {}
-        self._keep.clear()
+        self._pool = None
+        for held in (self._phases, self._buffers, self._caches, self._addresses, self._tables, self._keep):
+            held.clear()
 
-    def __del__(self):
+    def __del__(self) -> None:
         if getattr(self, "_pool", None):
             self.close()
 
     def _allocate(self, program: Program, plan: Plan, tensors: Mapping[str, np.ndarray]) -> None:
         """One arena: activations, KV caches, rope tables."""
         context = self._context
-        sizes: dict[tuple, int] = {("arena", None): plan.arena_bytes}
+        sizes: dict[Place, int] = {("arena", None): plan.arena_bytes}
         for layer, kv in enumerate(program.kv_layers):
             size = self._slots * context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
             sizes["k_cache", layer] = sizes["v_cache", layer] = size
@@ -238,7 +244,7 @@ class CpuDevice:
             ) from error
         self._keep.append(raw)
         offset = -raw.ctypes.data % ALIGNMENT
-        places: dict[tuple, np.ndarray] = {}
+        places: dict[Place, np.ndarray] = {}
         for key, size in sizes.items():
             places[key] = raw[offset : offset + size]
             self._addresses[key] = raw.ctypes.data + offset
@@ -275,7 +281,7 @@ class CpuDevice:
             if arg.kind == "null":
                 return 0
             if arg.kind == "buffer":
-                buffer = buffers[arg.name]
+                buffer = buffers[arg.named]
                 return self._addresses["arena", None] + buffer.offset + arg.offset * DTYPE_BYTES[buffer.dtype]
             return self._addresses[arg.kind, arg.name]
 
@@ -283,7 +289,7 @@ class CpuDevice:
             args = np.array([address(arg) for arg in step.args], np.uint64)
             self._keep.append(args)
             function = ctypes.cast(getattr(self._library, step.kernel), ctypes.c_void_p).value
-            launch[:] = function, args.ctypes.data
+            launch[:] = np.array([function, args.ctypes.data], np.uint64)
         self._keep.append(launches)
         return launches.ctypes.data, len(steps)
 
@@ -318,8 +324,9 @@ def _open_library(data: bytes) -> tuple[ctypes.CDLL, int | None]:
         file.write(data)
     try:
         return ctypes.CDLL(f"/proc/self/fd/{descriptor}"), descriptor
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
+        _log.debug("no code is run from memory here (%s): the kernels go through a private file", error)
     with tempfile.TemporaryDirectory(prefix="gqsa-") as folder:  # mode 0700
         path = os.path.join(folder, "kernels.so")
         with open(path, "wb") as file:

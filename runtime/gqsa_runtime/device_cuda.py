@@ -9,6 +9,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from gqsa_runtime import cuda_errors
 from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.errors import DeviceError
 from gqsa_runtime.operators import state_elements
-from gqsa_runtime.program import DTYPE_BYTES, NUMPY_DTYPES, Argument, Binary, Launch, Program, Step
+from gqsa_runtime.program import DTYPE_BYTES, NUMPY_DTYPES, Argument, Binary, Launch, Place, Program, Step
 from gqsa_runtime.rope import RopeTables
 from gqsa_runtime.steps_ahead import CHOSEN, ROW, STATE, TOKEN, StepsAhead
 from gqsa_runtime.stopwatch import Stopwatch
@@ -48,7 +49,7 @@ def probe(program: Program, ordinal: int = 0) -> tuple[bool, str]:
 
 
 @functools.cache
-def _driver():
+def _driver() -> Any:
     try:
         from cuda.bindings import driver
     except ImportError as error:
@@ -58,7 +59,7 @@ def _driver():
     return driver
 
 
-def call(function: str, *args):
+def call(function: str, *args: Any) -> Any:
     """Calls a driver function by name. Returns its value(s); raises DeviceError on any failure."""
     driver = _driver()
     try:
@@ -73,7 +74,7 @@ def call(function: str, *args):
 class Gpu:
     """A GPU and its primary context."""
 
-    def __init__(self, ordinal: int = 0):
+    def __init__(self, ordinal: int = 0) -> None:
         call("cuInit", 0)
         count = call("cuDeviceGetCount")
         if not 0 <= ordinal < count:
@@ -162,7 +163,9 @@ class CudaDevice:
         # Programmatic dependent launch: a kernel starts while the one before drains, and waits for its
         # results itself. Only code compiled for sm_90 and later has that wait.
         self._dependent_launch = self._binary.kind == "cubin" and self._gpu.major >= 9
-        self._memory = self._host_memory = self._stream = None
+        self._memory: Any = None  # what the driver gave, as long as it is held
+        self._host_memory: Any = None
+        self._stream: Any = None
         self._pinned: dict[str, np.ndarray] = {}  # host memory of the buffers that pass between launches
         self._on_their_way: set[str] = set()  # buffers whose pinned memory the stream may still read
         self._beginnings = {name: np.zeros(count, np.int32) for name, count in _STEP_INPUTS.items()}  # of buffers
@@ -170,7 +173,7 @@ class CudaDevice:
         self._steps: StepsAhead | None = None  # where the plan chooses tokens
         self._stepwise = bool(os.environ.get(STEPWISE_VARIABLE))
         self._stepped = False  # whether the last launch was such a step
-        self._modules: list = []
+        self._modules: list[Any] = []
         self._graphs: dict[str, object] = {}
         self._context = call("cuDevicePrimaryCtxRetain", self._gpu.device)
         try:
@@ -220,8 +223,9 @@ class CudaDevice:
     def launch(self, phase: str) -> None:
         """Starts a phase; the next download waits for it."""
         self._set_current()
-        self._stepped = phase == "decode" and self._steps is not None
-        if self._stepped:
+        self._stepped = False
+        if phase == "decode" and self._steps is not None:
+            self._stepped = True
             self._to_copy.clear()
             self._steps.start(int(self._beginnings["tokens"][0]), self._beginnings["state"])
             return
@@ -251,7 +255,7 @@ class CudaDevice:
         if count > elements:
             raise ValueError(f"buffer {buffer!r} holds {elements} elements, not {count}")
         self._set_current()
-        if self._stepped and buffer == "argmax" and count == 1:
+        if self._stepped and self._steps is not None and buffer == "argmax" and count == 1:
             return np.array([self._steps.chosen()], np.int32)
         pinned = self._pinned.get(buffer, np.empty(0))[:count]
         values = pinned if len(pinned) == count else np.empty(count, NUMPY_DTYPES[dtype])
@@ -314,7 +318,7 @@ class CudaDevice:
                 call("cuGraphExecDestroy", graph)
         return [seconds[step.kernel] for step in steps]
 
-    def _median_seconds(self, repeats: int, function: str, *args) -> float:
+    def _median_seconds(self, repeats: int, function: str, *args: Any) -> float:
         """Of a driver function that works on the stream, after one untimed call."""
         call(function, *args, self._stream)
         events = [call("cuEventCreate", 0) for _ in range(repeats + 1)]
@@ -377,7 +381,7 @@ class CudaDevice:
         arena = take(plan.arena_bytes)
         self._buffers = {b.name: (arena + b.offset, b.dtype, b.elements) for b in plan.buffers}
         self._pin({**{name: self._buffers[name][2] for name in _HOST_BUFFERS}, "logits": program.vocab_size})
-        self._addresses: dict[tuple, int] = {}
+        self._addresses: dict[Place, int] = {}
         for layer, kv in enumerate(program.kv_layers):
             size = slots * context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
             self._addresses["k_cache", layer] = take(size)
@@ -393,7 +397,7 @@ class CudaDevice:
         self.fill_ropes(frozenset())
         for (kind, name), address in self._addresses.items():
             if kind == "tensor":
-                self._copy(address, tensors[name])
+                self._copy(address, tensors[str(name)])
 
     def _pin(self, elements: dict[str, int]) -> None:
         """Pinned host memory for the first elements of some buffers, and for decode steps."""
@@ -403,9 +407,10 @@ class CudaDevice:
         address = int(self._host_memory)
         for name, size in sizes.items():
             memory = (ctypes.c_ubyte * size).from_address(address)
-            self._pinned[name] = np.frombuffer(memory, NUMPY_DTYPES[self._buffers[name][1]])
+            self._pinned[name] = np.frombuffer(memoryview(memory), NUMPY_DTYPES[self._buffers[name][1]])
             address += _align(size)
-        self._step_memory = np.frombuffer((ctypes.c_ubyte * step_bytes).from_address(address), np.int32).reshape(2, ROW)
+        rows = (ctypes.c_ubyte * step_bytes).from_address(address)
+        self._step_memory = np.frombuffer(memoryview(rows), np.int32).reshape(2, ROW)
 
     def _make_steps(self) -> None:
         """The graphs of decode steps that take inputs from pinned memory and bring their choice there."""
@@ -419,12 +424,12 @@ class CudaDevice:
         following = tuple(replace(step, args=tuple(map(follow, step.args))) for step in steps)
 
         def make(row: np.ndarray, follows: bool) -> object:
-            def begin():
+            def begin() -> None:
                 if not follows:
                     call("cuMemcpyHtoDAsync", tokens, row[TOKEN:].ctypes.data, 4, self._stream)
                 call("cuMemcpyHtoDAsync", state, row[STATE].ctypes.data, row[STATE].nbytes, self._stream)
 
-            def end():
+            def end() -> None:
                 call("cuMemcpyDtoHAsync", row[CHOSEN:].ctypes.data, chosen, 4, self._stream)
 
             return self._capture(following if follows else steps, begin, end)
@@ -459,7 +464,9 @@ class CudaDevice:
             functions[kernel.name] = function
         return functions
 
-    def _capture(self, steps: tuple[Step, ...], begin: Callable = tuple, end: Callable = tuple) -> object:
+    def _capture(
+        self, steps: tuple[Step, ...], begin: Callable[[], object] = tuple, end: Callable[[], object] = tuple
+    ) -> object:
         """A graph of the steps, one after another, between what `begin` and `end` put into the stream."""
         call("cuStreamBeginCapture", self._stream, _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
         begin()
@@ -482,7 +489,7 @@ class CudaDevice:
         except DeviceError as error:
             raise DeviceError(f"kernel {step.kernel}: {error}") from error
 
-    def _launch_config(self, launch: Launch):
+    def _launch_config(self, launch: Launch) -> Any:
         driver = _driver()
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
@@ -499,7 +506,7 @@ class CudaDevice:
         if arg.kind == "null":
             return 0
         if arg.kind == "buffer":
-            address, dtype, _ = self._buffers[arg.name]
+            address, dtype, _ = self._buffers[arg.named]
             return address + arg.offset * DTYPE_BYTES[dtype]
         return self._addresses[arg.kind, arg.name]
 

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from gqsa_runtime.errors import ClosedError, DeviceError, InputError
+from gqsa_runtime.errors import Cancelled, ClosedError, DeviceError, InputError
 from gqsa_runtime.operators import FEW_TOKENS, STATE_DRAW, STATE_TOKENS, state_elements
 from gqsa_runtime.program import Plan, Program
 from gqsa_runtime.rope import long_ropes
@@ -24,10 +24,15 @@ from gqsa_runtime.session import Session, cache_shapes
 
 _Read = TypeVar("_Read")
 
+# Integers in a row, tokens or positions.
+Tokens = abc.Sequence[int] | np.ndarray
 
-def launch_state(
-    context: int, slots: int | np.ndarray, positions: abc.Sequence[int], draw: np.ndarray = GREEDY
-) -> np.ndarray:
+
+def _never() -> bool:
+    return False
+
+
+def launch_state(context: int, slots: int | np.ndarray, positions: Tokens, draw: np.ndarray = GREEDY) -> np.ndarray:
     """The `state` of a launch, i32 [8 + 2 * n_tokens]: {n_tokens, context, draw}, then {slot, position} of each token.
 
     context: positions of one slot. slots: of the tokens, or of all of them. positions: n_tokens integers. draw: how the
@@ -97,7 +102,7 @@ class Engine:
     later one the same: a GPU that failed can do nothing more in this process.
     """
 
-    def __init__(self, program: Program, device: Device, context: int):
+    def __init__(self, program: Program, device: Device, context: int) -> None:
         self.program, self.device, self.context = program, device, context
         self._tokens: list[int] = []
         self._long_ropes: frozenset[str] | None = frozenset()  # of the device's tables; None: unknown
@@ -128,7 +133,7 @@ class Engine:
                 raise InputError(f"cannot rewind to {n_tokens} tokens: the cache holds {len(self._tokens)}")
             del self._tokens[n_tokens:]
 
-    def prefill(self, tokens: abc.Sequence[int]) -> np.ndarray:
+    def prefill(self, tokens: Tokens) -> np.ndarray:
         """Appends tokens, any number up to the context; returns the last one's logits, f32 [vocab].
 
         Raises InputError for no tokens, a token outside the vocabulary, or too many for the context.
@@ -141,24 +146,32 @@ class Engine:
         """Appends one token; returns its logits, f32 [vocab]. Raises InputError as prefill does."""
         return self.prefill([token])
 
-    def extend(self, sequence: Sequence, tokens: abc.Sequence[int]) -> np.ndarray:
+    def extend(self, sequence: Sequence, tokens: Tokens, cancelled: Callable[[], bool] = _never) -> np.ndarray:
         """Appends tokens to a sequence; returns the last one's logits, f32 [vocab].
 
         Where the cache holds another sequence, what the two do not share is computed again. Raises
-        InputError as prefill does, and leaves the sequence as it was.
+        InputError as prefill does, Cancelled where `cancelled` becomes true before a chunk of a prompt, and
+        leaves the sequence as it was.
         """
-        return self._extend(sequence, tokens, self._logits)
+        return self._extend(sequence, tokens, self._logits, cancelled)
 
-    def extend_choosing(self, sequence: Sequence, tokens: abc.Sequence[int], draw: np.ndarray = GREEDY) -> int:
+    def extend_choosing(
+        self, sequence: Sequence, tokens: Tokens, draw: np.ndarray = GREEDY, cancelled: Callable[[], bool] = _never
+    ) -> int:
         """Like extend, but returns the next token, chosen as `sampling.choose` does: by default the likeliest.
 
         draw: i32 [sampling.DRAW]. The device chooses where the file has the operator for it; then logits stay there.
         Raises ModelError where they are not finite.
         """
-        return self._extend(sequence, tokens, lambda: self._chosen(draw), draw)
+        return self._extend(sequence, tokens, lambda: self._chosen(draw), cancelled, draw)
 
     def _extend(
-        self, sequence: Sequence, tokens: abc.Sequence[int], read: Callable[[], _Read], draw: np.ndarray = GREEDY
+        self,
+        sequence: Sequence,
+        tokens: Tokens,
+        read: Callable[[], _Read],
+        cancelled: Callable[[], bool],
+        draw: np.ndarray = GREEDY,
     ) -> _Read:
         with self._alone() as resident:
             new = ids = self._checked(tokens, self.context - len(sequence.tokens))
@@ -166,13 +179,13 @@ class Engine:
             if resident is not sequence:
                 ids = np.concatenate([np.array(sequence.tokens, np.int32), new])
                 n_reused = self._keep_shared(ids[:-1])  # the last token must run for its logits
-            n_again = self._append(ids[n_reused:], draw)
+            n_again = self._append(ids[n_reused:], draw, cancelled)
             found = read()
             sequence.tokens.extend(new.tolist())
             sequence.n_reused, self._resident = max(n_reused - n_again, 0), sequence
             return found
 
-    def step_seconds(self, tokens: abc.Sequence[int], repeats: int) -> tuple[str, list[float]]:
+    def step_seconds(self, tokens: Tokens, repeats: int) -> tuple[str, list[float]]:
         """(phase, seconds of each of its steps) that appending one token, or a chunk of them, would run.
 
         The cache stays as it is. Raises InputError as prefill does.
@@ -183,7 +196,7 @@ class Engine:
             self._upload(ids)
             return phase, self.device.step_seconds(phase, repeats)
 
-    def score(self, tokens: abc.Sequence[int], first: int = 1) -> ScoreResult:
+    def score(self, tokens: Tokens, first: int = 1) -> ScoreResult:
         """Log-probabilities of tokens `first` and later of a text; the last is scored, never run.
 
         What the cache shares with the tokens before `first` is not computed again. Raises InputError.
@@ -273,7 +286,7 @@ class Engine:
         self._long_ropes = long
         return stale
 
-    def _append(self, ids: np.ndarray, draw: np.ndarray = GREEDY) -> int:
+    def _append(self, ids: np.ndarray, draw: np.ndarray = GREEDY, cancelled: Callable[[], bool] = _never) -> int:
         """Runs tokens; returns how many that the cache held ran again, because a sequence so long turns differently."""
         stale = self._use_ropes(self.position + len(ids))
         ids = np.concatenate([np.array(stale, np.int32), ids]) if stale else ids
@@ -281,6 +294,8 @@ class Engine:
             self._launch(ids, "decode", draw)
         else:
             for chunk in _chunks(ids, self.device.plan.prefill_chunk):
+                if cancelled():
+                    raise Cancelled
                 self._launch(chunk, _body(chunk), draw)
             self.device.launch("last_logits")
         return len(stale)
@@ -308,7 +323,7 @@ class Engine:
             raise not_finite()
         return token
 
-    def _checked(self, tokens: abc.Sequence[int], room: int) -> np.ndarray:
+    def _checked(self, tokens: Tokens, room: int) -> np.ndarray:
         """Tokens as int32 [n], all in the vocabulary and n no more than the room."""
         ids = np.asarray(tokens)
         if ids.ndim != 1 or ids.size == 0:

@@ -13,6 +13,10 @@ class FormatError(GqsaError):
     """A file is not what it should be: truncated, foreign, damaged, or of another version."""
 
 
+class SignatureError(GqsaError):
+    """A signature that was asked for is missing, cannot be checked, or is not of these bytes by a trusted key."""
+
+
 class ModelError(GqsaError):
     """A model, its config or its weights cannot be used."""
 
@@ -35,3 +39,7 @@ class BusyError(GqsaError):
 
 class ClosedError(GqsaError):
     """A model was closed; nothing more can be asked of it."""
+
+
+class Cancelled(Exception):
+    """Ends a generation from within. It reaches no caller: the text just ends."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 from gqsa_runtime import format as gqsa
 from gqsa_runtime.errors import FormatError
@@ -14,7 +15,7 @@ from gqsa_runtime.errors import FormatError
 MEASURES = ("kl", "kl_99", "flips", "perplexity", "reference_perplexity", "n_tokens")
 
 
-def facts_json(sparsity: float, measured: dict | None) -> str:
+def facts_json(sparsity: float, measured: dict[str, float] | None) -> str:
     """The text for the metadata, always of FACTS_CHARACTERS: a file's size is known before anything is measured.
 
     sparsity: share of the weights in removed groups. measured: MEASURES, or None where nothing was.
@@ -24,7 +25,7 @@ def facts_json(sparsity: float, measured: dict | None) -> str:
     return text.ljust(gqsa.FACTS_CHARACTERS)
 
 
-def read_facts(text: str, where: str) -> dict:
+def read_facts(text: str, where: str) -> dict[str, Any]:
     """The object of `facts_json`. Raises FormatError, which names `where`, for anything else."""
     try:
         facts = json.loads(text)
@@ -39,10 +40,10 @@ def read_facts(text: str, where: str) -> dict:
     return {"sparsity": sparsity, "measured": measured}
 
 
-def is_measured(value) -> bool:
+def is_measured(value: object) -> bool:
     """Whether it is an object of MEASURES, all numbers of 0 or more."""
     return isinstance(value, dict) and value.keys() == set(MEASURES) and all(map(_is_number, value.values()))
 
 
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

@@ -5,7 +5,7 @@ A .gqsa file is a strict subset of GGUF v3 (https://github.com/ggml-org/ggml/blo
 """
 
 import json
-from typing import Final
+from typing import Any, Final
 
 GGUF_MAGIC: Final = b"GGUF"
 GGUF_VERSION: Final = 3
@@ -41,6 +41,6 @@ TENSOR_TYPES: Final = {
 }
 
 
-def canonical_json(value) -> str:
+def canonical_json(value: Any) -> str:
     """JSON text that is the same for the same value: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

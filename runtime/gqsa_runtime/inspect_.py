@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -11,11 +12,12 @@ from gqsa_runtime import format as gqsa
 from gqsa_runtime import memory
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.facts import read_facts
+from gqsa_runtime.layouts import ContentRule
 from gqsa_runtime.operators import OPERATORS
 from gqsa_runtime.reader import ArtifactFile
 
 
-def describe(file: ArtifactFile, context: int | None = None) -> dict:
+def describe(file: ArtifactFile, context: int | None = None) -> dict[str, Any]:
     """Facts of a validated file, ready for JSON. Sizes in bytes; context: to state memory for.
 
     "plans": for each family of targets, the number of kernels, the launches of each phase, and the memory that a
@@ -58,7 +60,7 @@ def describe(file: ArtifactFile, context: int | None = None) -> dict:
     }
 
 
-def _plan(file: ArtifactFile, family: str, context: int) -> dict:
+def _plan(file: ArtifactFile, family: str, context: int) -> dict[str, Any]:
     program, plan = file.program, file.program.plans[family]
     return {
         "kernels": len(plan.kernels),
@@ -74,7 +76,7 @@ def _plan(file: ArtifactFile, family: str, context: int) -> dict:
     }
 
 
-def kernel_rows(file: ArtifactFile) -> list[dict]:
+def kernel_rows(file: ArtifactFile) -> list[dict[str, Any]]:
     """One entry per kernel of a plan: family, name, operator and constants, and how often each phase launches it."""
     rows = []
     for family, plan in file.program.plans.items():
@@ -90,7 +92,7 @@ def kernel_rows(file: ArtifactFile) -> list[dict]:
     return rows
 
 
-def tensor_rows(file: ArtifactFile) -> list[dict]:
+def tensor_rows(file: ArtifactFile) -> list[dict[str, Any]]:
     """One entry per tensor: its name, dtype, shape and bytes."""
     return [
         {"name": name, "dtype": info.dtype, "shape": list(info.shape), "bytes": info.size}
@@ -98,21 +100,23 @@ def tensor_rows(file: ArtifactFile) -> list[dict]:
     ]
 
 
-def _linears(file: ArtifactFile, family: str) -> dict:
+def _linears(file: ArtifactFile, family: str) -> dict[str, Any]:
     plan = file.program.plans[family]
     kernels = {kernel.name: kernel for kernel in plan.kernels}
-    weights = kept = n_bytes = 0
+    weights = n_bytes = 0
+    kept: int | None = 0
     rows: dict[int, int] | None = {}
     counted: set[tuple[str, ...]] = set()
     for step in plan.phases["decode"]:
         kernel = kernels[step.kernel]
         layout = OPERATORS[kernel.op].layout
         operands = OPERATORS[kernel.op].operands
-        args = {operand.name: arg.name for operand, arg in zip(operands, step.args, strict=True)}
+        given = {operand.name: arg for operand, arg in zip(operands, step.args, strict=True)}
         # Tables and heads may be rounded, and count as dense all the same.
-        if layout is None or not layout.compressed or "x" not in args or args["out"] == "logits":
+        if layout is None or not layout.compressed or "x" not in given or given["out"].name == "logits":
             continue
-        names = tuple(args[part.name] for part in layout.parts)
+        args = {part.name: given[part.name].named for part in layout.parts}
+        names = tuple(args.values())
         if names in counted:
             continue
         counted.add(names)
@@ -140,7 +144,7 @@ def _linears(file: ArtifactFile, family: str) -> dict:
     }
 
 
-def _checked(file: ArtifactFile, args: dict[str, str], rules: dict, part: str) -> np.ndarray:
+def _checked(file: ArtifactFile, args: dict[str, str], rules: dict[str, ContentRule], part: str) -> np.ndarray:
     """A part of a linear, whose rule needs no other part."""
     array = file.read(args[part])
     broken = rules[part].broken(array)
@@ -149,7 +153,7 @@ def _checked(file: ArtifactFile, args: dict[str, str], rules: dict, part: str) -
     return array
 
 
-def render(facts: dict) -> str:
+def render(facts: dict[str, Any]) -> str:
     """The facts of `describe` as lines of text."""
     linears = facts["linears"]
     rows = [
@@ -188,7 +192,7 @@ def render(facts: dict) -> str:
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows) + f"\n\n{table(costs)}"
 
 
-def _quality(measured: dict | None) -> str:
+def _quality(measured: dict[str, Any] | None) -> str:
     if measured is None:
         return "not measured"
     return (
@@ -209,7 +213,7 @@ def _by_width(row_widths: dict[str, float] | None) -> str:
     return f"; rows of bits: {shares}"
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Rows of equal keys as aligned columns under their names."""
     if not rows:
         return "(none)"
@@ -220,7 +224,7 @@ def table(rows: list[dict]) -> str:
     )
 
 
-def _cell(value) -> str:
+def _cell(value: object) -> str:
     if isinstance(value, dict):
         return " ".join(f"{key}={item}" for key, item in value.items())
     if isinstance(value, float):

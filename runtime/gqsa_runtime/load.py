@@ -11,7 +11,7 @@ from gqsa_runtime import device_cpu, device_cuda, memory, rebuild
 from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.engine import Device
 from gqsa_runtime.errors import DeviceError, InputError
-from gqsa_runtime.program import Program
+from gqsa_runtime.program import Binary, Program
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.stopwatch import Stopwatch
 
@@ -62,7 +62,7 @@ def open_device(
             chosen, context_reason = choose_context(file, kind, context, free)
     used = program.plans[kind].tensors(program.ropes)
 
-    code = None
+    code: bytes | None = None
     if compiler:
         with clock.stage("compile"):
             target = _best_target(program, kind, ordinal)
@@ -70,7 +70,7 @@ def open_device(
         program = dataclasses.replace(program, binaries=(binary,))
         reason += f"; kernels made anew by {compiler.made_by(target)}, no code of the file runs"
 
-    def binaries(binary) -> bytes:
+    def binaries(binary: Binary) -> bytes:
         return file.read(binary.tensor).tobytes() if code is None else code
 
     with contextlib.ExitStack() as stack:
@@ -139,8 +139,8 @@ def check_context(program: Program, context: int | str | None) -> None:
 def usable_bytes(kind: str, ordinal: int) -> Iterator[int | None]:
     """Memory that a model may have on a device, or None where the system does not say; see `device_cuda.free_bytes`."""
     if kind == "cuda":
-        with device_cuda.free_bytes(ordinal) as free:
-            yield free - memory.CUDA_HEADROOM_BYTES
+        with device_cuda.free_bytes(ordinal) as on_gpu:
+            yield on_gpu - memory.CUDA_HEADROOM_BYTES
     else:
         free = memory.free_cpu_bytes()
         yield None if free is None else free - memory.CPU_HEADROOM_BYTES
@@ -197,7 +197,16 @@ def _why(file: ArtifactFile, family: str, context: int, free: int) -> str:
     )
 
 
-def _open(kind, ordinal, program, tensors, binaries, context, threads, clock) -> Device:
+def _open(
+    kind: str,
+    ordinal: int,
+    program: Program,
+    tensors: CheckedTensors,
+    binaries: Callable[[Binary], bytes],
+    context: int,
+    threads: int | None,
+    clock: Stopwatch,
+) -> Device:
     if kind == "cuda":
         return device_cuda.CudaDevice(program, tensors, binaries, context, ordinal, clock=clock)
     return device_cpu.CpuDevice(program, tensors, binaries, context, threads, clock=clock)

@@ -20,7 +20,9 @@ SHOWN_CONTEXTS = (2048, 8192, 32768)  # whose memory is told beside that of a mo
 class Sized(Protocol):
     """A tensor of a file, or one that goes into it."""
 
-    size: int  # in bytes
+    @property
+    def size(self) -> int:
+        """In bytes."""
 
 
 @dataclass(frozen=True)

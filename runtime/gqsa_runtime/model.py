@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import Any
 
 from gqsa_runtime import format as gqsa
 from gqsa_runtime.chat import ChatTemplate
 from gqsa_runtime.check import Check, check_file
 from gqsa_runtime.engine import Device, Engine, ScoreResult
-from gqsa_runtime.errors import ClosedError, InputError
+from gqsa_runtime.errors import Cancelled, ClosedError, InputError
+from gqsa_runtime.generation import AsyncGeneration, Generation, GenerationStats
 from gqsa_runtime.load import open_device
 from gqsa_runtime.program import Program
 from gqsa_runtime.reader import ArtifactFile, TensorInfo, naming
@@ -22,36 +25,10 @@ from gqsa_runtime.sequence import Sequence as TokenSequence
 from gqsa_runtime.session import read_session, write_session
 from gqsa_runtime.stopwatch import Stopwatch
 from gqsa_runtime.tokenizer import StopFilter, TextStream, Tokenizer
-from gqsa_runtime.turns import Turns
+from gqsa_runtime.turns import Turn, Turns
 from gqsa_runtime.validate import validate
 
-
-@dataclass
-class GenerationStats:
-    """What the last generation did; filled while it runs. cached_tokens: of the prompt, kept from before.
-
-    finish_reason: "stop" (end of text or a stop string), "length" (max_new_tokens), "context" (it is
-    full), or None while it runs or where the caller left early. context_shifts: how often the oldest half
-    of the text was forgotten; reading the rest again counts as decode_seconds.
-    """
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    new_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    finish_reason: str | None = None
-    context_shifts: int = 0
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """Speed over the prompt's tokens that were not kept from before."""
-        return (self.prompt_tokens - self.cached_tokens) / max(self.prefill_seconds, 1e-9)
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Speed of every new token but the first, whose logits the prefill made."""
-        return max(self.new_tokens - 1, 0) / max(self.decode_seconds, 1e-9)
+_log = logging.getLogger(__name__)
 
 
 class Model:
@@ -89,18 +66,21 @@ class Model:
         self.open_seconds = dict(open_seconds or {})
         self._digest = digest  # of the file
         self.stats = GenerationStats()
-        self._chat_source, self._chat_template = chat_template, None
+        self._chat_source = chat_template
+        self._chat_template: ChatTemplate | None = None
         self._turns = Turns()
 
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         device: str = "auto",
         context: int | str | None = None,
         threads: int | None = None,
         progress: Callable[[int, int], None] | None = None,
         kernels: str = "file",
+        require_signature: str | os.PathLike[str] | bytes | None = None,
+        signature: str | os.PathLike[str] | None = None,
     ) -> Model:
         """Opens a .gqsa file.
 
@@ -110,15 +90,20 @@ class Model:
         threads: of the CPU. progress: called with (bytes read, bytes in all) while weights load.
         kernels: "file" runs the machine code that the file holds; "rebuild" takes weights and texts alone from it and
         has the package gqsac compile the kernels that its launch plan names, so that no code of the file ever runs.
+        require_signature: who must have signed the file: a public key on P-256, P-384 or P-521, or trusted
+        certificates, as a PEM file or its bytes. Nothing of the file is used before its signature was found to be
+        theirs and of the bytes that are loaded. Needs gqsa-runtime[signature]. signature: where it lies; default: the
+        file's name and ".sig".
         Raises FormatError (not a sound .gqsa file, or with "rebuild" a plan that gqsac would make otherwise),
-        DeviceError (nothing to run it on, no gqsac to "rebuild" with, no memory: it says how much is needed and free,
-        and the largest context that fits, before anything is allocated on the device) or InputError (no such file, a
-        context that the model is not made for).
+        SignatureError (a signature is asked for and is not of this file and key, or cannot be checked), DeviceError
+        (nothing to run it on, no gqsac to "rebuild" with, no memory: it says how much is needed and free, and the
+        largest context that fits, before anything is allocated on the device) or InputError (no such file, a context
+        that the model is not made for).
         """
         clock = Stopwatch()
         with clock.stage("total"), contextlib.ExitStack() as stack:
             with clock.stage("header"):
-                file = stack.enter_context(ArtifactFile.open(path))
+                file = stack.enter_context(ArtifactFile.open(path, require_signature, signature))
             stack.enter_context(naming(path))
             with clock.stage("header"):
                 validate(file.program, file.tensors)
@@ -137,6 +122,11 @@ class Model:
                 except BaseException:
                     opened.device.close()
                     raise
+        _log.info("%s: open in %.2f s, device %s", os.fspath(path), clock.seconds["total"], opened.device_reason)
+        if opened.context_reason:
+            # Less than the default was nobody's wish; what "auto" chose was.
+            level = logging.WARNING if context is None else logging.INFO
+            _log.log(level, "%s: %s", os.fspath(path), opened.context_reason)
         return cls(
             file.program,
             tokenizer,
@@ -152,19 +142,26 @@ class Model:
         )
 
     @staticmethod
-    def check(path: str | os.PathLike, device: str = "auto", context: int | str | None = None) -> Check:
+    def check(
+        path: str | os.PathLike[str],
+        device: str = "auto",
+        context: int | str | None = None,
+        require_signature: str | os.PathLike[str] | bytes | None = None,
+        signature: str | os.PathLike[str] | None = None,
+    ) -> Check:
         """Whether `open` with the same arguments would open a file here, on which device, and in how much memory.
 
         Reads the header and the launch plan alone, whatever the file's size; no weight, no kernel's code and no
-        tokenizer. Raises FormatError where those are not sound, InputError where there is no such file, for an unknown
-        device, and for a context that the model is not made for.
+        tokenizer. With require_signature every byte is hashed, too. Raises FormatError where those are not sound,
+        SignatureError as `open` does, InputError where there is no such file, for an unknown device, and for a context
+        that the model is not made for.
         """
-        return check_file(path, device, context)
+        return check_file(path, device, context, require_signature, signature)
 
-    def __enter__(self):
+    def __enter__(self) -> Model:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def close(self, wait: bool = False) -> None:
@@ -200,7 +197,7 @@ class Model:
         stop: str | Sequence[str] = (),
         context_shift: bool = False,
         n_keep: int = 0,
-        **sampling,
+        **sampling: Any,
     ) -> SamplingOptions:
         """Raises InputError where options of `generate` are out of range, before there is a model."""
         options = SamplingOptions(**sampling)
@@ -229,13 +226,14 @@ class Model:
         context_shift: bool = False,
         n_keep: int = 0,
         wait: bool = True,
-    ) -> Iterator[str]:
-        """Continues a text or token ids; yields pieces of text as they come, whole characters each.
+    ) -> Generation:
+        """Continues a text or token ids: an iterator over pieces of text as they come, whole characters each.
 
         Ends at an end-of-text token, before a stop string, after max_new_tokens, or where the context
-        is full; `stats.finish_reason` says which. With context_shift a full context does not end it: the first
-        n_keep tokens stay, and a begin-of-text token always; of the others the older half is forgotten and the
-        rest read again, as if it were the prompt. A prompt must fit the context all the same.
+        is full, or where `Generation.cancel` is called in any thread; `stats.finish_reason` says which. With
+        context_shift a full context does not end it: the first n_keep tokens stay, and a begin-of-text token
+        always; of the others the older half is forgotten and the rest read again, as if it were the prompt. A
+        prompt must fit the context all the same.
         temperature 0 is deterministic; so is a seed: where logits are equal, on any device. A repetition_penalty other
         than 1 has the host choose, from logits copied to it: the same tokens, more slowly.
         Arguments are checked, and InputError is raised, before the first piece. Its turn begins with
@@ -260,8 +258,9 @@ class Model:
         if context_shift:
             kept = max(n_keep, int(ids[0] == self.program.bos_token_id))
             self._check_kept(kept)
-        pieces = self._pieces(ids, max_new_tokens, options, seed, StopFilter(stop), kept)
-        return self._in_turn(pieces, wait)
+        turn, stats = Turn(), GenerationStats(prompt_tokens=len(ids))
+        pieces = self._pieces(ids, max_new_tokens, options, seed, StopFilter(stop), kept, stats, turn)
+        return Generation(self._in_turn(pieces, turn, wait, stats), stats, functools.partial(self._turns.cancel, turn))
 
     def _check_kept(self, n_keep: int) -> None:
         # Of two tokens behind them one is forgotten, so that the text can go on.
@@ -271,7 +270,9 @@ class Model:
                 "keep fewer, or open the model with a larger context"
             )
 
-    def chat(self, messages: Sequence[Mapping], template_variables: Mapping | None = None, **options) -> Iterator[str]:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], template_variables: Mapping[str, Any] | None = None, **options: Any
+    ) -> Generation:
         """The assistant's answer to messages such as {"role": "user", "content": "Hello"}, in pieces.
 
         template_variables: what the template knows beyond messages, such as tools or enable_thinking.
@@ -279,7 +280,24 @@ class Model:
         """
         return self.generate(self.chat_tokens(messages, **(template_variables or {})), **options)
 
-    def chat_tokens(self, messages: Sequence[Mapping], **template_variables) -> list[int]:
+    def generate_async(self, prompt: str | Sequence[int], **options: Any) -> AsyncGeneration:
+        """As `generate`, for `async for`: all work is done in a thread, and the event loop never waits.
+
+        options: as for `generate`. A task that is cancelled cancels the generation. InputError and its like are
+        raised with the first piece.
+        """
+        return AsyncGeneration(functools.partial(self.generate, prompt, **options))
+
+    def chat_async(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template_variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> AsyncGeneration:
+        """As `chat`, for `async for`; see `generate_async`."""
+        return AsyncGeneration(functools.partial(self.chat, messages, template_variables, **options))
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, Any]], **template_variables: Any) -> list[int]:
         """Token ids of chat messages, up to where the assistant's answer begins."""
         if self._chat_template is None:
             if self._chat_source is None:
@@ -300,7 +318,7 @@ class Model:
         with self._turns.turn(wait):
             return self.engine.score(ids, first)
 
-    def save_session(self, path: str | os.PathLike, wait: bool = True) -> int:
+    def save_session(self, path: str | os.PathLike[str], wait: bool = True) -> int:
         """Writes what the KV cache holds, the last prompt and its answer, to a file; returns the number of its tokens.
 
         A prompt that begins like it is read from there on, after `load_session` in any process. The file appears whole
@@ -311,7 +329,7 @@ class Model:
             write_session(path, self._digest, session)
             return len(session.tokens)
 
-    def load_session(self, path: str | os.PathLike, wait: bool = True) -> int:
+    def load_session(self, path: str | os.PathLike[str], wait: bool = True) -> int:
         """Makes the KV cache hold what `save_session` wrote; returns the number of its tokens.
 
         Raises InputError where the file cannot be read or is longer than the context, FormatError where it is damaged
@@ -322,16 +340,21 @@ class Model:
             self.engine.restore(session)
             return len(session.tokens)
 
-    def _in_turn(self, pieces: Iterator[str], wait: bool) -> Iterator[str]:
+    def _in_turn(
+        self, pieces: Iterator[str], turn: Turn, wait: bool, stats: GenerationStats
+    ) -> Generator[str, None, None]:
         """The pieces of a generation, each made while it is this one's turn."""
-        turn = self._turns.take(wait)
         try:
+            self._turns.enter(turn, wait)
             for text in pieces:
                 self._turns.pause(turn)
                 yield text
                 self._turns.resume(turn)
+        except Cancelled:
+            stats.finish_reason = "cancelled"
         finally:
             self._turns.release(turn)
+            _log.debug("a generation ended: %s", stats)
 
     def _pieces(
         self,
@@ -341,23 +364,31 @@ class Model:
         seed: int | None,
         stop: StopFilter,
         n_keep: int | None,
+        stats: GenerationStats,
+        turn: Turn,
     ) -> Iterator[str]:
         """n_keep: tokens that stay when the context is full, None: it ends the text."""
-        stats = self.stats = GenerationStats(prompt_tokens=len(ids))
+        self.stats = stats
         began_s = time.perf_counter()
         sequence, seen, draw = TokenSequence(), list(ids), first_draw(options, seed)
 
+        def cancelled() -> bool:
+            return turn.cancelled
+
         def next_token(tokens: list[int]) -> int:
             nonlocal sequence, draw
-            if len(sequence.tokens) + len(tokens) > self.context:  # never without n_keep
+            if turn.cancelled:
+                raise Cancelled
+            if n_keep is not None and len(sequence.tokens) + len(tokens) > self.context:
                 tokens = _shifted([*sequence.tokens, *tokens], n_keep)
                 sequence = TokenSequence()
                 stats.context_shifts += 1
             now, draw = draw, next_draw(draw)
             if options.repetition_penalty == 1:
-                return self.engine.extend_choosing(sequence, tokens, now)
+                return self.engine.extend_choosing(sequence, tokens, now, cancelled)
             # What was seen is known here alone.
-            return choose(penalize(self.engine.extend(sequence, tokens), seen, options.repetition_penalty), now)
+            logits = self.engine.extend(sequence, tokens, cancelled)
+            return choose(penalize(logits, seen, options.repetition_penalty), now)
 
         token = next_token(ids)
         stats.cached_tokens = sequence.n_reused

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from gqsa_runtime.constants import COUNT, FLAG, NUMBER, SIZE, Rule, allowed, shown
+from gqsa_runtime.constants import COUNT, FLAG, NUMBER, SIZE, Params, Rule, allowed, shown
 from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS, Layout
 from gqsa_runtime.sampling import DRAW, OCTAVES
 
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
+
+# Fewest elements that memory must hold, from (params, max_tokens, context).
+Elements = Callable[[Params, int, int], int]
 
 # How the two families of kernels spell the types of memory. CUDA sources include no headers: a half is its bits.
 C_TYPES = {
@@ -34,13 +37,13 @@ class Operand:
 
     name: str
     dtype: str
-    elements: Callable[[Mapping, int, int], int]
+    elements: Elements
     access: str = "in"
-    present: Callable[[Mapping], bool] = lambda params: True
+    present: Callable[[Params], bool] = lambda params: True
 
-    def dtype_of(self, params: Mapping) -> str:
+    def dtype_of(self, params: Params) -> str:
         """The dtype for these constants."""
-        return params[self.dtype[len("param:") :]] if self.dtype.startswith("param:") else self.dtype
+        return str(params[self.dtype[len("param:") :]]) if self.dtype.startswith("param:") else self.dtype
 
 
 # In `state`: how the token after the last one is chosen (sampling.DRAW), and where the tokens begin.
@@ -59,10 +62,10 @@ CHOOSE_SLICE = 2048  # logits that a block of `choose` counts
 CHOOSE_PARTIAL = 4 + 2 * OCTAVES + CHOOSE_SLICE
 
 
-def _rows(stride: str, width: str, per_token: str | None = None):
-    def elements(p, max_tokens, context):
+def _rows(stride: str, width: str, per_token: str | None = None) -> Elements:
+    def elements(p: Params, max_tokens: int, context: int) -> int:
         n_tokens = 1 if p.get("tokens", 1) == 1 else max_tokens
-        return (n_tokens - 1) * p[stride] + p[width] * (p[per_token] if per_token else 1)
+        return int((n_tokens - 1) * p[stride] + p[width] * (p[per_token] if per_token else 1))
 
     return elements
 
@@ -78,11 +81,11 @@ class Operator:
     description: str
     constants: Mapping[str, Rule]
     operands: tuple[Operand, ...]
-    check: Callable[[Mapping], str | None] = lambda params: None
+    check: Callable[[Params], str | None] = lambda params: None
     layout: Layout | None = None
     families: tuple[str, ...] = ("cuda", "cpu")
 
-    def pointers(self, family: str, params: Mapping) -> list[tuple[str, str]]:
+    def pointers(self, family: str, params: Params) -> list[tuple[str, str]]:
         """(C type of the pointee, name) of each operand for the templates of a family, "cuda" or "cpu"."""
         return [
             ("const " * (o.access in ("in", "weight")) + C_TYPES[family][o.dtype_of(params)], o.name)
@@ -90,7 +93,7 @@ class Operator:
         ]
 
 
-def families_of(op: str, params: Mapping) -> tuple[str, ...]:
+def families_of(op: str, params: Params) -> tuple[str, ...]:
     """Whose targets have a kernel of operator `op` with these constants, which may be wrong."""
     tokens = params.get("tokens", 1)
     if op == "linear_records" and isinstance(tokens, int) and tokens > 1:
@@ -98,17 +101,17 @@ def families_of(op: str, params: Mapping) -> tuple[str, ...]:
     return OPERATORS[op].families
 
 
-def tokens_held(params: Mapping) -> int:
+def tokens_held(params: Params) -> int:
     """Most tokens of a launch of a kernel for one token or a few."""
     return 1 if params["tokens"] == 1 else FEW_TOKENS
 
 
-def partials_elements(params: Mapping) -> int:
+def partials_elements(params: Params) -> int:
     """What append_attention hands over between the runs of a context, in f32."""
-    return tokens_held(params) * params["heads"] * params["splits"] * (params["head_dim"] + 2)
+    return int(tokens_held(params) * params["heads"] * params["splits"] * (params["head_dim"] + 2))
 
 
-def check_params(op: str, params: Mapping) -> str | None:
+def check_params(op: str, params: Params) -> str | None:
     """What is wrong with the constants of a kernel of operator `op`, or None."""
     rules = OPERATORS[op].constants
     if set(params) != set(rules):
@@ -121,7 +124,7 @@ def check_params(op: str, params: Mapping) -> str | None:
     return OPERATORS[op].check(params)
 
 
-def _check_heads(p: Mapping) -> str | None:
+def _check_heads(p: Params) -> str | None:
     if p["heads"] % p["kv_heads"]:
         return f"{p['heads']} heads do not divide into {p['kv_heads']} KV heads"
     rotary_dim = p.get("rotary_dim", 0)
@@ -130,23 +133,29 @@ def _check_heads(p: Mapping) -> str | None:
     return None
 
 
-def _check_append_attention(p: Mapping) -> str | None:
+def _check_append_attention(p: Params) -> str | None:
     if p["head_dim"] % 16 or p["head_dim"] > 256:
         return f"head_dim is {p['head_dim']}, expected a multiple of 16 up to 256"
     return _check_heads(p)
 
 
-def _check_attention_halves(p: Mapping) -> str | None:
+def _check_attention_halves(p: Params) -> str | None:
     if p["head_dim"] % 16 or p["head_dim"] > 128:
         return f"head_dim is {p['head_dim']}, expected a multiple of 16 up to 128"
     return _check_heads(p)
 
 
-_HEADS = {"tokens": SIZE, "heads": SIZE, "kv_heads": SIZE, "head_dim": SIZE, "kv_dtype": ("f16", "f32")}
+_HEADS: dict[str, Rule] = {
+    "tokens": SIZE,
+    "heads": SIZE,
+    "kv_heads": SIZE,
+    "head_dim": SIZE,
+    "kv_dtype": ("f16", "f32"),
+}
 _STATE = Operand("state", "i32", lambda p, t, c: state_elements(1 if p.get("tokens") == 1 else t))
-_IDS = lambda p, t, c: 1 if p["tokens"] == 1 else t  # noqa: E731
-_KV = lambda p, t, c: c * p["kv_heads"] * p["head_dim"]  # noqa: E731  [slots, context, kv_heads, head_dim]
-_WIDTH = lambda p, t, c: p["width"]  # noqa: E731
+_IDS: Elements = lambda p, t, c: 1 if p["tokens"] == 1 else t  # noqa: E731
+_KV: Elements = lambda p, t, c: c * p["kv_heads"] * p["head_dim"]  # noqa: E731  [slots, context, kv_heads, head_dim]
+_WIDTH: Elements = lambda p, t, c: p["width"]  # noqa: E731
 
 _ATTENTION = (
     Operand("q", "f32", _rows("q_stride", "head_dim", "heads")),
@@ -157,15 +166,15 @@ _ATTENTION = (
 )
 
 
+def _part_elements(layout: Layout, name: str) -> Elements:
+    return lambda p, max_tokens, context: layout.elements(p, 0)[name]
+
+
 def _linear(layout: Layout) -> Operator:
     """A linear whose weights are stored in a layout. Where the content decides a part's size, the reader
     checks it by `Layout.check_sizes`."""
-
-    def part_elements(name: str):
-        return lambda p, max_tokens, context: layout.elements(p, 0)[name]
-
     accumulates = "accumulate" in layout.constants
-    weights = (Operand(part.name, part.dtype, part_elements(part.name), "weight") for part in layout.parts)
+    weights = (Operand(part.name, part.dtype, _part_elements(layout, part.name), "weight") for part in layout.parts)
     return Operator(
         "s = W x; " + "s += out if accumulate; " * accumulates + "out = activation(s + bias) + residual",
         {
@@ -188,7 +197,7 @@ def _linear(layout: Layout) -> Operator:
 _TILE = 64  # columns that share a scale of their quantised activations
 NORMS = ("none", "rms", "layer")
 EPILOGUES = ("rows", "gated")
-_NORMS = {"norm": NORMS, "eps": NUMBER}
+_NORMS: dict[str, Rule] = {"norm": NORMS, "eps": NUMBER}
 _NORM_WEIGHT = Operand("norm_weight", "f32", lambda p, t, c: p["k"], "weight", lambda p: p["norm"] != "none")
 _NORM_BIAS = Operand("norm_bias", "f32", lambda p, t, c: p["k"], "weight", lambda p: p["norm"] == "layer")
 
@@ -207,13 +216,19 @@ def _halves(access: str) -> tuple[Operand, ...]:
     )
 
 
-def _tiles(per_tile: int):
+def _tiles(per_tile: int) -> Elements:
     return lambda p, max_tokens, context: max_tokens * (p["k"] // _TILE) * per_tile
 
 
 def _linear_records() -> Operator:
     """A few tokens are normalised and quantised by the kernel itself; more come quantised (operator quantize)."""
-    few, more = (lambda p: p["tokens"] <= FUSED_TOKENS), (lambda p: p["tokens"] > FUSED_TOKENS)
+
+    def few(p: Params) -> bool:
+        return bool(p["tokens"] <= FUSED_TOKENS)
+
+    def more(p: Params) -> bool:
+        return not few(p)
+
     linear = _linear(RECORDS)
     x, *weights, _ = linear.operands
     fused = (
@@ -250,10 +265,7 @@ def _matmul_records() -> Operator:
 
 
 def _embedding_records() -> Operator:
-    parts = (
-        Operand(part.name, part.dtype, lambda p, t, c, name=part.name: RECORDS.elements(p, 0)[name], "weight")
-        for part in RECORDS.parts
-    )
+    parts = (Operand(part.name, part.dtype, _part_elements(RECORDS, part.name), "weight") for part in RECORDS.parts)
     return Operator(
         "out[t] = scale * W[ids[t]], rows of a table in whole records of one width",
         {"tokens": SIZE, "rows": SIZE, "k": SIZE, "scale": NUMBER, "out_stride": SIZE, **RECORDS.constants},
@@ -263,24 +275,24 @@ def _embedding_records() -> Operator:
     )
 
 
-def _check_embedding_records(p: Mapping) -> str | None:
+def _check_embedding_records(p: Params) -> str | None:
     if p["masked_widths"] or p["widths"] not in (1 << 4, 1 << 8):
         return f"the widths of a table are {p['widths']}, masked {p['masked_widths']}, expected 4 or 8 bits alone"
     return RECORDS.check_constants(p)
 
 
-def _check_linear_records(p: Mapping) -> str | None:
+def _check_linear_records(p: Params) -> str | None:
     parts = 2 if p["epilogue"] == "gated" else 1
     if p["out_width"] * parts != p["rows"] or (parts == 2 and p["residual"]):
         return f"{p['rows']} rows make {p['out_width']} results by the epilogue {p['epilogue']}"
     return RECORDS.check_constants(p)
 
 
-def _check_tiles(p: Mapping) -> str | None:
+def _check_tiles(p: Params) -> str | None:
     return f"k is {p['k']}, expected a multiple of {_TILE}" if p["k"] % _TILE else None
 
 
-def _check_choose(p: Mapping) -> str | None:
+def _check_choose(p: Params) -> str | None:
     return f"vocab is {p['vocab']}, expected at most {MOST_CHOICES}" if p["vocab"] > MOST_CHOICES else None
 
 

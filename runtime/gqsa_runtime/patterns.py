@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 MAX_CHARACTERS = 4096  # those of today's models have up to 700
 _MAX_NESTING = 16
@@ -61,7 +62,7 @@ def shortest_match(pattern: str) -> int:
 class _Parser:
     """Recursive descent over one pattern. place: of the next character."""
 
-    def __init__(self, pattern: str):
+    def __init__(self, pattern: str) -> None:
         self._pattern, self.place, self._depth = pattern, 0, 0
 
     def _peek(self, text: str) -> bool:
@@ -253,7 +254,7 @@ def _repeat(part: _Part, low: int, high: float) -> _Part:
     )
 
 
-def _checked(**fields) -> _Part:
+def _checked(**fields: Any) -> _Part:
     part = _Part(**fields)
     if part.searches > 1:
         raise PatternError("it tries several repetitions of any length against each other, which may take for ever")

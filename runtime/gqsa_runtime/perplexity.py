@@ -5,10 +5,17 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from gqsa_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from gqsa_runtime.model import Model
+
+# Wraps a list of what is to be done, as `tqdm.tqdm` does.
+Progress = Callable[[list[Any]], Iterable[Any]]
 
 _CHARACTERS_PER_TOKEN = 8  # more than most texts have, so that one try suffices
 _MARGIN_TOKENS = 16
@@ -62,7 +69,7 @@ def first_tokens(tokenize: Callable[[str], list[int]], text: str, count: int | N
     tokens more than `count` are asked for, such as one that ends a text.
     """
     length = len(text) if count is None else _CHARACTERS_PER_TOKEN * max(count, _MARGIN_TOKENS)
-    while length < len(text):
+    while count is not None and length < len(text):
         cut = _WORD_ENDS.search(text, length)
         if cut is None:
             break
@@ -74,12 +81,12 @@ def first_tokens(tokenize: Callable[[str], list[int]], text: str, count: int | N
 
 
 def perplexity(
-    model,
+    model: Model,
     text: str,
     window: int = 2048,
     stride: int | None = None,
     max_windows: int | None = None,
-    progress: Callable | None = None,
+    progress: Progress | None = None,
 ) -> PerplexityResult:
     """Scores `text` with a `Model` window by window.
 

@@ -18,6 +18,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,10 @@ PHASES = ("decode", "prefill_body", "few_body", "last_logits", "all_log_probs")
 FAMILIES = {"cubin": "cuda", "ptx": "cuda", "shared_object": "cpu"}
 
 
+# Where a device holds something: (kind of an argument, its name).
+Place = tuple[str, str | int | None]
+
+
 @dataclass(frozen=True)
 class Argument:
     """Where a kernel's pointer points. kind: "buffer", "tensor", "k_cache", "v_cache", "rope", "null".
@@ -47,6 +52,12 @@ class Argument:
     kind: str
     name: str | int | None = None
     offset: int = 0
+
+    @property
+    def named(self) -> str:
+        """The name of a buffer, tensor or rotary table, in a plan that was validated."""
+        assert isinstance(self.name, str)
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ class Kernel:
 
     name: str
     op: str
-    params: dict
+    params: dict[str, Any]
     launches: dict[str, Launch]
 
     def launch(self, target: str) -> Launch:
@@ -118,7 +129,7 @@ class Rope:
     @property
     def tensors(self) -> set[str]:
         """Names of its tensors of frequencies."""
-        return {self.inv_freq, self.long_inv_freq} - {None}
+        return {name for name in (self.inv_freq, self.long_inv_freq) if name is not None}
 
 
 @dataclass(frozen=True)
@@ -168,11 +179,11 @@ class Plan:
 
     def tensors(self, ropes: Mapping[str, Rope]) -> set[str]:
         """Names of the tensors that a device reads: those of the steps, and the frequencies of the rotary tables."""
-        named = {arg.name for step in self.steps() for arg in step.args if arg.kind == "tensor"}
+        named = {arg.named for step in self.steps() for arg in step.args if arg.kind == "tensor"}
         return named.union(*(rope.tensors for rope in ropes.values()))
 
     @classmethod
-    def from_raw(cls, raw: dict) -> Plan:
+    def from_raw(cls, raw: dict[str, Any]) -> Plan:
         """From parsed JSON."""
         return cls(
             prefill_chunk=raw["prefill_chunk"],
@@ -184,14 +195,14 @@ class Plan:
         )
 
 
-def _kernel(raw: dict) -> Kernel:
+def _kernel(raw: dict[str, Any]) -> Kernel:
     launches = {
         target: Launch(**{**launch, "grid": tuple(launch["grid"])}) for target, launch in raw["launches"].items()
     }
     return Kernel(**{**raw, "launches": launches})
 
 
-def _step(raw: dict) -> Step:
+def _step(raw: dict[str, Any]) -> Step:
     return Step(raw["kernel"], tuple(Argument(**arg) for arg in raw["args"]))
 
 

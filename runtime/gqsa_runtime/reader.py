@@ -16,12 +16,14 @@ import struct
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
 from gqsa_runtime import format as gqsa
-from gqsa_runtime.errors import FormatError, InputError
+from gqsa_runtime.errors import FormatError, InputError, SignatureError
 from gqsa_runtime.program import Program
+from gqsa_runtime.signature import Signature, check_signature
 
 MAX_TENSORS = 1 << 16
 MAX_METADATA = 1 << 10
@@ -31,6 +33,7 @@ MAX_DIMENSIONS = 4
 _VALUE_UINT32, _VALUE_BOOL, _VALUE_STRING = 4, 7, 8
 _NUMPY_TYPES = {"f32": np.float32, "f16": np.float16, "i8": np.int8, "i16": np.int16, "i32": np.int32}
 _DIGEST_BYTES = 32
+_HASHED_BYTES = 4 << 20  # of a signed file, at a time
 # Refused before it is read: a character has up to 4 bytes.
 _MAX_VALUE_BYTES = {
     gqsa.KEY_NAME: 4 * gqsa.MAX_NAME_CHARACTERS,
@@ -64,7 +67,7 @@ class ArtifactFile:
     of the digests of the header and of every tensor, which tells files of different contents apart.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str], signature: Signature | None = None) -> None:
         self.path = os.fspath(path)
         self._file = _open_regular(self.path)
         try:
@@ -73,7 +76,11 @@ class ArtifactFile:
             self.metadata: dict[str, int | bool | str] = header.metadata
             tensors = header.tensors
             _check_padding(self._file, self.path, tensors)
-            self._digests = self._read_digests(tensors, header.digest)
+            table = _read_table(self._file, self.path, tensors)
+            if signature is not None:
+                # Before anything of the header is used but where its parts lie.
+                self._check_signature(signature, header, table, tensors)
+            self._digests = self._read_digests(table, tensors, header.digest)
             self.program = Program.from_json(self.text(gqsa.KEY_PROGRAM))
         except BaseException:
             self._file.close()
@@ -83,18 +90,29 @@ class ArtifactFile:
         }
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> ArtifactFile:
-        """Opens a file and reads its header. Raises InputError (no such file) or FormatError."""
-        return cls(path)
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        require_signature: str | os.PathLike[str] | bytes | None = None,
+        signature: str | os.PathLike[str] | None = None,
+    ) -> ArtifactFile:
+        """Opens a file and reads its header. Raises InputError (no such file) or FormatError.
+
+        require_signature: a trusted key or certificate; then the whole file is hashed, and SignatureError raised where
+        its signature does not vouch for it; parameters as in `signature.check_signature`. What is read later, is of
+        those bytes, whatever becomes of the file on disk.
+        """
+        signed = None if require_signature is None else check_signature(path, require_signature, signature)
+        return cls(path, signed)
 
     def close(self) -> None:
         """Closes the file; `read` fails afterwards."""
         self._file.close()
 
-    def __enter__(self):
+    def __enter__(self) -> ArtifactFile:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def text(self, key: str) -> str:
@@ -113,24 +131,35 @@ class ArtifactFile:
             raise FormatError(f"{self.path}: tensor {name!r} is missing; rebuild the file with `gqsac build`")
         info = self.tensors[name]
         data = _read_exactly(self._file, self.path, info.offset, info.size)
-        if verify and hashlib.sha256(data).digest() != self._digests[name]:
+        if verify and hashlib.sha256(data.data).digest() != self._digests[name]:
             raise FormatError(
                 f"{self.path}: tensor {name!r} is damaged: its sha256 differs from the file's digest table; "
                 "copy or download the file again"
             )
         return data.view(_NUMPY_TYPES[info.dtype]).reshape(info.shape)
 
-    def _read_digests(self, tensors: dict[str, TensorInfo], header_digest: bytes) -> dict[str, bytes]:
-        names = list(tensors)
-        info = tensors.get(gqsa.DIGESTS_TENSOR)
-        if info is None or names[-1] != gqsa.DIGESTS_TENSOR:
-            raise FormatError(f"{self.path}: the last tensor is not {gqsa.DIGESTS_TENSOR!r}; rebuild the file")
-        if info.dtype != "i8" or info.shape != (len(names), _DIGEST_BYTES):
-            raise FormatError(
-                f"{self.path}: the digest table is {info.dtype} {list(info.shape)}, "
-                f"expected i8 [{len(names)}, {_DIGEST_BYTES}]; rebuild the file"
+    def _check_signature(
+        self, signature: Signature, header: _Header, table: bytes, tensors: Mapping[str, TensorInfo]
+    ) -> None:
+        """Hashes the file with the very bytes of header and table that this object holds.
+
+        Every tensor is checked against the table when it is read, so all that is ever used of the file is signed.
+        """
+        place = tensors[gqsa.DIGESTS_TENSOR]
+        sha256 = header.sha256.copy()
+        for start, stop in ((header.n_bytes, place.offset), (place.offset + place.size, self.size)):
+            for offset in range(start, stop, _HASHED_BYTES):
+                sha256.update(_read_exactly(self._file, self.path, offset, min(_HASHED_BYTES, stop - offset)).data)
+            if stop == place.offset:
+                sha256.update(table)
+        if sha256.digest() != signature.sha256:
+            raise SignatureError(
+                f"{self.path}: its SHA-256 is {sha256.hexdigest()}, but {signature.path} is of a file with "
+                f"{signature.sha256.hex()}; get both again from whoever made them"
             )
-        table = _read_exactly(self._file, self.path, info.offset, info.size).tobytes()
+
+    def _read_digests(self, table: bytes, tensors: Mapping[str, TensorInfo], header_digest: bytes) -> dict[str, bytes]:
+        names = list(tensors)
         self.digest = hashlib.sha256(table).digest()
         rows = [table[start : start + _DIGEST_BYTES] for start in range(0, len(table), _DIGEST_BYTES)]
         if rows[0] != header_digest:
@@ -142,12 +171,12 @@ class ArtifactFile:
 
 
 class _Header:
-    """Parses the header; metadata, tensors and digest (sha256 of the bytes before the tensor data)."""
+    """Parses the header; metadata, tensors, and the sha256 of its n_bytes, all before the tensor data."""
 
-    def __init__(self, file, path: str, file_size: int):
+    def __init__(self, file: io.FileIO, path: str, file_size: int) -> None:
         self._file, self._path, self._file_size = file, path, file_size
         self._position = 0
-        self._sha256 = hashlib.sha256()
+        self.sha256 = hashlib.sha256()
         magic = self._take(4, "the magic number") if file_size >= 4 else b""
         if magic != gqsa.GGUF_MAGIC:
             raise FormatError(
@@ -170,9 +199,9 @@ class _Header:
         if any(padding):
             self._fail("the padding after the header is not zero")
         self.tensors = self._place(infos)
-        self.digest = self._sha256.digest()
+        self.n_bytes, self.digest = self._position, self.sha256.digest()
 
-    def _fail(self, what: str):
+    def _fail(self, what: str) -> NoReturn:
         raise FormatError(f"{self._path}: {what}; the file is damaged or foreign: build or download it again")
 
     def _take(self, n_bytes: int, what: str) -> bytes:
@@ -183,15 +212,16 @@ class _Header:
             )
         if n_bytes > gqsa.MAX_HEADER_BYTES - self._position:
             self._fail(f"the header is larger than the {gqsa.MAX_HEADER_BYTES >> 20} MiB allowed")
-        data = self._file.read(n_bytes)
+        data: bytes = self._file.read(n_bytes)
         if len(data) != n_bytes:
             self._fail("the file shrank while it was read")
         self._position += n_bytes
-        self._sha256.update(data)
+        self.sha256.update(data)
         return data
 
     def _number(self, layout: str, what: str) -> int:
-        return struct.unpack(layout, self._take(struct.calcsize(layout), what))[0]
+        (number,) = struct.unpack(layout, self._take(struct.calcsize(layout), what))
+        return int(number)
 
     def _count(self, most: int, what: str) -> int:
         count = self._number("<Q", f"the number of {what}")
@@ -213,6 +243,7 @@ class _Header:
         if key in self.metadata:
             self._fail(f"the metadata key {key!r} occurs twice")
         kind = self._number("<I", f"the type of {key!r}")
+        value: int | bool | str
         if kind == _VALUE_UINT32:
             value = self._number("<I", f"the value of {key!r}")
         elif kind == _VALUE_STRING:
@@ -269,7 +300,7 @@ class _Header:
             )
         return name, tuple(reversed_shape[::-1]), dtype, math.prod(reversed_shape) * element_bytes, offset
 
-    def _place(self, infos) -> dict[str, TensorInfo]:
+    def _place(self, infos: list[tuple[str, tuple[int, ...], str, int, int]]) -> dict[str, TensorInfo]:
         """Tensors must cover the rest of the file exactly, in order, each padded to the alignment."""
         tensors: dict[str, TensorInfo] = {}
         start = end = self._position
@@ -291,7 +322,7 @@ class _Header:
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike) -> Iterator[None]:
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """FormatErrors within say of which file they are."""
     try:
         yield
@@ -301,7 +332,7 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         raise FormatError(f"{os.fspath(path)}: {error}") from error
 
 
-def _open_regular(path: str):
+def _open_regular(path: str) -> io.FileIO:
     try:
         # O_NONBLOCK: a named pipe must be refused, not waited for. O_BINARY exists on Windows alone.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -319,7 +350,20 @@ def _open_regular(path: str):
     return file
 
 
-def _check_padding(file, path: str, tensors: Mapping[str, TensorInfo]) -> None:
+def _read_table(file: io.FileIO, path: str, tensors: Mapping[str, TensorInfo]) -> bytes:
+    """The bytes of the digest table, which is the last tensor."""
+    info = tensors.get(gqsa.DIGESTS_TENSOR)
+    if info is None or list(tensors)[-1] != gqsa.DIGESTS_TENSOR:
+        raise FormatError(f"{path}: the last tensor is not {gqsa.DIGESTS_TENSOR!r}; rebuild the file")
+    if info.dtype != "i8" or info.shape != (len(tensors), _DIGEST_BYTES):
+        raise FormatError(
+            f"{path}: the digest table is {info.dtype} {list(info.shape)}, "
+            f"expected i8 [{len(tensors)}, {_DIGEST_BYTES}]; rebuild the file"
+        )
+    return _read_exactly(file, path, info.offset, info.size).tobytes()
+
+
+def _check_padding(file: io.FileIO, path: str, tensors: Mapping[str, TensorInfo]) -> None:
     for name, info in tensors.items():
         n_bytes = -info.size % gqsa.ALIGNMENT
         if n_bytes and _read_exactly(file, path, info.offset + info.size, n_bytes).any():
@@ -328,7 +372,7 @@ def _check_padding(file, path: str, tensors: Mapping[str, TensorInfo]) -> None:
             )
 
 
-def _read_exactly(file, path: str, offset: int, n_bytes: int) -> np.ndarray:
+def _read_exactly(file: io.FileIO, path: str, offset: int, n_bytes: int) -> np.ndarray:
     """uint8 [n_bytes] from the file, the first byte aligned in memory as tensors are in the file."""
     try:
         room = np.empty(n_bytes + gqsa.ALIGNMENT, np.uint8)
@@ -336,7 +380,7 @@ def _read_exactly(file, path: str, offset: int, n_bytes: int) -> np.ndarray:
         raise FormatError(f"{path}: there is no memory for the {n_bytes} bytes of a tensor; free some") from None
     shift = -room.ctypes.data % gqsa.ALIGNMENT
     data = room[shift : shift + n_bytes]
-    view, done = memoryview(data), 0
+    view, done = data.data, 0
     while done < n_bytes:  # a raw file may return less than asked, 2 GiB at most on Linux
         count = _read_at(file, view[done:], offset + done)
         if not count:
@@ -348,10 +392,10 @@ def _read_exactly(file, path: str, offset: int, n_bytes: int) -> np.ndarray:
 _seeking = threading.Lock()
 
 
-def _read_at(file, view: memoryview, offset: int) -> int:
+def _read_at(file: io.FileIO, view: memoryview, offset: int) -> int:
     """Reads from a place of the file into the view; returns how many bytes."""
     if hasattr(os, "preadv"):
         return os.preadv(file.fileno(), [view], offset)
     with _seeking:  # Windows has one position for all threads
         file.seek(offset)
-        return file.readinto(view)
+        return file.readinto(view) or 0

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast
 
 from gqsa_runtime.errors import DeviceError, InputError
+
+if TYPE_CHECKING:
+    from gqsa_runtime.program import Binary, Program
+    from gqsa_runtime.reader import ArtifactFile
 
 FILE, REBUILD = "file", "rebuild"  # where the machine code of a model comes from
 SAME, DIFFERENT, DIFFERENT_COMPILER = "same", "different", "different compiler"
@@ -44,16 +52,34 @@ class Comparison:
         return sum(kernel.verdict != SAME for kernel in self.kernels)
 
 
-def compiler():
+class Compiler(Protocol):
+    """What the module `gqsac.compiler.rebuild` offers; each function says more there."""
+
+    def BuildProgress(self) -> AbstractContextManager[Callable[[str, int, int], None]]:  # noqa: N802  a class there
+        """Progress bars for `compare`."""
+
+    def offered(self, program: Program) -> Program:
+        """The program as if it had binaries for every target that can be made here of its plans."""
+
+    def make(self, file: ArtifactFile, target: str) -> tuple[Binary, bytes]:
+        """The kernels of a valid file's plan for one target: where they lie in the code, and the code."""
+
+    def made_by(self, target: str) -> str:
+        """What makes the kernels of a target here."""
+
+    def compare(self, file: ArtifactFile, progress: Callable[[str, int, int], None]) -> Comparison:
+        """Compiles every kernel of a sound file anew and compares the code."""
+
+
+def compiler() -> Compiler:
     """The module `gqsac.compiler.rebuild`. Raises DeviceError where gqsac is not installed."""
     try:
-        from gqsac.compiler import rebuild
+        return cast(Compiler, importlib.import_module("gqsac.compiler.rebuild"))
     except ImportError as error:
         raise DeviceError(
             f"making kernels anew needs the compiler, the package gqsac ({error}); install it with `pip install .` in "
             "a checkout of gqsac"
         ) from error
-    return rebuild
 
 
 def check_choice(kernels: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gqsa_runtime.errors import InputError
 
@@ -18,7 +19,7 @@ def check(path: str) -> None:
     _matplotlib()
 
 
-def _matplotlib():
+def _matplotlib() -> tuple[Any, Any]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure  # no pyplot: no display and no global state
@@ -27,7 +28,7 @@ def _matplotlib():
     return Figure, FigureCanvasAgg
 
 
-def plot(found: Mapping, path: str) -> None:
+def plot(found: Mapping[str, Any], path: str) -> None:
     """Draws what `bench.bench` found, with its "name" and "device", as a PNG file, whole or not at all.
 
     Operations per byte, across, and GFLOP/s, up: the line is the bandwidth measured in the same run, and a point that

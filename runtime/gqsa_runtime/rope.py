@@ -30,7 +30,7 @@ def long_ropes(ropes: Mapping[str, Rope], n_tokens: int) -> frozenset[str]:
 class RopeTables:
     """Makes a program's rotary tables. tensors: name -> array, read here and not kept. context: their rows."""
 
-    def __init__(self, ropes: Mapping[str, Rope], tensors: Mapping[str, np.ndarray], context: int):
+    def __init__(self, ropes: Mapping[str, Rope], tensors: Mapping[str, np.ndarray], context: int) -> None:
         self._ropes, self._context = ropes, context
         names = set().union(*(rope.tensors for rope in ropes.values()))
         self._frequencies = {name: np.array(tensors[name], np.float32).reshape(-1) for name in sorted(names)}
@@ -38,5 +38,6 @@ class RopeTables:
     def make(self, long: frozenset[str]) -> Iterator[tuple[str, np.ndarray]]:
         """(name, f32 [context, rotary_dim]) of each table. long: those with their long frequencies."""
         for name, rope in self._ropes.items():
-            inv_freq = self._frequencies[rope.long_inv_freq if name in long else rope.inv_freq]
+            source = rope.long_inv_freq if name in long and rope.long_inv_freq is not None else rope.inv_freq
+            inv_freq = self._frequencies[source]
             yield name, rope_table(inv_freq, rope.scaling, self._context)

@@ -51,7 +51,7 @@ class SamplingOptions:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value, good, expected in (
             ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
@@ -148,13 +148,14 @@ def _places(logits: np.ndarray, best: int, scale: np.float32) -> np.ndarray:
     # Just below a whole number the difference is rounded up to 1.
     most = (1 << STEP_BITS) - 1
     steps = np.minimum(((scaled[near] - whole[near]) * np.float32(1 << STEP_BITS)).astype(np.int64), most)
-    return ((octaves[near].astype(np.int64) << STEP_BITS | most - steps) << _INDEX_BITS) | near
+    places: np.ndarray = ((octaves[near].astype(np.int64) << STEP_BITS | most - steps) << _INDEX_BITS) | near
+    return places
 
 
 class _Tokens:
     """Tokens in order, by their places."""
 
-    def __init__(self, places: np.ndarray):
+    def __init__(self, places: np.ndarray) -> None:
         self.places = places
         self._octaves = places >> STEP_BITS + _INDEX_BITS
         self._counts = np.bincount(self._octaves, minlength=OCTAVES).tolist()
@@ -196,7 +197,8 @@ def _find(amounts: list[int], position: int) -> tuple[int, int]:
 def _weights(places: np.ndarray) -> np.ndarray:
     """Weights in the units of their own octaves, i64 from 2^23 up to 2^24."""
     most = (1 << STEP_BITS) - 1
-    return _mantissas()[most - (places >> _INDEX_BITS & most)]
+    weights: np.ndarray = _mantissas()[most - (places >> _INDEX_BITS & most)]
+    return weights
 
 
 @functools.cache
@@ -206,7 +208,8 @@ def _mantissas() -> np.ndarray:
     power = np.zeros_like(x)
     for coefficient in reversed(EXPONENTIAL):
         power = np.uint64(coefficient) + (power * x >> np.uint64(32))
-    return (np.uint64(1 << 31) + (power * x >> np.uint64(32)) >> np.uint64(8)).astype(np.int64)
+    mantissas: np.ndarray = (np.uint64(1 << 31) + (power * x >> np.uint64(32)) >> np.uint64(8)).astype(np.int64)
+    return mantissas
 
 
 def _mixed(counter: int) -> int:

@@ -10,6 +10,6 @@ class Sequence:
     another sequence's the last `extend` could keep in the cache, 0 where it held this one already.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.tokens: list[int] = []
         self.n_reused = 0

@@ -46,7 +46,7 @@ def cache_shapes(program: Program) -> list[tuple[str, int, int]]:
     return [(cache, layer, kv.kv_heads * kv.head_dim) for layer, kv in enumerate(program.kv_layers) for cache in CACHES]
 
 
-def check_session_path(path: str | os.PathLike) -> None:
+def check_session_path(path: str | os.PathLike[str]) -> None:
     """Raises InputError where no session could be written, before there is one to lose."""
     folder = Path(path).parent
     if not folder.is_dir():
@@ -58,7 +58,7 @@ def check_session_path(path: str | os.PathLike) -> None:
     raise InputError(f"{os.fspath(path)}: the session cannot be written: {why}; {what}")
 
 
-def write_session(path: str | os.PathLike, digest: bytes, session: Session) -> None:
+def write_session(path: str | os.PathLike[str], digest: bytes, session: Session) -> None:
     """Writes the file whole or not at all. digest: of the .gqsa file. Raises InputError where it cannot be written."""
     temporary = Path(f"{os.fspath(path)}.{secrets.token_hex(4)}.partial")
     pieces = [np.ascontiguousarray(session.tokens, np.int32), *map(np.ascontiguousarray, session.rows)]
@@ -80,7 +80,7 @@ def write_session(path: str | os.PathLike, digest: bytes, session: Session) -> N
             temporary.unlink(missing_ok=True)
 
 
-def read_session(path: str | os.PathLike, digest: bytes, program: Program, context: int) -> Session:
+def read_session(path: str | os.PathLike[str], digest: bytes, program: Program, context: int) -> Session:
     """The session of a file, checked: of this model, whole, and no longer than the context.
 
     Raises InputError where it cannot be read or does not fit, FormatError where it is damaged or another model's.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,9 @@ class StepsAhead:
     row 0. following: for each row a graph whose token is the one that the device chose last. call: of the driver.
     """
 
-    def __init__(self, memory: np.ndarray, given: object, following: Sequence[object], stream: object, call: Callable):
+    def __init__(
+        self, memory: np.ndarray, given: object, following: Sequence[object], stream: object, call: Callable[..., Any]
+    ) -> None:
         self._memory, self._given, self._following = memory, given, tuple(following)
         self._stream, self._call = stream, call
         self._events = [call("cuEventCreate", _NO_TIMING) for _ in memory]
@@ -41,10 +44,10 @@ class StepsAhead:
         self._state: tuple[int, ...] = ()  # of the step that was started last
         self._follows = False  # whether that one went on with the token chosen before it
         self._token: int | None = None  # that it chose, once it is read
-        self._expected: tuple | None = None  # inputs of the step that would continue it
+        self._expected: tuple[int, tuple[int, ...]] | None = None  # inputs of the step that would continue it
         self._under_way = False  # whether such a step was started
 
-    def start(self, token: int, state: Sequence[int]) -> None:
+    def start(self, token: int, state: Sequence[int] | np.ndarray) -> None:
         """state: of launch_state, for one token."""
         state = tuple(map(int, state))
         continues = self._expected == (token, state)

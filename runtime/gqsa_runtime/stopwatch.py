@@ -11,7 +11,7 @@ from contextlib import contextmanager
 class Stopwatch:
     """seconds: by stage, added up over all threads that were in it: several threads spend more than the clock shows."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._lock = threading.Lock()
 

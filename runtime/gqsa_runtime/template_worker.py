@@ -14,6 +14,12 @@ import contextlib
 import datetime
 import json
 import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # fmt: off
 _STRING_METHODS = frozenset([
@@ -80,7 +86,7 @@ def _close_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
 
 
-def _answer(source: str, names: dict | None) -> dict:
+def _answer(source: str, names: dict[str, Any] | None) -> dict[str, str]:
     import jinja2
 
     environment = _environment()
@@ -104,7 +110,7 @@ def _answer(source: str, names: dict | None) -> dict:
         return {"failed": str(error)[:_MAX_MESSAGE]}
 
 
-def _environment():
+def _environment() -> ImmutableSandboxedEnvironment:
     import jinja2
     from jinja2.ext import Extension, LoopControlExtension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -112,21 +118,21 @@ def _environment():
     class Generation(Extension):
         """`{% generation %}…{% endgeneration %}` marks the assistant's words for training; here it does nothing."""
 
-        tags = frozenset(["generation"])
+        tags = {"generation"}
 
-        def parse(self, parser):
+        def parse(self, parser: Parser) -> list[Node]:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     class Sandbox(ImmutableSandboxedEnvironment):
         """Jinja's sandbox, with strings that have the methods listed here alone."""
 
-        def is_safe_attribute(self, obj, attr, value):
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
             if isinstance(obj, str):
                 return attr in _STRING_METHODS
             return super().is_safe_attribute(obj, attr, value)
 
-        def wrap_str_format(self, value):
+        def wrap_str_format(self, value: Any) -> None:
             return None  # `format` is no method that a template has
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, Generation])
@@ -136,15 +142,21 @@ def _environment():
     return environment
 
 
-def _to_json(value, indent=None, ensure_ascii=False, separators=None, sort_keys=False):
+def _to_json(
+    value: Any,
+    indent: int | None = None,
+    ensure_ascii: bool = False,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """As transformers has it: plain JSON, no HTML escapes."""
     return json.dumps(
-        value, indent=indent, ensure_ascii=ensure_ascii, separators=separators and tuple(separators),
+        value, indent=indent, ensure_ascii=ensure_ascii, separators=separators,
         sort_keys=sort_keys,
     )  # fmt: skip
 
 
-def _raise_exception(message="") -> None:
+def _raise_exception(message: object = "") -> NoReturn:
     raise _Refused(str(message)[:_MAX_MESSAGE])
 
 

@@ -41,7 +41,7 @@ class Tokenizer:
     (see tokenizer_schema).
     """
 
-    def __init__(self, json_text: str, vocab_size: int | None = None):
+    def __init__(self, json_text: str, vocab_size: int | None = None) -> None:
         try:
             self.longest_token = tokenizer_schema.check(json_text, vocab_size)
             with _typed("cannot be read"):
@@ -136,7 +136,7 @@ class TextStream:
 class StopFilter:
     """Ends a stream of text at the first of some strings, and holds back what may be one's beginning."""
 
-    def __init__(self, stops: Iterable[str]):
+    def __init__(self, stops: Iterable[str]) -> None:
         self._stops = [stops] if isinstance(stops, str) else list(stops)
         if not all(self._stops):
             raise InputError("a stop string is empty; expected at least one character")

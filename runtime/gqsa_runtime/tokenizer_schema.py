@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 from gqsa_runtime import charsmap, patterns
 from gqsa_runtime.typecheck import brief
@@ -64,7 +65,7 @@ def check(text: str, vocab_size: int | None = None) -> int:
     return longest
 
 
-def _parse(text: str) -> dict:
+def _parse(text: str) -> dict[str, Any]:
     # Counted first: parsed JSON takes up to 25 times the memory of its text.
     if len(text) > MAX_CHARACTERS:
         raise TokenizerError(f"it has {len(text)} characters, allowed are {MAX_CHARACTERS}")
@@ -81,7 +82,7 @@ def _parse(text: str) -> dict:
     return _object(raw, "the tokenizer")
 
 
-def _unique(pairs: list[tuple]) -> dict:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):  # the library could take the other one
         names = [name for name, _ in pairs]
@@ -90,31 +91,33 @@ def _unique(pairs: list[tuple]) -> dict:
     return made
 
 
-def _no_constant(name: str):
+def _no_constant(name: str) -> NoReturn:
     raise TokenizerError(f"its JSON holds {name}, which is no number")
 
 
 # Values: functions of (value, where) that return the value or raise TokenizerError.
 
+_Check = Callable[[Any, str], Any]
 
-def _wrong(value, where: str, expected: str):
+
+def _wrong(value: object, where: str, expected: str) -> NoReturn:
     raise TokenizerError(f"{where} is {brief(value)}, expected {expected}")
 
 
-def _anything(value, where: str):
+def _anything(value: Any, where: str) -> Any:
     """For what is checked elsewhere."""
     return value
 
 
-def _boolean(value, where: str) -> bool:
+def _boolean(value: Any, where: str) -> bool:
     return value if type(value) is bool else _wrong(value, where, "true or false")
 
 
-def _object(value, where: str) -> dict:
-    return value if type(value) is dict else _wrong(value, where, "an object")
+def _object(value: Any, where: str) -> dict[str, Any]:
+    return value if isinstance(value, dict) else _wrong(value, where, "an object")
 
 
-def _number(value, where: str) -> float:
+def _number(value: Any, where: str) -> Any:
     finite = type(value) in (int, float) and math.isfinite(value if type(value) is float else 0.0)
     return value if finite else _wrong(value, where, "a number")
 
@@ -124,7 +127,7 @@ class _Integer:
     low: int
     end: int
 
-    def __call__(self, value, where: str) -> int:
+    def __call__(self, value: Any, where: str) -> int:
         if type(value) is int and self.low <= value < self.end:
             return value
         _wrong(value, where, f"an integer from {self.low} to {self.end - 1}")
@@ -135,7 +138,7 @@ class _Text:
     shortest: int = 0
     longest: int = _MAX_AFFIX
 
-    def __call__(self, value, where: str) -> str:
+    def __call__(self, value: Any, where: str) -> str:
         if type(value) is str and self.shortest <= len(value) <= self.longest:
             return value
         if type(value) is str:
@@ -145,10 +148,10 @@ class _Text:
 
 @dataclass(frozen=True)
 class _Listed:
-    item: Callable
+    item: _Check
     longest: int
 
-    def __call__(self, value, where: str) -> list:
+    def __call__(self, value: Any, where: str) -> list[Any]:
         if type(value) is not list:
             _wrong(value, where, "a list")
         if len(value) > self.longest:
@@ -158,18 +161,18 @@ class _Listed:
         return value
 
 
-def _optional(check: Callable) -> Callable:
+def _optional(check: _Check) -> _Check:
     return lambda value, where: None if value is None else check(value, where)
 
 
-def _one_of(*names: str) -> Callable:
-    def check(value, where: str) -> str:
+def _one_of(*names: str) -> Callable[[Any, str], str]:
+    def check(value: Any, where: str) -> str:
         return value if type(value) is str and value in names else _wrong(value, where, f"one of {', '.join(names)}")
 
     return check
 
 
-def _fields(raw: dict, where: str, needed: Mapping[str, Callable], others: Mapping[str, Callable]) -> None:
+def _fields(raw: dict[str, Any], where: str, needed: Mapping[str, _Check], others: Mapping[str, _Check]) -> None:
     """Checks the fields of an object: all that are needed, and no other than those that may be there."""
     for name in needed:
         if name not in raw:
@@ -181,7 +184,7 @@ def _fields(raw: dict, where: str, needed: Mapping[str, Callable], others: Mappi
         known(value, f"{where}.{name}" if where != "the tokenizer" else name)
 
 
-def _pattern(value, where: str) -> int:
+def _pattern(value: Any, where: str) -> int:
     """The fewest characters that a pattern matches."""
     if type(value) is not dict or len(value) != 1:
         _wrong(value, where, 'a pattern such as {"String": " "}')
@@ -202,14 +205,14 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _AFFIX = _optional(_Text(0, _MAX_AFFIX))
 
 
-def _check_model(model: dict, ids: _Integer) -> int:
+def _check_model(model: dict[str, Any], ids: _Integer) -> int:
     kind = model.get("type", "BPE" if "merges" in model else None)  # GPT-2's own file names none
     if not isinstance(kind, str) or kind not in _MODELS:
         _wrong(kind, "model.type", f"one of {', '.join(_MODELS)}")
     return _MODELS[kind]({key: value for key, value in model.items() if key != "type"}, ids)
 
 
-def _vocabulary(value, ids: _Integer) -> int:
+def _vocabulary(value: Any, ids: _Integer) -> int:
     vocabulary = _object(value, "model.vocab")
     if not 0 < len(vocabulary) <= _MAX_TOKENS:
         _wrong(f"{len(vocabulary)} tokens", "model.vocab", f"1 to {_MAX_TOKENS}")
@@ -220,20 +223,20 @@ def _vocabulary(value, ids: _Integer) -> int:
     return _longest(vocabulary, "model.vocab")
 
 
-def _longest(tokens, where: str) -> int:
+def _longest(tokens: Iterable[str], where: str) -> int:
     longest = max(map(len, tokens))
     if longest > _MAX_TOKEN_CHARACTERS:
         _wrong(f"a token of {longest} characters", where, f"at most {_MAX_TOKEN_CHARACTERS}")
     return longest
 
 
-def _needs_unknown(model: dict) -> None:
+def _needs_unknown(model: dict[str, Any]) -> None:
     unknown = _Text(1, _MAX_TOKEN_CHARACTERS)(model["unk_token"], "model.unk_token")
     if unknown not in model["vocab"]:
         raise TokenizerError(f"model.unk_token is {brief(unknown)}, which its vocabulary has not")
 
 
-def _bpe(model: dict, ids: _Integer) -> int:
+def _bpe(model: dict[str, Any], ids: _Integer) -> int:
     _fields(model, "model", {"vocab": _object, "merges": _Listed(_anything, _MAX_TOKENS)},
             {"dropout": _optional(_number), "unk_token": _optional(_Text(0, _MAX_TOKEN_CHARACTERS)),
              "continuing_subword_prefix": _AFFIX, "end_of_word_suffix": _AFFIX, "fuse_unk": _boolean,
@@ -244,20 +247,20 @@ def _bpe(model: dict, ids: _Integer) -> int:
     # The library cuts as many bytes from the right part of each merge; without a prefix it checks merges itself.
     for index, merge in enumerate(model["merges"] if prefix else ()):
         parts = merge.split(" ") if type(merge) is str else merge
-        if type(parts) is not list or len(parts) != 2 or not str(parts[1]).startswith(prefix):
+        if type(parts) is not list or len(parts) != 2 or not str(parts[1]).startswith(str(prefix)):
             _wrong(
                 merge, f"model.merges[{index}]", f"two tokens, the second one with continuing_subword_prefix {prefix!r}"
             )
     return _vocabulary(model["vocab"], ids)
 
 
-def _word_level(model: dict, ids: _Integer) -> int:
+def _word_level(model: dict[str, Any], ids: _Integer) -> int:
     _fields(model, "model", {"vocab": _object, "unk_token": _Text(1, _MAX_TOKEN_CHARACTERS)}, {})
     _needs_unknown(model)
     return _vocabulary(model["vocab"], ids)
 
 
-def _word_piece(model: dict, ids: _Integer) -> int:
+def _word_piece(model: dict[str, Any], ids: _Integer) -> int:
     _fields(model, "model", {"vocab": _object, "unk_token": _Text(1, _MAX_TOKEN_CHARACTERS)},
             {"continuing_subword_prefix": _Text(0, _MAX_AFFIX),
              "max_input_chars_per_word": _Integer(1, _MAX_WORD_CHARACTERS + 1)})  # fmt: skip
@@ -265,7 +268,7 @@ def _word_piece(model: dict, ids: _Integer) -> int:
     return _vocabulary(model["vocab"], ids)
 
 
-def _unigram(model: dict, ids: _Integer) -> int:
+def _unigram(model: dict[str, Any], ids: _Integer) -> int:
     _fields(model, "model", {"vocab": _Listed(_anything, _MAX_TOKENS), "unk_id": _anything},
             {"byte_fallback": _boolean})  # fmt: skip
     vocabulary = model["vocab"]
@@ -291,20 +294,20 @@ class _Kind:
     parts: the field that lists other components. ids: fields that hold token ids, checked against the vocabulary.
     """
 
-    needed: Mapping[str, Callable] = field(default_factory=dict)
-    others: Mapping[str, Callable] = field(default_factory=dict)
-    growth: Callable[[dict, str], float] = lambda raw, where: 1.0
+    needed: Mapping[str, _Check] = field(default_factory=dict)
+    others: Mapping[str, _Check] = field(default_factory=dict)
+    growth: Callable[[dict[str, Any], str], float] = lambda raw, where: 1.0
     parts: str | None = None
-    check: Callable[[dict, str, _Integer], None] | None = None
+    check: Callable[[dict[str, Any], str, _Integer], None] | None = None
 
 
 class _Walk:
     """Checks the components of one kind, nested ones included."""
 
-    def __init__(self, kinds: Mapping[str, _Kind], ids: _Integer):
+    def __init__(self, kinds: Mapping[str, _Kind], ids: _Integer) -> None:
         self._kinds, self._ids, self._count = kinds, ids, 0
 
-    def component(self, raw, where: str, depth: int) -> float:
+    def component(self, raw: Any, where: str, depth: int) -> float:
         """How much longer a component makes a text at most."""
         self._count += 1
         if depth > _MAX_NESTING or self._count > _MAX_COMPONENTS:
@@ -328,21 +331,21 @@ class _Walk:
         return math.prod(factors)
 
 
-def _replaced(raw: dict, where: str) -> float:
+def _replaced(raw: dict[str, Any], where: str) -> float:
     shortest = _pattern(raw["pattern"], f"{where}.pattern")
     if not shortest:
         raise TokenizerError(f"{where}.pattern matches the empty string, expected at least one character")
     return max(1.0, len(raw["content"].encode("utf-8", "surrogatepass")) / shortest)
 
 
-def _mapped(raw: dict, where: str) -> float:
+def _mapped(raw: dict[str, Any], where: str) -> float:
     try:
         return charsmap.check(raw["precompiled_charsmap"])
     except charsmap.CharsmapError as error:
         raise TokenizerError(f"{where}.precompiled_charsmap: {error}") from None
 
 
-def _replacement(raw: dict, where: str) -> float:
+def _replacement(raw: dict[str, Any], where: str) -> float:
     return float(len(raw["replacement"].encode("utf-8", "surrogatepass")))
 
 
@@ -350,7 +353,7 @@ def _sequence(parts: str) -> _Kind:
     return _Kind({parts: _Listed(_object, _MAX_COMPONENTS)}, parts=parts)
 
 
-def _check_template(raw: dict, where: str, ids: _Integer) -> None:
+def _check_template(raw: dict[str, Any], where: str, ids: _Integer) -> None:
     for name, special in raw["special_tokens"].items():
         place = f"{where}.special_tokens[{brief(name)}]"
         _fields(_object(special, place), place,
@@ -371,7 +374,7 @@ def _check_template(raw: dict, where: str, ids: _Integer) -> None:
             raise TokenizerError(f"{where}.{side} holds the sequences {sequences}, expected each once")
 
 
-def _check_frame(raw: dict, where: str, ids: _Integer) -> None:
+def _check_frame(raw: dict[str, Any], where: str, ids: _Integer) -> None:
     for name in ("sep", "cls"):
         if len(raw[name]) != 2:
             _wrong(raw[name], f"{where}.{name}", "a token and its id")

@@ -7,27 +7,29 @@ import functools
 import reprlib
 import types
 import typing
+from typing import Any
 
 _PLAIN = frozenset((bool, int, float, str))
 
 
-def conforms(value, hint) -> str | None:
+def conforms(value: object, hint: Any) -> str | None:
     """What is wrong with a value that should have the type `hint`, as "where is what", or None.
 
-    Knows dataclasses, dict[K, V], tuple[X, ...], tuple[X, Y], unions and plain classes. A bool is no
+    Knows dataclasses, dict[K, V], tuple[X, ...], tuple[X, Y], unions, plain classes and Any. A bool is no
     int, an int is a float.
     """
     return _check(value, hint, getattr(hint, "__name__", "value").lower())
 
 
-def _check(value, hint, where: str) -> str | None:
+def _check(value: Any, hint: Any, where: str) -> str | None:
     if type(value) is hint and hint in _PLAIN:  # nearly all values
         return None
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    fields = _fields(hint)
+    if fields is not None:
         if type(value) is not hint:
             return _mismatch(value, where, hint.__name__)
-        for name, field_hint in _hints(hint).items():
+        for name, field_hint in fields.items():
             wrong = _check(getattr(value, name), field_hint, f"{where}.{name}")
             if wrong:
                 return wrong
@@ -55,22 +57,23 @@ def _check(value, hint, where: str) -> str | None:
             if wrong:
                 return wrong
         return None
-    if type(value) is hint or (hint is float and type(value) is int):
+    if hint is Any or type(value) is hint or (hint is float and type(value) is int):
         return None
     return _mismatch(value, where, hint.__name__)
 
 
 @functools.cache
-def _hints(cls) -> dict:
-    return typing.get_type_hints(cls)
+def _fields(hint: Any) -> dict[str, Any] | None:
+    """Type hints of a dataclass, by field; None for any other hint."""
+    return typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else None
 
 
-def brief(value) -> str:
+def brief(value: object) -> str:
     """A value as a message shows it: its beginning, in ASCII, whatever is nested in it and how deep."""
     text = value[:80] if isinstance(value, str) else reprlib.repr(value)[:80]
     return ascii(text) if isinstance(value, str) else text.encode("ascii", "backslashreplace").decode()
 
 
-def _mismatch(value, where: str, expected: str) -> str:
+def _mismatch(value: object, where: str, expected: str) -> str:
     shown = value if isinstance(value, str) else reprlib.repr(value)
     return f"{where} is {shown[:80]!r} ({type(value).__name__}), expected {expected}"

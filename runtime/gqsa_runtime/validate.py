@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from gqsa_runtime.constants import NUMBER, allowed, shown
+from gqsa_runtime.constants import NUMBER, Params, allowed, shown
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.format import ALIGNMENT, MAX_NAME_CHARACTERS
 from gqsa_runtime.layouts import ContentRule, Layout
@@ -127,7 +127,7 @@ def _check_binaries(program: Program, tensors: Mapping[str, TensorInfo]) -> None
         raise _error(f"there are plans for {sorted(program.plans)} and binaries for {sorted(families)}")
 
 
-def _tensor(tensors: Mapping[str, TensorInfo], where: str, name, dtype: str) -> TensorInfo:
+def _tensor(tensors: Mapping[str, TensorInfo], where: str, name: object, dtype: str) -> TensorInfo:
     info = tensors.get(name) if isinstance(name, str) else None
     if info is None:
         raise _error(f"{where}: there is no tensor {name!r}")
@@ -137,7 +137,9 @@ def _tensor(tensors: Mapping[str, TensorInfo], where: str, name, dtype: str) -> 
 
 
 class _PlanChecker:
-    def __init__(self, program: Program, family: str, plan: Plan, tensors: Mapping[str, TensorInfo], context: int):
+    def __init__(
+        self, program: Program, family: str, plan: Plan, tensors: Mapping[str, TensorInfo], context: int
+    ) -> None:
         self.program, self.family, self.plan, self.tensors, self.context = program, family, plan, tensors, context
         self.buffers: dict[str, Buffer] = {buffer.name: buffer for buffer in plan.buffers}
 
@@ -179,9 +181,9 @@ class _PlanChecker:
             ("log_probs", "f32", scored),
             ("argmax", "i32", scored),
         ):
-            buffer = self.buffers.get(name)
-            if buffer is None or buffer.dtype != dtype or buffer.elements < elements:
-                raise _error(f"buffer {name!r} is {buffer}, expected at least {elements} elements of {dtype}")
+            held = self.buffers.get(name)
+            if held is None or held.dtype != dtype or held.elements < elements:
+                raise _error(f"buffer {name!r} is {held}, expected at least {elements} elements of {dtype}")
         for name in (*_HOST_BUFFERS, _CHOICE):
             for other in plan.buffers:
                 if other.name != name and _overlap(self.buffers[name], other):
@@ -218,7 +220,7 @@ class _PlanChecker:
         named = {operand.name: arg for operand, arg in zip(operands, args, strict=True)}
         layout = OPERATORS[kernel.op].layout
         if layout is not None:
-            held = {part.name: self.tensors[named[part.name].name].elements for part in layout.parts}
+            held = {part.name: self.tensors[named[part.name].named].elements for part in layout.parts}
             wrong = layout.check_sizes(kernel.params, held)
             if wrong:
                 raise _error(f"{where}: {wrong}")
@@ -234,9 +236,9 @@ class _PlanChecker:
             # Its result is read as the next token.
             if kernel.params["vocab"] != self.program.vocab_size:
                 raise _error(f"{where}: {kernel.params['vocab']} logits for {self.program.vocab_size} tokens")
-            for operand, buffer in (("logits", "logits"), ("token", "argmax")):
-                if named[operand] != Argument("buffer", buffer):
-                    raise _error(f"{where}: {operand!r} is {named[operand]}, expected the start of {buffer!r}")
+            for name, buffer in (("logits", "logits"), ("token", "argmax")):
+                if named[name] != Argument("buffer", buffer):
+                    raise _error(f"{where}: {name!r} is {named[name]}, expected the start of {buffer!r}")
         elif kernel.op == "log_probs" and kernel.params["vocab"] < self.program.vocab_size:
             raise _error(f"{where}: {kernel.params['vocab']} logits for {self.program.vocab_size} tokens")
 
@@ -270,7 +272,7 @@ class _PlanChecker:
             raise _error(f"{where} points to {max(held, 0)} elements of {arg.name!r}, expected at least {needed}")
 
     def _buffer_elements(self, where: str, operand: Operand, arg: Argument, dtype: str) -> int:
-        buffer = self.buffers.get(arg.name)
+        buffer = self.buffers.get(arg.name) if isinstance(arg.name, str) else None
         if buffer is None or buffer.dtype != dtype:
             raise _error(f"{where} is buffer {arg.name!r}, expected one of {dtype}")
         host = {"ids": "tokens", "targets": "targets", "state": "state"}.get(operand.name)
@@ -280,10 +282,10 @@ class _PlanChecker:
             raise _error(f"{where} writes to {arg.name!r}, which the runtime alone may write")
         return buffer.elements - arg.offset
 
-    def _fits(self, params: Mapping, arg: Argument) -> bool:
+    def _fits(self, params: Params, arg: Argument) -> bool:
         """Whether the KV cache or rotary table that is meant has the sizes stamped into the kernel."""
         if arg.kind == "rope":
-            rope = self.program.ropes.get(arg.name)
+            rope = self.program.ropes.get(arg.name) if isinstance(arg.name, str) else None
             return rope is not None and rope.rotary_dim == params["rotary_dim"]
         if type(arg.name) is not int or not 0 <= arg.name < len(self.program.kv_layers):
             return False
@@ -310,7 +312,7 @@ def _overlap(a: Buffer, b: Buffer) -> bool:
 class ContentChecks:
     """What every index tensor of a program must hold, by tensor name. The program must be valid."""
 
-    def __init__(self, program: Program, tensors: Mapping[str, TensorInfo]):
+    def __init__(self, program: Program, tensors: Mapping[str, TensorInfo]) -> None:
         self._rules: dict[str, set[tuple[ContentRule, tuple[str, ...]]]] = {}
         for plan in program.plans.values():
             kernels = {kernel.name: kernel for kernel in plan.kernels}
@@ -320,8 +322,9 @@ class ContentChecks:
                     self._add(layout, kernels[step.kernel], step, tensors)
 
     def _add(self, layout: Layout, kernel: Kernel, step: Step, tensors: Mapping[str, TensorInfo]) -> None:
-        named = {operand.name: arg.name for operand, arg in zip(OPERATORS[kernel.op].operands, step.args, strict=True)}
-        held = {part.name: tensors[named[part.name]].elements for part in layout.parts}
+        args = {operand.name: arg for operand, arg in zip(OPERATORS[kernel.op].operands, step.args, strict=True)}
+        named = {part.name: args[part.name].named for part in layout.parts}
+        held = {part: tensors[name].elements for part, name in named.items()}
         for part, rule in layout.rules(kernel.params, layout.count_groups(kernel.params, held)).items():
             needs = tuple(named[other] for other in rule.needs)
             self._rules.setdefault(named[part], set()).add((rule, needs))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from gqsa_runtime import format as gqsa
 from gqsa_runtime.chat import ChatTemplate
 from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.facts import read_facts
+from gqsa_runtime.perplexity import Progress
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.tokenizer import Tokenizer
 from gqsa_runtime.validate import validate
@@ -23,19 +23,29 @@ class Verified:
     n_bytes: int
 
 
-def verify_file(path: str | os.PathLike, progress: Callable | None = None) -> Verified:
+def verify_file(
+    path: str | os.PathLike[str],
+    progress: Progress | None = None,
+    require_signature: str | os.PathLike[str] | bytes | None = None,
+    signature: str | os.PathLike[str] | None = None,
+) -> Verified:
     """Reads everything in a .gqsa file once. Raises FormatError at the first thing that is wrong.
 
-    progress: wraps the list of tensor names, as `tqdm.tqdm` does.
+    progress: wraps the list of tensor names, as `tqdm.tqdm` does. require_signature, signature: as in `Model.open`.
     """
-    with ArtifactFile.open(path) as artifact:
-        validate(artifact.program, artifact.tensors)
-        names = list(artifact.tensors)
-        with CheckedTensors(artifact, names) as tensors:
-            n_bytes = sum(tensors[name].nbytes for name in (progress(names) if progress else names))
-        Tokenizer(artifact.text(gqsa.KEY_TOKENIZER), artifact.program.vocab_size)
-        if gqsa.KEY_FACTS in artifact.metadata:
-            read_facts(artifact.text(gqsa.KEY_FACTS), artifact.path)
-        if gqsa.KEY_CHAT_TEMPLATE in artifact.metadata:
-            ChatTemplate(artifact.text(gqsa.KEY_CHAT_TEMPLATE)).check()
-        return Verified(len(names), n_bytes)
+    with ArtifactFile.open(path, require_signature, signature) as artifact:
+        return verify_open(artifact, progress)
+
+
+def verify_open(artifact: ArtifactFile, progress: Progress | None = None) -> Verified:
+    """As `verify_file`, of a file that is open and whose signature, if one is asked for, was checked by that."""
+    validate(artifact.program, artifact.tensors)
+    names = list(artifact.tensors)
+    with CheckedTensors(artifact, names) as tensors:
+        n_bytes = sum(tensors[name].nbytes for name in (progress(names) if progress else names))
+    Tokenizer(artifact.text(gqsa.KEY_TOKENIZER), artifact.program.vocab_size)
+    if gqsa.KEY_FACTS in artifact.metadata:
+        read_facts(artifact.text(gqsa.KEY_FACTS), artifact.path)
+    if gqsa.KEY_CHAT_TEMPLATE in artifact.metadata:
+        ChatTemplate(artifact.text(gqsa.KEY_CHAT_TEMPLATE)).check()
+    return Verified(len(names), n_bytes)

@@ -12,6 +12,7 @@ import cuda.bindings
 import numpy as np
 import pytest
 from gqsa_runtime import cuda_errors, device_cpu, device_cuda, memory
+from gqsa_runtime.format import FORMAT_VERSION
 from gqsa_runtime.reader import ArtifactFile
 from safetensors.numpy import load_file, save_file
 
@@ -345,8 +346,12 @@ def test_files_that_are_no_artifacts(tmp_path, source, artifact):
         "text": (b"Hello, hello", "not a .gqsa file"),
         "flipped": (_flip(sound, _place(artifact, "embed_tokens.records")), "damaged"),
         "newer": (
-            tiny.file_bytes(**{"gqsa.format_version": 3}),
-            "format version 3.*pip install ./runtime",
+            tiny.file_bytes(**{"gqsa.format_version": FORMAT_VERSION + 1}),
+            f"format version {FORMAT_VERSION + 1}.*pip install ./runtime",
+        ),
+        "older": (
+            tiny.file_bytes(**{"gqsa.format_version": FORMAT_VERSION - 1}),
+            f"format version {FORMAT_VERSION - 1}.*rebuild it with `gqsac build`",
         ),
         "llama": (gguf_bytes.gguf({"general.architecture": "llama"}, {}), "GGUF file for 'llama'.*gqsac build"),
     }

@@ -31,21 +31,43 @@ def run(*command, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **options)
 
 
-@pytest.fixture(scope="module")
-def distributions(tmp_path_factory):
-    """Wheels of both, and the sdist of gqsac, made from a copy of the checkout's own files."""
-    pytest.importorskip("hatchling", reason="hatchling builds the wheels; install the extra 'dev'")
-    folder = tmp_path_factory.mktemp("dist")
-    copy = tmp_path_factory.mktemp("checkout")
+def checkout(copy: Path) -> Path:
+    """A copy of what the distributions are made of."""
     for name in ("gqsac", "templates", "runtime"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
+    return copy
+
+
+def build(copy: Path, folder: Path, *targets: str) -> None:
+    """Makes both distributions of a checkout."""
     for project in (copy, copy / "runtime"):
-        for target in ("wheel", "sdist"):
+        for target in targets:
             made = run(sys.executable, "-m", "hatchling", "build", "-t", target, "-d", folder, cwd=project)
             assert made.returncode == 0, made.stderr
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """Wheels of both, and the sdists, made from a copy of the checkout's own files."""
+    pytest.importorskip("hatchling", reason="hatchling builds the wheels; install the extra 'dev'")
+    folder = tmp_path_factory.mktemp("dist")
+    build(checkout(tmp_path_factory.mktemp("checkout")), folder, "wheel", "sdist")
     return folder
+
+
+def test_the_same_files_make_the_same_wheels(distributions, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    copy = checkout(tmp_path / "elsewhere")
+    for path in copy.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)  # as another umask leaves them
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    build(copy, tmp_path / "again", "wheel")
+    made = sorted((tmp_path / "again").iterdir())
+    assert len(made) == 2
+    for path in made:
+        assert path.read_bytes() == (distributions / path.name).read_bytes(), path.name
 
 
 def wheel(distributions: Path, name: str) -> Path:
@@ -58,10 +80,11 @@ def test_the_archives_hold_what_they_should(distributions):
     with zipfile.ZipFile(wheel(distributions, "gqsac")) as archive:
         names = archive.namelist()
     assert {f"gqsac/{name}" for name in TEMPLATES} <= set(names)
-    assert "gqsac/data/calibration.txt" in names
+    assert {"gqsac/data/calibration.txt", "gqsac/py.typed"} <= set(names)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"gqsac"}
     with zipfile.ZipFile(wheel(distributions, "gqsa_runtime")) as archive:
         names = archive.namelist()
+    assert "gqsa_runtime/py.typed" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"gqsa_runtime"}
     (sdist,) = distributions.glob("gqsac-*.tar.gz")
     with tarfile.open(sdist) as archive:

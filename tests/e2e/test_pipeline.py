@@ -23,6 +23,7 @@ from tests.e2e.reference import (
     load_rounded_reference,
     round_outer,
 )
+from tests.format.signing import Authority, save_key
 
 pytestmark = pytest.mark.skipif(not supported_targets(), reason="this CPU runs none of gqsac's kernels")
 
@@ -196,6 +197,31 @@ def test_the_same_input_gives_the_same_bytes(built, tmp_path):
     anew = json.loads(succeed("build", folder, "-o", tmp_path / "anew.gqsa", *options, "--no-cache").stdout)
     assert (anew["kernels_compiled"], anew["kernels_cached"]) == (1, 0)
     assert (tmp_path / "again.gqsa").read_bytes() == (tmp_path / "anew.gqsa").read_bytes() == file.read_bytes()
+
+
+def test_a_signed_file_runs_where_its_maker_is_trusted(built, tmp_path):
+    folder, _ = built("qwen2")
+    file = tmp_path / "m.gqsa"
+    private, public = save_key(tmp_path / "maker.pem")
+    build = ("build", folder, "-o", file, *EXACT)
+    assert "there is no such file to sign with" in refusal(gqsac(*build, "--sign", tmp_path / "none.pem"))
+    assert "nothing can be signed with this" in refusal(gqsac(*build, "--sign", public))
+    assert not file.exists()
+    assert f"signed: {file}.sig" in succeed(*build, "--sign", private).stderr
+    run = ("run", file, "--raw", "-p", "Hi", "--max-new-tokens", 4, "--device", "cpu")
+    assert succeed(*run, "--require-signature", public).stdout == succeed(*run).stdout
+    _, other = save_key(tmp_path / "other.pem")
+    assert "made with another key" in refusal(gqsac(*run, "--require-signature", other))
+
+    firm = Authority("firm", Authority("root"), ca=False).save(tmp_path)
+    succeed("sign", file, "--key", tmp_path / "firm.key", "--certificate", firm, "-o", tmp_path / "by-firm.sig")
+    assert "nothing can be signed with this" in refusal(gqsac("sign", file, "--key", private, "--certificate", firm))
+    assert "there is no such file to sign;" in refusal(gqsac("sign", tmp_path / "none.gqsa", "--key", private))
+    assert "cannot be written" in refusal(gqsac("sign", file, "--key", private, "-o", tmp_path / "none" / "m.sig"))
+    assert gqsac("sign", file, "--key", private, "--chain", firm).exit_code == 2
+    with file.open("r+b") as changed:
+        changed.write(b"g")
+    assert "this is not a .gqsa file" in refusal(gqsac(*run, "--require-signature", public))
 
 
 def test_json_says_what_was_built(built, tmp_path):

@@ -424,7 +424,8 @@ def fresh(code: str, *args: str) -> subprocess.CompletedProcess:
 
 
 FORBIDDEN = (
-    "import sys; bad = {'torch', 'transformers', 'gqsac', 'gguf'} & {name.split('.')[0] for name in sys.modules}"
+    "import sys; bad = {'torch', 'transformers', 'gqsac', 'gguf', 'cryptography'} & "
+    "{name.split('.')[0] for name in sys.modules}"
 )
 
 

@@ -25,12 +25,13 @@ def example(tmp_path, monkeypatch):
     # The examples' messages are longer than the tiny model's own context.
     path.write_bytes(tiny.file_bytes(tiny.program(max_context=250)))
 
-    def run(name: str, *args: str) -> None:
+    def run(name: str, *args: str, named: bool = True) -> None:
         spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        module.main(str(path), *args)
+        module.main(*((str(path), *args) if named else ()))
 
+    run.path = path
     return run
 
 
@@ -52,3 +53,18 @@ def test_score(example, capsys):
     values = [float(line.split()[0]) for line in lines]
     assert len(lines) == 2 and values == sorted(values, reverse=True)
     assert all("per token" in line for line in lines)
+
+
+def test_async_stream(example, capsys):
+    example("async_stream", "Once", "upon")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["'Once'", "'upon'"] and all(len(line) > 12 for line in lines)
+
+
+def test_standalone(example, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["answer", "none.gqsa", "Hi"])
+    with pytest.raises(SystemExit, match="error: none.gqsa: there is no such file"):
+        example("standalone/answer", named=False)
+    monkeypatch.setattr(sys, "argv", ["answer", str(example.path), "Hi"])
+    example("standalone/answer", named=False)
+    assert len(capsys.readouterr().out) > 1

@@ -96,9 +96,9 @@ def test_repetition_penalty_sees_the_prompt_and_the_answer():
 
 
 def _recording(function, calls):
-    def recorded(sequence, tokens):
+    def recorded(sequence, tokens, *cancelled):
         calls.extend(tokens)
-        return function(sequence, tokens)
+        return function(sequence, tokens, *cancelled)
 
     return recorded
 

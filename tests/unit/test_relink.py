@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from gqsa_runtime import Model, device_cuda, load
+from gqsa_runtime import Model, device_cuda, load, verify
 from gqsa_runtime import rebuild as asked
 from gqsa_runtime.errors import DeviceError, FormatError, InputError
 from gqsa_runtime.reader import ArtifactFile
@@ -22,11 +24,18 @@ from gqsac.compiler.passes.compile_cuda import CudaBinary
 from gqsac.compiler.pipeline import BuildOptions, build
 from gqsac.compiler.relink import relink
 from gqsac.rounding import Rounding
+from gqsac.sign import Signer
 from tests.e2e.command import gqsac, refusal, succeed
 from tests.format import gguf_bytes, tiny
+from tests.format.signing import save_key
 from tests.unit.compress_models import save_model
 
 ALL = CUDA_TARGETS + CPU_TARGETS
+
+
+def _compare(path):
+    with ArtifactFile.open(path) as file:
+        return rebuild.compare(file)
 
 
 @contextlib.contextmanager
@@ -198,7 +207,7 @@ def test_targets_that_cannot_be_made_here(built, tmp_path, target):
     with pytest.raises(FormatError, match=message):
         relink(odd, tmp_path / "out.gqsa", cache=False)
     with pytest.raises(FormatError, match=message):
-        rebuild.compare(odd)
+        _compare(odd)
     relink(odd, tmp_path / "out.gqsa", ("aarch64",), cache=False)
     assert (tmp_path / "out.gqsa").read_bytes() == one.read_bytes()
 
@@ -226,7 +235,7 @@ def test_relink_as_a_command(built, tmp_path):
 
 
 def test_every_kernel_is_compared(built):
-    found = rebuild.compare(built)
+    found = _compare(built)
     assert found.same and found.n_differing == 0
     assert found.recorded == found.installed == f"gqsac {__version__}, nvrtc 12.9, zig 1"
     with ArtifactFile.open(built) as file:
@@ -249,7 +258,7 @@ def test_changed_code_is_found(built, tmp_path):
         binary = next(binary for binary in file.program.binaries if binary.target == "sm_90")
     name, (offset, _) = sorted(binary.kernels.items())[2]
     changed = edited(built, tmp_path / "changed.gqsa", arrays=flip("binary.sm_90", offset))
-    found = rebuild.compare(changed)
+    found = _compare(changed)
     differing = [row for row in found.kernels if row.verdict != asked.SAME]
     assert [(row.target, row.kernel, row.verdict) for row in differing] == [("sm_90", name, asked.DIFFERENT)]
     assert differing[0].in_file != differing[0].made_here
@@ -262,25 +271,46 @@ def test_changed_code_is_found(built, tmp_path):
     assert succeed("verify", changed).exit_code == 0  # digests alone do not tell
 
 
+def test_what_is_compared_is_what_is_signed(built, tmp_path, monkeypatch):
+    """Another file takes the name of the signed one as soon as that is verified."""
+    _, public = save_key(tmp_path / "maker.pem")
+    file, other = tmp_path / "file.gqsa", edited(built, tmp_path / "other.gqsa", arrays=flip("binary.sm_90", 0))
+    shutil.copy(built, file)
+    Signer(tmp_path / "maker.pem").sign(file)
+    verify_open = verify.verify_open
+
+    def swap(*given):
+        found = verify_open(*given)
+        os.replace(other, file)
+        return found
+
+    monkeypatch.setattr(verify, "verify_open", swap)
+    succeed("verify", file, "--rebuild", "--require-signature", public)
+    message = refusal(gqsac("verify", file, "--rebuild", "--require-signature", public))
+    assert f"{file}: its SHA-256 is" in message
+    message = refusal(gqsac("run", file, "-p", "Hi", "--rebuild-kernels", "--require-signature", public))
+    assert f"{file}: its SHA-256 is" in message
+
+
 def test_code_between_the_kernels_is_found(built, tmp_path):
     longer = edited(
         built,
         tmp_path / "longer.gqsa",
         arrays=lambda held: {**held, "binary.aarch64": np.append(held["binary.aarch64"], np.int8(1))},
     )
-    found = rebuild.compare(longer)
+    found = _compare(longer)
     differing = [(row.target, row.kernel, row.verdict) for row in found.kernels if row.verdict != asked.SAME]
     assert differing == [("aarch64", "(between kernels)", asked.DIFFERENT)]
 
 
 def test_another_compiler_is_told_apart_and_is_no_pass(built):
     with fake_compilers(zig="zig 2", salt="2"):
-        found = rebuild.compare(built)
+        found = _compare(built)
     verdicts = {row.target: row.verdict for row in found.kernels}
     assert verdicts["aarch64"] == asked.DIFFERENT_COMPILER and verdicts["sm_90"] == asked.DIFFERENT
     assert not found.same and "zig 2" in found.installed and "zig 1" in found.recorded
     with fake_compilers(zig="zig 2"):  # that makes the same code
-        assert rebuild.compare(built).same
+        assert _compare(built).same
 
 
 def test_verify_names_the_compilers(built):
@@ -309,7 +339,7 @@ def test_a_record_of_the_compiler_that_cannot_be_printed(built, tmp_path):
     odd = edited(
         built, tmp_path / "odd.gqsa", **{"gqsa.compiler": json.dumps({**record, "gqsac": "\33[2J", "zig": [1]})}
     )
-    found = rebuild.compare(odd)
+    found = _compare(odd)
     assert found.recorded == repr("gqsac \33[2J, nvrtc 12.9") and found.same
 
 

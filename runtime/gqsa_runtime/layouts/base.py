@@ -12,10 +12,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from gqsa_runtime.constants import Rule
+from gqsa_runtime.constants import Params, Rule
 from gqsa_runtime.format import TENSOR_TYPES
 
 _BYTES = dict(TENSOR_TYPES.values())
@@ -58,50 +59,50 @@ class Layout(ABC):
     compressed: bool
 
     @abstractmethod
-    def shapes(self, params: Mapping, n_groups: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, params: Params, n_groups: Any) -> dict[str, tuple[int, ...]]:
         """Shape of each part."""
 
     @abstractmethod
-    def pack(self, part: str, source, params: Mapping) -> np.ndarray:
+    def pack(self, part: str, source: Any, params: Params) -> np.ndarray:
         """One part, in its shape and dtype. source: the weights as checkpoints hold them; see each layout."""
 
     @abstractmethod
-    def unpack(self, arrays: Mapping[str, np.ndarray], params: Mapping) -> np.ndarray:
+    def unpack(self, arrays: Mapping[str, np.ndarray], params: Params) -> np.ndarray:
         """float32 [rows, k] from all parts, flat or shaped: what the kernels multiply by."""
 
-    def count_groups(self, params: Mapping, elements: Mapping[str, int]) -> int:
+    def count_groups(self, params: Params, elements: Mapping[str, int]) -> Any:
         """n_groups of a stored linear, from the number of elements of each part."""
         return 0
 
-    def n_weights(self, params: Mapping, n_groups: int) -> int | None:
+    def n_weights(self, params: Params, n_groups: Any) -> int | None:
         """Weights that are stored; the others of rows * k are zero. None where sizes alone do not tell."""
-        return params["rows"] * params["k"]
+        return int(params["rows"] * params["k"])
 
-    def rows_by_width(self, params: Mapping, read: Callable[[str], np.ndarray]) -> dict[int, int] | None:
+    def rows_by_width(self, params: Params, read: Callable[[str], np.ndarray]) -> dict[int, int] | None:
         """Width in bits -> rows that have it; None where that cannot be told without the weights.
 
         read: gives the contents of a part by its name, which have passed their rule.
         """
         return None
 
-    def check_constants(self, params: Mapping) -> str | None:
+    def check_constants(self, params: Params) -> str | None:
         """What is wrong with constants that are each in their range, or None."""
         return None
 
-    def rules(self, params: Mapping, n_groups: int) -> dict[str, ContentRule]:
+    def rules(self, params: Params, n_groups: Any) -> dict[str, ContentRule]:
         """Rules by part, for the parts by whose numbers kernels index memory."""
         return {}
 
-    def elements(self, params: Mapping, n_groups: int) -> dict[str, int]:
+    def elements(self, params: Params, n_groups: Any) -> dict[str, int]:
         """Elements of each part."""
         return {name: math.prod(shape) for name, shape in self.shapes(params, n_groups).items()}
 
-    def n_bytes(self, params: Mapping, n_groups: int) -> int:
+    def n_bytes(self, params: Params, n_groups: Any) -> int:
         """Bytes of all parts."""
         elements = self.elements(params, n_groups)
         return sum(elements[part.name] * _BYTES[part.dtype] for part in self.parts)
 
-    def check_sizes(self, params: Mapping, held: Mapping[str, int]) -> str | None:
+    def check_sizes(self, params: Params, held: Mapping[str, int]) -> str | None:
         """How the parts' numbers of elements contradict each other or the constants, or None."""
         n_groups = self.count_groups(params, held)
         for name, expected in self.elements(params, n_groups).items():

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from gqsa_runtime.constants import Params, Rule
 from gqsa_runtime.layouts.base import Layout, Part
 
 
@@ -14,19 +15,19 @@ class DenseF16(Layout):
 
     op = "linear_dense"
     parts = (Part("weight", "f16"),)
-    constants: Mapping = {}
+    constants: Mapping[str, Rule] = {}
     headers = {"cuda": "linear_dense.cuh", "cpu": "linear_dense.h"}
     compressed = False
 
-    def shapes(self, params: Mapping, n_groups: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, params: Params, n_groups: int) -> dict[str, tuple[int, ...]]:
         """See Layout."""
         return {"weight": (params["rows"], params["k"])}
 
-    def pack(self, part: str, source: np.ndarray, params: Mapping) -> np.ndarray:
+    def pack(self, part: str, source: np.ndarray, params: Params) -> np.ndarray:
         """See Layout."""
         return source
 
-    def unpack(self, arrays: Mapping[str, np.ndarray], params: Mapping) -> np.ndarray:
+    def unpack(self, arrays: Mapping[str, np.ndarray], params: Params) -> np.ndarray:
         """See Layout."""
         shape = params["rows"], params["k"]
         return arrays["weight"].reshape(-1)[: shape[0] * shape[1]].reshape(shape).astype(np.float32)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from gqsa_runtime.constants import FLAG, SIZE
+from gqsa_runtime.constants import FLAG, SIZE, Params
 from gqsa_runtime.errors import ModelError
 from gqsa_runtime.layouts.base import ContentRule, Layout, Part
 
@@ -43,7 +44,7 @@ class GroupWords(Layout):
     compressed = True
     kernel_bits = (2, 4, 8)  # widths that kernels are built for
 
-    def shapes(self, params: Mapping, n_groups: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, params: Params, n_groups: int) -> dict[str, tuple[int, ...]]:
         """See Layout."""
         return {
             "values": (n_groups, params["group_size"] * params["bits"] // 8),
@@ -52,22 +53,22 @@ class GroupWords(Layout):
             "tasks": (params["n_tasks"] + 1,),
         }
 
-    def count_groups(self, params: Mapping, elements: Mapping[str, int]) -> int:
+    def count_groups(self, params: Params, elements: Mapping[str, int]) -> int:
         """See Layout."""
-        return elements["groups"]
+        return int(elements["groups"])
 
-    def n_weights(self, params: Mapping, n_groups: int) -> int:
+    def n_weights(self, params: Params, n_groups: int) -> int:
         """See Layout."""
-        return n_groups * params["group_size"]
+        return n_groups * int(params["group_size"])
 
-    def check_constants(self, params: Mapping) -> str | None:
+    def check_constants(self, params: Params) -> str | None:
         """See Layout."""
         k, group_size = params["k"], params["group_size"]
         if k % group_size or k // group_size > MAX_COLUMNS:
             return f"k is {k}, expected at most {MAX_COLUMNS} whole groups of {group_size}"
         return None
 
-    def rules(self, params: Mapping, n_groups: int) -> dict[str, ContentRule]:
+    def rules(self, params: Params, n_groups: int) -> dict[str, ContentRule]:
         """See Layout."""
         return {
             "groups": ColumnsBelow(params["k"] // params["group_size"]),
@@ -75,19 +76,21 @@ class GroupWords(Layout):
             "tasks": RisesTo(params["rows"]),
         }
 
-    def pack(self, part: str, source, params: Mapping) -> np.ndarray:
+    def pack(self, part: str, source: Any, params: Params) -> np.ndarray:
         """See Layout. Raises ModelError for an 8-bit zero other than 128."""
         if not len(source.col_indices):
             return self._pack_empty(part, params)
         if part == "values":
-            return source.values.view(np.int8)
+            values: np.ndarray = source.values.view(np.int8)
+            return values
         if part == "groups":
             return _words(source)
         if part == "crow_indices":
-            return source.crow_indices.astype(np.int32, copy=False)
+            crow_indices: np.ndarray = source.crow_indices.astype(np.int32, copy=False)
+            return crow_indices
         return cut_tasks(source.crow_indices, params["n_tasks"])
 
-    def _pack_empty(self, part: str, params: Mapping) -> np.ndarray:
+    def _pack_empty(self, part: str, params: Params) -> np.ndarray:
         # Kernels load the first group ahead of asking whose it is, so one must be there: the last row's,
         # with scale 0, which adds nothing.
         crow_indices = np.zeros(params["rows"] + 1, np.int32)
@@ -98,7 +101,7 @@ class GroupWords(Layout):
             return cut_tasks(crow_indices, params["n_tasks"])
         return np.zeros(self.shapes(params, 1)[part], np.int8 if part == "values" else np.int32)
 
-    def unpack(self, arrays: Mapping[str, np.ndarray], params: Mapping) -> np.ndarray:
+    def unpack(self, arrays: Mapping[str, np.ndarray], params: Params) -> np.ndarray:
         """See Layout."""
         rows, group_size, bits = params["rows"], params["group_size"], params["bits"]
         crow_indices = arrays["crow_indices"].reshape(-1)[: rows + 1]
@@ -137,7 +140,7 @@ class RisesTo(ContentRule):
 
     last: int
 
-    def broken(self, array: np.ndarray) -> str | None:
+    def broken(self, array: np.ndarray, *needed: np.ndarray) -> str | None:
         """See ContentRule."""
         flat = array.reshape(-1)
         if flat.size < 2 or flat[0] != 0 or flat[-1] != self.last or (flat[1:] < flat[:-1]).any():
@@ -151,7 +154,7 @@ class ColumnsBelow(ContentRule):
 
     n_columns: int
 
-    def broken(self, array: np.ndarray) -> str | None:
+    def broken(self, array: np.ndarray, *needed: np.ndarray) -> str | None:
         """See ContentRule."""
         columns = _columns(array.reshape(-1).view(np.uint32))
         if columns.size and int(columns.max()) >= self.n_columns:
@@ -175,7 +178,7 @@ def cut_tasks(crow_indices: np.ndarray, n_tasks: int) -> np.ndarray:
     return np.maximum.accumulate(nearest).astype(np.int32)
 
 
-def _words(stream) -> np.ndarray:
+def _words(stream: Any) -> np.ndarray:
     zeros = np.uint32(0)
     if stream.bits != 8:
         zeros = stream.zeros.astype(np.uint32)
@@ -184,8 +187,10 @@ def _words(stream) -> np.ndarray:
     words = stream.scales.astype(np.float16).view(np.uint16).astype(np.uint32)
     words |= stream.col_indices.astype(np.uint32) << np.uint32(_COLUMN_SHIFT)
     words |= zeros << np.uint32(_ZERO_SHIFT)
-    return words.view(np.int32)
+    packed: np.ndarray = words.view(np.int32)
+    return packed
 
 
 def _columns(words: np.ndarray) -> np.ndarray:
-    return (words >> np.uint32(_COLUMN_SHIFT)) & np.uint32(MAX_COLUMNS - 1)
+    columns: np.ndarray = (words >> np.uint32(_COLUMN_SHIFT)) & np.uint32(MAX_COLUMNS - 1)
+    return columns

@@ -28,10 +28,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
-from gqsa_runtime.constants import COUNT, FLAG, SIZE
+from gqsa_runtime.constants import COUNT, FLAG, SIZE, Params
 from gqsa_runtime.errors import ModelError
 from gqsa_runtime.layouts.base import ContentRule, Layout, Part
 from gqsa_runtime.layouts.group_words import RisesTo
@@ -45,8 +46,10 @@ MAX_RECORD_BYTES = 16 + 32 + TILES * (32 + 8 + 128 * 8)
 _HEADER = 16
 _ZERO_STEPS = 16
 
+_Bytes = TypeVar("_Bytes", int, np.ndarray)
 
-def is_bare(params: Mapping) -> bool:
+
+def is_bare(params: Params) -> bool:
     """Whether records have no header and need no `starts`. params: the layout's constants."""
     return bool(params["whole"]) and not params["masked_widths"] and params["widths"].bit_count() == 1
 
@@ -61,7 +64,7 @@ class Plan:
     """
 
     columns: int
-    constants: dict
+    constants: dict[str, Any]
     order: np.ndarray
     widths: np.ndarray
     kept: np.ndarray | None
@@ -112,7 +115,7 @@ def make_plan(
     n = (tiles >= 0).sum(1)
     width = widths[block].astype(np.int64)
     value_bytes = n * 128 * width
-    if masked.any():
+    if kept is not None and masked.any():
         if not np.isin(width[masked], MASKED_WIDTHS).all():
             raise ModelError("groups can be removed from rows of 2, 4 or 8 bits only")
         groups = np.where(tiles[..., None] >= 0, kept.sum(1)[block[:, None], np.maximum(tiles, 0)], 0).sum((1, 2))
@@ -134,7 +137,7 @@ def _bits(widths: np.ndarray) -> int:
     return sum(1 << width for width in set(widths.tolist()))
 
 
-def _padded(n_bytes):
+def _padded(n_bytes: _Bytes) -> _Bytes:
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -184,7 +187,7 @@ class Records(Layout):
     headers = {"cuda": "linear_records.cuh", "cpu": "linear_records.h"}
     compressed = True
 
-    def shapes(self, params: Mapping, n_groups) -> dict[str, tuple[int, ...]]:
+    def shapes(self, params: Params, n_groups: Any) -> dict[str, tuple[int, ...]]:
         """See Layout. n_groups: (records, size of all in multiples of ALIGNMENT), not asked of bare ones."""
         bare = is_bare(params)
         n_records, size = _bare_groups(params) if bare else n_groups or (0, 0)
@@ -195,20 +198,20 @@ class Records(Layout):
             "order": (params["n_blocks"] * ROWS,),
         }
 
-    def n_weights(self, params: Mapping, n_groups) -> int | None:
+    def n_weights(self, params: Params, n_groups: Any) -> int | None:
         """See Layout. n_groups: kept groups of 16, or (records, size), which tell only where nothing is removed."""
         if isinstance(n_groups, int):
             return n_groups * GROUP
         nothing_removed = params["whole"] and not params["masked_widths"]
         return params["rows"] * params["k"] if nothing_removed else None
 
-    def count_groups(self, params: Mapping, elements: Mapping[str, int]):
+    def count_groups(self, params: Params, elements: Mapping[str, int]) -> tuple[int, int]:
         """See Layout."""
         if is_bare(params):
             return _bare_groups(params)
         return elements["starts"] - 1, elements["records"] // ALIGNMENT
 
-    def rows_by_width(self, params: Mapping, read: Callable[[str], np.ndarray]) -> dict[int, int] | None:
+    def rows_by_width(self, params: Params, read: Callable[[str], np.ndarray]) -> dict[int, int] | None:
         """See Layout. From the sizes of the blocks' first records: without masks each number of tiles has a remainder
         of its own, and a byte of levels in 16 rows of a tile is 128 of a record for each bit."""
         if is_bare(params):
@@ -230,7 +233,7 @@ class Records(Layout):
         rows = np.bincount(widths, (order >= 0).sum(1), max(WIDTHS) + 1).astype(int)
         return {width: int(rows[width]) for width in WIDTHS if rows[width]}
 
-    def check_constants(self, params: Mapping) -> str | None:
+    def check_constants(self, params: Params) -> str | None:
         """See Layout."""
         k, n_blocks, record_bytes = params["k"], params["n_blocks"], params["record_bytes"]
         if k % TILE or k // TILE >= 1 << 15:
@@ -254,7 +257,7 @@ class Records(Layout):
             return f"n_blocks is {n_blocks}, whose records take {ALIGNMENT << 31} bytes or more"
         return None
 
-    def rules(self, params: Mapping, n_groups) -> dict[str, ContentRule]:
+    def rules(self, params: Params, n_groups: Any) -> dict[str, ContentRule]:
         """See Layout."""
         n_records, size = n_groups
         n_tiles = params["k"] // TILE
@@ -263,7 +266,7 @@ class Records(Layout):
                 "blocks": RisesBy(n_tiles // TILES, n_records),
                 "order": OrderOf(params["rows"], params.get("epilogue", "table")),
             }
-        widths = tuple(params[name] for name in ("widths", "masked_widths"))
+        widths = params["widths"], params["masked_widths"]
         # Without an epilogue it is a table, whose elements are found by their row and column alone.
         use = params.get("epilogue", "table")
         return {
@@ -275,8 +278,9 @@ class Records(Layout):
             "order": OrderOf(params["rows"], use),
         }
 
-    def pack(self, part: str, source, params: Mapping) -> np.ndarray:
+    def pack(self, part: str, source: Any, params: Params) -> np.ndarray:
         """See Layout."""
+        plan: Plan
         matrix, plan = source
         if part == "order":
             return plan.order
@@ -287,7 +291,7 @@ class Records(Layout):
             return np.zeros(0, np.int32) if is_bare(params) else starts.astype(np.int32)
         return _pack_records(matrix, plan, starts).view(np.int8)
 
-    def unpack(self, arrays: Mapping[str, np.ndarray], params: Mapping) -> np.ndarray:
+    def unpack(self, arrays: Mapping[str, np.ndarray], params: Params) -> np.ndarray:
         """See Layout."""
         order = arrays["order"].reshape(-1)[: params["n_blocks"] * ROWS]
         blocks = arrays["blocks"].reshape(-1)[: params["n_blocks"] + 1]
@@ -311,8 +315,8 @@ class Records(Layout):
         return result
 
 
-def _bare_width(params: Mapping) -> int:
-    return params["widths"].bit_length() - 1
+def _bare_width(params: Params) -> int:
+    return int(params["widths"]).bit_length() - 1
 
 
 def _without_header(n: int, width: int) -> int:
@@ -320,7 +324,7 @@ def _without_header(n: int, width: int) -> int:
     return 32 * n + _padded(8 * n) + 128 * n * width
 
 
-def _bare_groups(params: Mapping) -> tuple[int, int]:
+def _bare_groups(params: Params) -> tuple[int, int]:
     """(records, size of all in multiples of ALIGNMENT) where records are bare."""
     n_records = params["n_blocks"] * (params["k"] // RECORD_COLUMNS)
     return n_records, n_records * (_without_header(TILES, _bare_width(params)) // ALIGNMENT)
@@ -333,7 +337,7 @@ class Starts(ContentRule):
     last: int
     most: int
 
-    def broken(self, array: np.ndarray) -> str | None:
+    def broken(self, array: np.ndarray, *needed: np.ndarray) -> str | None:
         """See ContentRule."""
         flat = array.reshape(-1).astype(np.int64)
         steps = np.diff(flat)
@@ -349,7 +353,7 @@ class RisesBy(ContentRule):
     step: int
     last: int
 
-    def broken(self, array: np.ndarray) -> str | None:
+    def broken(self, array: np.ndarray, *needed: np.ndarray) -> str | None:
         """See ContentRule."""
         flat = array.reshape(-1)
         if flat[0] != 0 or flat[-1] != self.last or (np.diff(flat.astype(np.int64)) != self.step).any():
@@ -367,7 +371,7 @@ class OrderOf(ContentRule):
     rows: int
     use: str
 
-    def broken(self, array: np.ndarray) -> str | None:
+    def broken(self, array: np.ndarray, *needed: np.ndarray) -> str | None:
         """See ContentRule."""
         flat = array.reshape(-1)
         if flat.min(initial=-1) < -1 or flat.max(initial=-1) >= self.rows:
@@ -398,8 +402,9 @@ class WellFormed(ContentRule):
     table: bool
     needs = ("starts", "blocks")
 
-    def broken(self, array: np.ndarray, starts: np.ndarray, blocks: np.ndarray) -> str | None:
-        """See ContentRule. starts has passed its own rule."""
+    def broken(self, array: np.ndarray, *needed: np.ndarray) -> str | None:
+        """See ContentRule. The starts have passed their own rule."""
+        starts, blocks = needed
         # As items of 16 bytes: NumPy gathers those six times as fast as rows of 16.
         pieces = array.reshape(-1).view(f"V{ALIGNMENT}")
         starts = starts.reshape(-1).astype(np.int64)
@@ -452,7 +457,8 @@ def _count_bits(words: np.ndarray) -> np.ndarray:
     sums = words - (words >> 1 & 0x5555555555555555)  # of 2 bits each, then of 4, then of 8
     sums = (sums & 0x3333333333333333) + (sums >> 2 & 0x3333333333333333)
     sums = sums + (sums >> 4) & 0x0F0F0F0F0F0F0F0F
-    return (sums * 0x0101010101010101 >> 56).astype(np.int64)
+    counts: np.ndarray = (sums * 0x0101010101010101 >> 56).astype(np.int64)
+    return counts
 
 
 def _entries(levels: np.ndarray, width: int) -> np.ndarray:
@@ -461,16 +467,19 @@ def _entries(levels: np.ndarray, width: int) -> np.ndarray:
         return levels
     s = levels.reshape(*levels.shape[:-1], -1, 4 if width < 4 else 8)
     if width == 4:
-        return s[..., 0, :] | s[..., 1, :] << 4
+        halves: np.ndarray = s[..., 0, :] | s[..., 1, :] << 4
+        return halves
     s = s & 3
-    return s[..., 0, :] | s[..., 1, :] << 2 | s[..., 2, :] << 4 | s[..., 3, :] << 6
+    entries: np.ndarray = s[..., 0, :] | s[..., 1, :] << 2 | s[..., 2, :] << 4 | s[..., 3, :] << 6
+    return entries
 
 
 def _bit_words(bits: np.ndarray) -> np.ndarray:
     """uint8 [..., 4], little-endian words, of bits [..., 2 halves, 16]."""
     s = bits.reshape(*bits.shape[:-1], 4, 4)
     shifts = (2 * np.arange(4)[:, None] + np.arange(2)[:, None, None]).astype(np.uint8)  # [half, s, 1]
-    return np.bitwise_or.reduce(np.bitwise_or.reduce(s << shifts, axis=-3), axis=-2)
+    words: np.ndarray = np.bitwise_or.reduce(np.bitwise_or.reduce(s << shifts, axis=-3), axis=-2)
+    return words
 
 
 def _tile_values(levels: np.ndarray, width: int) -> np.ndarray:
@@ -487,7 +496,7 @@ def _tile_values(levels: np.ndarray, width: int) -> np.ndarray:
     return np.concatenate(parts, axis=1)
 
 
-def _pack_records(matrix, plan: Plan, starts: np.ndarray) -> np.ndarray:
+def _pack_records(matrix: Any, plan: Plan, starts: np.ndarray) -> np.ndarray:
     n_blocks, n_tiles = len(plan.widths), matrix.columns // TILE
     real = (plan.order >= 0)[:, None]
     levels = np.where(real, matrix.levels[plan.order], 0).reshape(n_blocks, 2, 8, n_tiles, 4, GROUP)
@@ -517,6 +526,7 @@ def _pack_records(matrix, plan: Plan, starts: np.ndarray) -> np.ndarray:
             fields += [scales[block, tiles].reshape(len(some), -1).view(np.uint8), zero_bytes]
             tile_levels = levels[block, :, :, tiles]  # [record, tile, half, pair, quarter, 16]
             if masked:
+                assert plan.kept is not None  # a mask says what is kept
                 if w == 2 and (nibbles[block, tiles] & 0x33).any():
                     raise ModelError("where groups are removed, zeros must be levels; 2-bit rows have others")
                 kept = plan.kept.reshape(n_blocks, 2, 8, n_tiles, 4)[block, :, :, tiles]
