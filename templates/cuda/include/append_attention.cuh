@@ -288,7 +288,9 @@ private:
 
     // The rows of this launch that a token sees: keys, rotated, and values, a BATCH of rows at a time.
     struct OwnRows {
-        static constexpr int BATCH = C::TOKENS < 4 ? C::TOKENS : 4, EACH = ceil_div(BATCH * C::HEAD_DIM, THREADS);
+        // As many as a thread has registers for: four elements.
+        static constexpr int ROOM = 4 * THREADS >= C::HEAD_DIM ? 4 * THREADS / C::HEAD_DIM : 1;
+        static constexpr int BATCH = C::TOKENS < ROOM ? C::TOKENS : ROOM, EACH = ceil_div(BATCH * C::HEAD_DIM, THREADS);
         const float *k, *v, *rope;  // of the KV head
         int token, n_rows, position;  // of the first row
         Rotation rotations[EACH];

@@ -1,12 +1,12 @@
 // gated of W norm(x) over records of 16 rows by 4 tiles of 64 columns; see linear_records.cuh and records.cuh.
-// W [22016, 4096] in 1376 row blocks, records of at most 2208 bytes. x f32 [1, 4096],
-// out f32 [n_tokens, 11008]. Launch: consecutive row blocks a block (x), blockIdx.y: tile of 1 token(s).
+// W [22016, 4096] in 1376 row blocks, records of at most 2208 bytes. x f32 [n_tokens, 4096], out f32 [n_tokens, 11008].
+// Launch: consecutive row blocks a block (x), blockIdx.y: up to 1 token(s).
 #include "linear_records.cuh"
 
 struct linear_records_t1_r22016_k4096_constants {
     static constexpr int ROWS = 22016, K = 4096, N_BLOCKS = 1376;
     static constexpr int WIDTHS = 16, MASKED_WIDTHS = 0, RECORD_BYTES = 2208;
-    static constexpr bool WHOLE = 1;
+    static constexpr bool WHOLE = 1, ONE = 1;
     static constexpr int X_STRIDE = 4096, OUT_STRIDE = 11008, RESIDUAL_STRIDE = 0;
     static constexpr int NORM = RMS_NORM, ACTIVATION = SILU, EPILOGUE = GATED;
     static constexpr bool BIAS = 0, RESIDUAL = 0, ACCUMULATE = false;
@@ -20,12 +20,13 @@ struct linear_records_t1_r22016_k4096_constants {
     static constexpr int LOCAL_BLOCKS = 11;
     static constexpr int PLANES_AT = 0;
     static constexpr int RANGES_AT = 8192;
-    static constexpr int PARTIALS_AT = 8704;
-    static constexpr int SUMS_AT = 8832;
-    static constexpr int BLOCKS_AT = 20096;
-    static constexpr int PHASES_AT = 20160;
-    static constexpr int RING_AT = 20672;
+    static constexpr int PARTIALS_AT = 8720;
+    static constexpr int SUMS_AT = 8848;
+    static constexpr int BLOCKS_AT = 20112;
+    static constexpr int PHASES_AT = 20176;
+    static constexpr int RING_AT = 20688;
     static constexpr int LEFT_TO_COPY = 0;
+    static constexpr int AT_ONCE = 1;
 #else
     static constexpr int MAX_BLOCK = 512;
     static constexpr int WARPS = 16;
@@ -34,12 +35,13 @@ struct linear_records_t1_r22016_k4096_constants {
     static constexpr int LOCAL_BLOCKS = 11;
     static constexpr int PLANES_AT = 0;
     static constexpr int RANGES_AT = 8192;
-    static constexpr int PARTIALS_AT = 8704;
-    static constexpr int SUMS_AT = 8832;
-    static constexpr int BLOCKS_AT = 20096;
-    static constexpr int PHASES_AT = 20160;
-    static constexpr int RING_AT = 20672;
+    static constexpr int PARTIALS_AT = 8720;
+    static constexpr int SUMS_AT = 8848;
+    static constexpr int BLOCKS_AT = 20112;
+    static constexpr int PHASES_AT = 20176;
+    static constexpr int RING_AT = 20688;
     static constexpr int LEFT_TO_COPY = 0;
+    static constexpr int AT_ONCE = 1;
 #endif
 };
 
@@ -48,6 +50,6 @@ linear_records_t1_r22016_k4096(
     const float* x, const signed char* planes, const float* ranges, const float* norm_weight,
     const float* norm_bias, const signed char* records, const int* starts, const int* blocks, const int* order,
     const float* bias, const float* residual, float* out, const int* state) {
-    LinearRecords<linear_records_t1_r22016_k4096_constants, 1>::run(x, planes, ranges, norm_weight, norm_bias, records, starts, blocks,
-                                                           order, bias, residual, out, state);
+    LinearRecords<linear_records_t1_r22016_k4096_constants>::run(x, norm_weight, norm_bias, records, starts, blocks, order, bias, residual, out,
+                                             state);
 }
