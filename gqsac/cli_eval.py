@@ -48,8 +48,10 @@ def ppl(file, text, window, stride, max_windows, device, context, threads, as_js
       gqsac eval ppl model/ --text wiki.test.raw --json
     """
     if is_artifact(file):
-        measured = (file, text, window, stride, max_windows, device, context, threads)
-        _runtime_ppl.callback(*measured, as_json=as_json, **of_artifacts)
+        _runtime_ppl.callback(
+            file=file, text=text, window=window, stride=stride, max_windows=max_windows, device=device, context=context,
+            threads=threads, as_json=as_json, **of_artifacts,
+        )  # fmt: skip
         return
     for name, value in of_artifacts.items():
         if value:

@@ -137,7 +137,32 @@ _place_options = _options(
         "to fit.",
     ),
 )
-_model_options = _options(
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opening:
+    """The options of all commands that open a model, as `Model.open` has them."""
+
+    device: str
+    context: int | str | None
+    threads: int | None
+    rebuild_kernels: bool
+    require_signature: str | None
+    signature: str | None
+
+
+def _model_options(command: _Function) -> _Function:
+    """Gives a command the options of an _Opening, which it takes as `how`."""
+
+    @functools.wraps(command)
+    def with_opening(**values: Any) -> Any:
+        how = _Opening(**{field.name: values.pop(field.name) for field in dataclasses.fields(_Opening)})
+        return command(how=how, **values)
+
+    return _OPENING(with_opening)
+
+
+_OPENING = _options(
     _signature_options,
     _place_options,
     click.option("--threads", type=int, help="CPU threads. Default: all."),
@@ -174,26 +199,19 @@ def _tell(message: str) -> None:
     click.echo(message, err=True)
 
 
-def _open_model(
-    file: str,
-    device: str,
-    context: int | str | None,
-    threads: int | None,
-    rebuild_kernels: bool,
-    require_signature: str | None,
-    signature: str | None,
-    sampling: dict[str, Any] | None = None,
-) -> Model:
+def _open_model(file: str, how: _Opening, sampling: dict[str, Any] | None = None) -> Model:
     from gqsa_runtime.model import Model
 
-    _check_signature_options(require_signature, signature)
+    _check_signature_options(how.require_signature, how.signature)
     Model.check_options(**(sampling or {}))  # better refused now than after seconds of loading
-    if rebuild_kernels:
+    if how.rebuild_kernels:
         rebuild.compiler()
         _tell("making the kernels anew")
-    kernels = rebuild.REBUILD if rebuild_kernels else rebuild.FILE
+    kernels = rebuild.REBUILD if how.rebuild_kernels else rebuild.FILE
     with _LoadingBar() as bar:
-        model = Model.open(file, device, context, threads, bar.update, kernels, require_signature, signature)
+        model = Model.open(
+            file, how.device, how.context, how.threads, bar.update, kernels, how.require_signature, how.signature
+        )
     _tell(f"device {model.device_reason}")
     if model.context_reason:
         _tell(model.context_reason)
@@ -290,12 +308,7 @@ def run(
     file: str,
     prompt: str | None,
     raw: bool,
-    device: str,
-    context: int | str | None,
-    threads: int | None,
-    rebuild_kernels: bool,
-    require_signature: str | None,
-    signature: str | None,
+    how: _Opening,
     session: str | None,
     stats: bool,
     **sampling: Any,
@@ -317,7 +330,7 @@ def run(
         if sys.stdin.isatty():
             _tell("reading the prompt from standard input; end it with Ctrl-D")
         prompt = read_text("-", "prompt")
-    with _open_model(file, device, context, threads, rebuild_kernels, require_signature, signature, sampling) as model:
+    with _open_model(file, how, sampling) as model:
         if session is not None and os.path.exists(session):
             _tell(f"{session}: {model.load_session(session)} tokens are in the cache")
         if model.has_chat_template and not raw:
@@ -341,12 +354,7 @@ def run(
 def chat(
     file: str,
     system: str | None,
-    device: str,
-    context: int | str | None,
-    threads: int | None,
-    rebuild_kernels: bool,
-    require_signature: str | None,
-    signature: str | None,
+    how: _Opening,
     stats: bool,
     **sampling: Any,
 ) -> None:
@@ -360,7 +368,7 @@ def chat(
       gqsa chat model.gqsa --system "Answer in one sentence."
     """
     opening = [{"role": "system", "content": system}] if system else []
-    with _open_model(file, device, context, threads, rebuild_kernels, require_signature, signature, sampling) as model:
+    with _open_model(file, how, sampling) as model:
         if not model.has_chat_template:
             raise InputError(f"{file}: the file carries no chat template; use `gqsa run` instead")
         messages = list(opening)
@@ -568,12 +576,7 @@ def bench(
     repeats: int,
     profile: bool,
     plot: str | None,
-    device: str,
-    context: int | str | None,
-    threads: int | None,
-    rebuild_kernels: bool,
-    require_signature: str | None,
-    signature: str | None,
+    how: _Opening,
     as_json: bool,
 ) -> None:
     """Measures opening, decode and prompts at given lengths: warm-up, then medians.
@@ -593,7 +596,7 @@ def bench(
         from gqsa_runtime import roofline
 
         roofline.check(plot)  # better refused now than after the measurement
-    with _open_model(file, device, context, threads, rebuild_kernels, require_signature, signature) as model:
+    with _open_model(file, how) as model:
         track = functools.partial(progress, unit="length")
         found = benchmark.bench(model, contexts, sizes, n_decode, repeats, profile, track)
         found = {"path": file, "name": model.program.name, "device": model.device.name, **found}
@@ -636,12 +639,7 @@ def ppl(
     window: int,
     stride: int | None,
     max_windows: int | None,
-    device: str,
-    context: int | str | None,
-    threads: int | None,
-    rebuild_kernels: bool,
-    require_signature: str | None,
-    signature: str | None,
+    how: _Opening,
     as_json: bool,
 ) -> None:
     """Perplexity of a text. The last tokens that fill no window are left out; a shorter text is scored whole.
@@ -653,7 +651,7 @@ def ppl(
     from gqsa_runtime.perplexity import perplexity
 
     content = read_text(text, "text")
-    with _open_model(file, device, context or None, threads, rebuild_kernels, require_signature, signature) as model:
+    with _open_model(file, dataclasses.replace(how, context=how.context or None)) as model:
         result = perplexity(model, content, window, stride, max_windows, functools.partial(progress, unit="window"))
     if as_json:
         click.echo(json.dumps({"path": file, "window": window, "stride": stride or window, **vars(result)}))
