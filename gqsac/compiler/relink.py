@@ -44,7 +44,7 @@ from gqsac.errors import FormatError, InputError
 # What `bundle` writes. A file of another writer may hold more, which would be lost.
 _KEYS = {
     fmt.KEY_ARCHITECTURE, fmt.KEY_ALIGNMENT, fmt.KEY_NAME, fmt.KEY_FORMAT_VERSION, fmt.KEY_COMPILER, fmt.KEY_PROGRAM,
-    fmt.KEY_TOKENIZER, fmt.KEY_CHAT_TEMPLATE,
+    fmt.KEY_FACTS, fmt.KEY_TOKENIZER, fmt.KEY_CHAT_TEMPLATE,
 }  # fmt: skip
 
 
@@ -170,6 +170,7 @@ def _content(file: ArtifactFile, program: Program, compiled: list[Compiled], tar
         name=file.text(fmt.KEY_NAME),
         program_json=program.to_json(),
         compiler_json=fmt.canonical_json({**recorded_compiler(file), **toolchain(targets)}),
+        facts_json=file.text(fmt.KEY_FACTS) if fmt.KEY_FACTS in file.metadata else None,
         tokenizer_json=file.text(fmt.KEY_TOKENIZER),
         chat_template=file.text(fmt.KEY_CHAT_TEMPLATE) if fmt.KEY_CHAT_TEMPLATE in file.metadata else None,
         tensors=(*code, *weights),

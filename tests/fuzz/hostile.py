@@ -127,7 +127,7 @@ def _steps(random: Random, parts: Parts) -> None:
 
 def _indices(random: Random, parts: Parts) -> None:
     """A value of an index tensor set, moved by one, or exchanged with another."""
-    names = parts.used(dtype=np.int32)
+    names = [name for name in parts.used(dtype=np.int32) if parts.tensors[name].size]
     if not names:
         return
     flat = _own(parts, random.choice(names)).reshape(-1)
@@ -184,9 +184,13 @@ def _numbers(random: Random, parts: Parts) -> None:
 
 def _record(random: Random, parts: Parts, masked: bool = False) -> tuple[np.ndarray, int]:
     """(uint8 bytes of a record, to be changed in place; their number). masked: one with a mask, if there is one."""
-    name = random.choice(parts.used(".records"))
-    data = _own(parts, name).reshape(-1).view(np.uint8)
-    starts = ALIGNMENT * parts.tensors[name.removesuffix("records") + "starts"].reshape(-1).astype(np.int64)
+
+    def starts_of(name: str) -> np.ndarray:
+        return ALIGNMENT * parts.tensors[name.removesuffix("records") + "starts"].reshape(-1).astype(np.int64)
+
+    # Bare records have no headers to be changed.
+    name = random.choice([name for name in parts.used(".records") if starts_of(name).size])
+    data, starts = _own(parts, name).reshape(-1).view(np.uint8), starts_of(name)
     chosen = np.arange(len(starts) - 1)
     if masked and data[starts[:-1] + _MASKED].any():
         chosen = np.flatnonzero(data[starts[:-1] + _MASKED])

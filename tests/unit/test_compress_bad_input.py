@@ -11,7 +11,7 @@ from gqsa_runtime.cli import main
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gqsac.cli import cli
-from gqsac.compress import disk, memory
+from gqsac.compress import disk, memory, partial
 from gqsac.compress.memory import first_short, what_would_fit
 from gqsac.compress.needs import Free, ModelSize, needs
 from gqsac.compress.options import MASTER_DTYPES, Options, checked
@@ -364,17 +364,16 @@ def test_too_little_disk_is_refused_before_any_work(tmp_path, llama, refused, mo
 def test_the_least_disk_is_near_what_is_taken(tmp_path, llama, monkeypatch):
     """At the end OUT.partial holds each stage's blocks and the finished model."""
     taken, wanted = [], []
-    real = shutil.rmtree
+    remove = partial._remove
     monkeypatch.setattr(disk.shutil, "disk_usage", shutil.disk_usage)
     monkeypatch.setattr("gqsac.compress.memory.check_disk", lambda out, needed: wanted.append(needed))
 
-    def measured(folder, *args, **kwargs):
-        if folder == tmp_path / "out.partial":
-            weights = [*folder.glob("*.safetensors"), *(tmp_path / "out").glob("*.safetensors")]
-            taken.append(sum(file.stat().st_size for file in weights))
-        return real(folder, *args, **kwargs)
+    def measured(folder):
+        weights = [*folder.glob("*.safetensors"), *(tmp_path / "out").glob("*.safetensors")]
+        taken.append(sum(file.stat().st_size for file in weights))
+        remove(folder)
 
-    monkeypatch.setattr("gqsac.compress.partial.shutil.rmtree", measured)
+    monkeypatch.setattr(partial, "_remove", measured)
     compress(llama, tmp_path / "out", stages=("bqpo", "distill"), sparsity=0.5, **SMALL)
     assert 0.5 < wanted[0] / taken[0] < 1
 

@@ -32,7 +32,7 @@ class Content:
     name: str
     program_json: str
     compiler_json: str
-    facts_json: str
+    facts_json: str | None
     tokenizer_json: str
     chat_template: str | None
     tensors: tuple[PackedTensor, ...]
@@ -133,7 +133,8 @@ def _begun(path: str, content: Content):
     writer.add_string(fmt.KEY_NAME, content.name)
     writer.add_uint32(fmt.KEY_FORMAT_VERSION, fmt.FORMAT_VERSION)
     writer.add_string(fmt.KEY_COMPILER, content.compiler_json)
-    writer.add_string(fmt.KEY_FACTS, content.facts_json)
+    if content.facts_json is not None:
+        writer.add_string(fmt.KEY_FACTS, content.facts_json)
     writer.add_string(fmt.KEY_PROGRAM, content.program_json)
     writer.add_string(fmt.KEY_TOKENIZER, content.tokenizer_json)
     if content.chat_template is not None:
