@@ -418,6 +418,7 @@ def _sparse_cases():
         )  # fmt: skip
     yield from case("tile_residual_aliased", tokens=8, n_tokens=13, residual=True, out_stride=41)
     yield from case("tile_wide", tokens=8, n_tokens=3, k=4096, rows=5, n_tasks=2)
+    yield from case("few", tokens=FUSED_TOKENS, n_tokens=7, bias=True, residual=True)
 
 
 def _dense_cases():
@@ -436,6 +437,7 @@ def _dense_cases():
             yield from case(f"r{rows}_k{k}_tile", rows=rows, k=k, tokens=8, n_tokens=13)
     yield from case("unaligned_x", offset=1)
     yield from case("unaligned_x_tile", offset=1, x_stride=77, tokens=8, n_tokens=5)
+    yield from case("few", tokens=FUSED_TOKENS, n_tokens=7, bias=True, residual=True)
     for activation in ("relu", "silu", "gelu", "gelu_tanh"):
         yield from case(f"epilogue_{activation}", bias=True, activation=activation, residual=True, residual_stride=44)
     yield from case("residual_aliased", residual=True)
