@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from gqsac.compiler import pipeline
 from gqsac.compiler.passes import compile_cpu
 from tests.e2e.checkpoints import save_checkpoint
-from tests.e2e.command import gqsac, refusal, spawn, succeed
+from tests.e2e.command import TARGET, gqsac, refusal, spawn, succeed
 from tests.format import gguf_bytes, tiny
 
 pytestmark = pytest.mark.skipif(not device_cpu.supported_targets(), reason="this CPU runs none of gqsac's kernels")
@@ -42,7 +42,7 @@ def compressed(tmp_path_factory, source):
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory, compressed):
     file = tmp_path_factory.mktemp("built") / "llama.gqsa"
-    succeed("build", compressed, "-o", file, "--target", "cpu")
+    succeed("build", compressed, "-o", file, "--target", TARGET)
     return file
 
 
@@ -71,7 +71,7 @@ def both_refuse(model, tmp_path, *words):
 
 
 def build(model, folder, *options):
-    return ("build", model, "-o", folder / "out.gqsa", "--bits", 4, "--target", "cpu", *options)
+    return ("build", model, "-o", folder / "out.gqsa", "--bits", 4, "--target", TARGET, *options)
 
 
 # The model folder
@@ -150,7 +150,7 @@ def test_a_nan_in_a_compressed_folder(tmp_path, compressed):
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.scales"][7] = np.nan
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    message = refusal(gqsac("build", model, "-o", tmp_path / "out.gqsa", "--target", "cpu"))
+    message = refusal(gqsac("build", model, "-o", tmp_path / "out.gqsa", "--target", TARGET))
     assert "model.layers.0.mlp.up_proj.scales holds a NaN" in message
     assert not list(tmp_path.glob("*out*"))
 
@@ -174,7 +174,7 @@ def test_compressed_or_not(tmp_path, source, compressed):
 
 def test_tokenizers_and_templates_that_will_not_do(tmp_path, compressed):
     model = shutil.copytree(compressed, tmp_path / "model")
-    build = ("build", model, "-o", tmp_path / "out.gqsa", "--target", "cpu")
+    build = ("build", model, "-o", tmp_path / "out.gqsa", "--target", TARGET)
     (model / "chat_template.jinja").write_text("{% for message in messages %}")
     assert "chat template cannot be compiled" in refusal(gqsac(*build))
     tokenizer = json.loads((model / "tokenizer.json").read_text())
@@ -197,7 +197,7 @@ def test_nothing_is_compiled_for_weights_that_will_not_do(tmp_path, edited, comp
     model = shutil.copytree(compressed, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 4}))
-    message = refusal(gqsac("build", model, "-o", tmp_path / "out.gqsa", "--target", "cpu"))
+    message = refusal(gqsac("build", model, "-o", tmp_path / "out.gqsa", "--target", TARGET))
     assert re.search(r"layers\.0\.self_attn\.[kv]_proj.* 32x64.* 64x64", message)
 
 
@@ -218,7 +218,7 @@ def test_nothing_is_compiled_for_weights_that_will_not_do(tmp_path, edited, comp
 def test_options_out_of_range(tmp_path, source, options, words):
     for command in (
         ("compress", source, "-o", tmp_path / "out", *SAMPLES, *options),
-        ("build", source, "-o", tmp_path / "out.gqsa", "--target", "cpu", *options),
+        ("build", source, "-o", tmp_path / "out.gqsa", "--target", TARGET, *options),
     ):
         assert re.search(words, refusal(gqsac(*command)))
         assert list(tmp_path.iterdir()) == []
@@ -261,23 +261,23 @@ def test_wrong_usage_is_code_2(args):
 
 def test_an_output_that_is_a_folder(tmp_path, source, compressed):
     (tmp_path / "here").mkdir()
-    message = refusal(gqsac("build", compressed, "-o", tmp_path / "here", "--target", "cpu"))
+    message = refusal(gqsac("build", compressed, "-o", tmp_path / "here", "--target", TARGET))
     assert f"{tmp_path / 'here'}, which is a folder" in message
     assert "exists already" in refusal(gqsac("compress", source, "-o", tmp_path / "here", *SAMPLES))
     assert list((tmp_path / "here").iterdir()) == []
 
 
 def test_an_output_in_no_folder(tmp_path, compressed):
-    message = refusal(gqsac("build", compressed, "-o", tmp_path / "no" / "out.gqsa", "--target", "cpu"))
+    message = refusal(gqsac("build", compressed, "-o", tmp_path / "no" / "out.gqsa", "--target", TARGET))
     assert f"{tmp_path / 'no'} does not exist" in message and list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_would_overwrite_something_else(tmp_path, compressed):
     model = shutil.copytree(compressed, tmp_path / "model")
     before = (model / "model.safetensors").read_bytes()
-    message = refusal(gqsac("build", model, "-o", model / "model.safetensors", "--target", "cpu"))
+    message = refusal(gqsac("build", model, "-o", model / "model.safetensors", "--target", TARGET))
     assert "is not a .gqsa file" in message and (model / "model.safetensors").read_bytes() == before
-    assert "not a regular file" in refusal(gqsac("build", model, "-o", "/dev/null", "--target", "cpu"))
+    assert "not a regular file" in refusal(gqsac("build", model, "-o", "/dev/null", "--target", TARGET))
 
 
 def without_override():
@@ -292,7 +292,7 @@ def test_a_read_only_folder(tmp_path, source, compressed):
     folder = tmp_path / "locked"
     folder.mkdir()
     folder.chmod(0o555)
-    build = ("build", compressed, "-o", folder / "out.gqsa", "--target", "cpu")
+    build = ("build", compressed, "-o", folder / "out.gqsa", "--target", TARGET)
     message = refusal(spawn(*build, preexec_fn=without_override))
     assert str(folder) in message and "cannot be written" in message
     message = refusal(spawn("compress", source, "-o", folder / "out", *SAMPLES, preexec_fn=without_override))
@@ -312,7 +312,7 @@ def limit_file_size(n_bytes: int):
 def test_a_full_disk_while_building(tmp_path, compressed, artifact):
     old = artifact.read_bytes()
     (tmp_path / "out.gqsa").write_bytes(old)
-    build = ("build", compressed, "-o", tmp_path / "out.gqsa", "--target", "cpu")  # its kernels are cached
+    build = ("build", compressed, "-o", tmp_path / "out.gqsa", "--target", TARGET)  # its kernels are cached
     message = refusal(spawn(*build, preexec_fn=limit_file_size(150_000)))  # in the weights
     assert f"writing {tmp_path / 'out.gqsa'} failed" in message and "MB free" in message
     assert [path.name for path in tmp_path.iterdir()] == ["out.gqsa"]
@@ -370,7 +370,7 @@ def test_a_damaged_part_that_this_machine_does_not_need(tmp_path, compressed):
     """A file for many targets is not refused for damage to one of the others; verify looks at every part."""
     other = "x86_64_v3" if "aarch64" in device_cpu.supported_targets() else "aarch64"
     sound, damaged = tmp_path / "sound.gqsa", tmp_path / "damaged.gqsa"
-    succeed("build", compressed, "-o", sound, "--target", "cpu", "--target", other)
+    succeed("build", compressed, "-o", sound, "--target", TARGET, "--target", other)
     with ArtifactFile.open(sound) as file:
         (tensor,) = (binary.tensor for binary in file.program.binaries if binary.target == other)
     damaged.write_bytes(_flip(sound.read_bytes(), _place(sound, tensor)))
@@ -494,6 +494,6 @@ def test_no_ziglang(monkeypatch, tmp_path, compressed):
     compile_cpu.compiler_version.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(compile_cpu, "find_spec", lambda name: None)
-        message = refusal(gqsac("build", compressed, "-o", tmp_path / "out.gqsa", "--target", "cpu"))
+        message = refusal(gqsac("build", compressed, "-o", tmp_path / "out.gqsa", "--target", TARGET))
     assert "pip install ziglang" in message and list(tmp_path.iterdir()) == []
     assert compile_cpu.compiler_version().startswith("zig ")

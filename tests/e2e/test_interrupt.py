@@ -10,7 +10,7 @@ import pytest
 from gqsa_runtime.device_cpu import supported_targets
 
 from tests.e2e.checkpoints import save_checkpoint
-from tests.e2e.command import command, environment, succeed
+from tests.e2e.command import TARGET, command, environment, succeed
 
 pytestmark = pytest.mark.skipif(not supported_targets(), reason="this CPU runs none of gqsac's kernels")
 
@@ -53,7 +53,7 @@ def artifact(tmp_path_factory):
     """A model that can write for minutes: a long context, and no token that ends a text."""
     folder = tmp_path_factory.mktemp("long")
     source = save_checkpoint(folder / "source", "qwen2", max_position_embeddings=200_000, eos_token_id=None)
-    succeed("build", source, "-o", folder / "long.gqsa", "--bits", 4, "--target", "cpu")
+    succeed("build", source, "-o", folder / "long.gqsa", "--bits", 4, "--target", TARGET)
     return folder / "long.gqsa"
 
 
@@ -77,7 +77,7 @@ def test_compress_goes_on_where_it_was(tmp_path):
 def test_build_leaves_nothing(tmp_path):
     source = save_checkpoint(tmp_path / "source", "llama")
     (tmp_path / "scratch").mkdir()
-    build = ("build", source, "-o", tmp_path / "out.gqsa", "--bits", 4, "--target", "cpu", "--no-cache")
+    build = ("build", source, "-o", tmp_path / "out.gqsa", "--bits", 4, "--target", TARGET, "--no-cache")
     running = Running(*build, TMPDIR=tmp_path / "scratch")
     running.wait_for(lambda: list((tmp_path / "scratch").glob("gqsac-*/runtime.c")))  # zig is at work
     running.interrupt()

@@ -15,7 +15,7 @@ import pytest
 from gqsa_runtime.device_cpu import supported_targets
 
 from tests.e2e.checkpoints import save_checkpoint
-from tests.e2e.command import ROOT, succeed
+from tests.e2e.command import ROOT, TARGET, succeed
 
 pytestmark = pytest.mark.skipif(not supported_targets(), reason="this CPU runs none of gqsac's kernels")
 
@@ -124,14 +124,14 @@ def test_an_installed_compiler_builds(compiler, tmp_path):
         assert line.startswith(str(site_packages(compiler.parents[1]))), line
     source = save_checkpoint(tmp_path / "source", "llama")
     gqsac = compiler.parent / "gqsac"
-    build = (gqsac, "build", source, "-o", "out.gqsa", "--bits", 4, "--target", "cpu", "--target", "sm_90", "--json")
+    build = (gqsac, "build", source, "-o", "out.gqsa", "--bits", 4, "--target", TARGET, "--target", "sm_90", "--json")
     built = run(*build, cwd=tmp_path)
     assert built.returncode == 0, built.stderr
     assert json.loads(built.stdout)["file_bytes"] == (tmp_path / "out.gqsa").stat().st_size
     answered = run(gqsac, "run", "out.gqsa", "--raw", "-p", "Hi", "--max-new-tokens", 4, cwd=tmp_path)
     assert answered.returncode == 0 and answered.stdout.endswith("\n"), answered.stderr
     # The same bytes as from the checkout: nothing depends on where the package lies.
-    succeed("build", source, "-o", tmp_path / "here.gqsa", "--bits", 4, "--target", "cpu", "--target", "sm_90")
+    succeed("build", source, "-o", tmp_path / "here.gqsa", "--bits", 4, "--target", TARGET, "--target", "sm_90")
     assert (tmp_path / "here.gqsa").read_bytes() == (tmp_path / "out.gqsa").read_bytes()
 
 
@@ -150,7 +150,7 @@ def thin(tmp_path_factory, distributions):
 
 def test_the_runtime_alone_answers(thin, tmp_path):
     source = save_checkpoint(tmp_path / "source", "llama")
-    succeed("build", source, "-o", tmp_path / "m.gqsa", "--bits", 4, "--target", "cpu")
+    succeed("build", source, "-o", tmp_path / "m.gqsa", "--bits", 4, "--target", TARGET)
     gqsa = thin / "bin" / "gqsa"
     answered = run(gqsa, "run", "m.gqsa", "--raw", "-p", "Hi", "--max-new-tokens", 4, "--device", "cpu", cwd=tmp_path)
     assert answered.returncode == 0, answered.stderr

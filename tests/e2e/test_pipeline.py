@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from gqsac.rounding import Rounding
 from tests.e2e.checkpoints import CONFIGS, save_checkpoint, save_multi_stream
-from tests.e2e.command import gqsac, refusal, succeed
+from tests.e2e.command import TARGET, gqsac, refusal, succeed
 from tests.e2e.reference import (
     check_draws,
     expected_greedy,
@@ -30,7 +30,6 @@ pytestmark = pytest.mark.skipif(not supported_targets(), reason="this CPU runs n
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of " * 4
 # Around the chunk of 128 tokens that one prefill launch takes, and odd tails of the kernels' tiles of 8.
 LENGTHS = (1, 7, 128, 129, 300)
-TARGET = "x86_64_v3" if "x86_64_v3" in supported_targets() else "cpu"  # one target: half the compiling
 INTEGER = ("--target", TARGET, "--kv-dtype", "f32")  # what a build does unless asked otherwise
 EXACT = (*INTEGER, "--exact")
 # Activations of 16 bits: each is off by up to 2^-16 of its tile's largest, logits of about 10 by some thousandths.

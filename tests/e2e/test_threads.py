@@ -11,11 +11,9 @@ import pytest
 from gqsa_runtime.device_cpu import supported_targets
 
 from tests.e2e.checkpoints import save_checkpoint
-from tests.e2e.command import succeed
+from tests.e2e.command import TARGET, succeed
 
 pytestmark = pytest.mark.skipif(not supported_targets(), reason="this CPU runs none of gqsac's kernels")
-
-TARGET = "x86_64_v3" if "x86_64_v3" in supported_targets() else "cpu"
 
 
 @pytest.fixture(scope="module")

@@ -157,7 +157,6 @@ def make_cases(Case, helpers):
         yield case(f"bare_w{width}_few", width, k=512, **few)
     yield case("bare_many_rows", 2, rows=16 * 140, k=512)  # a block of threads takes more than one of rows
     yield case("bare_many_rows_tile", 2, rows=16 * 140, k=512, tokens=8, n_tokens=2)
-    yield case("bare_many_rows_few", 2, rows=16 * 140, k=512, tokens=4, n_tokens=2)
     yield case("bare_k4608", k=4608, rows=33)  # more records in a row block than warps
     yield case("whole_two_widths", "two", k=512)
     yield case("whole_two_widths_tile", "two", k=512, **several)
@@ -168,11 +167,8 @@ def make_cases(Case, helpers):
     yield case("k4096", k=4096, rows=40, norm="rms")
     yield case("k4096_few", k=4096, rows=40, norm="rms", **few)
     yield case("k11008", pattern="groups", k=11008, rows=33, residual=True)
-    yield case("k11008_few", pattern="groups", k=11008, rows=33, residual=True, **few)
-    yield case("k28672_few", k=28672, rows=20, **few)  # of so many no two tokens fit shared memory everywhere
     yield case("many_rows", k=64, rows=16 * 300, width=2)
     yield case("many_rows_tile", k=64, rows=16 * 300, width=2, tokens=8, n_tokens=2)
-    yield case("many_rows_few", k=64, rows=16 * 300, width=2, tokens=4, n_tokens=2)
     yield case("unaligned_x", offset=3, norm="rms")
     yield case("unaligned_x_few", offset=3, norm="rms", **few)
     for norm in ("rms", "layer"):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,12 +41,13 @@ def _compare(path):
 
 @contextlib.contextmanager
 def fake_compilers(zig="zig 1", nvrtc="12.9", salt=""):
-    """Compilers whose code is a digest of all that they are given."""
+    """Compilers whose code is a digest of all that they are given, and a cache without real ones' code."""
 
     def code(*given) -> bytes:
         return hashlib.sha256(repr((salt, *given)).encode()).hexdigest().encode()
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as cache:
+        patch.setenv("XDG_CACHE_HOME", cache)
         patch.setattr(compile_cuda, "compile_cuda", lambda *given: CudaBinary(code(*given), "", 1, 0, 0, 0))
         patch.setattr(compile_cpu, "compile_cpu", lambda *given: code(*given))
         patch.setattr(compile_cuda, "nvrtc_version", lambda: nvrtc)
