@@ -7,9 +7,9 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from gqsac.errors import DeviceError, InputError
+from gqsa_runtime.signature import SUFFIX
 
-SUFFIX = ".sig"
+from gqsac.errors import DeviceError, InputError
 
 
 class Signer:

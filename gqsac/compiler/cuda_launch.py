@@ -18,6 +18,7 @@ from gqsac.compiler.records_launch import (
     MULTIPROCESSORS,
     SM_90_BYTES,
     SM_90_HALF_BYTES,
+    ceil_div,
     matmul_launch,
     records_launch,
 )
@@ -89,10 +90,6 @@ def launch(spec: KernelSpec, max_tokens: int, target: str = "") -> Launch:
     return Launch((x, y, 1), made.block, made.shared_bytes)
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _staging(k: int, unit: int) -> tuple[int, dict]:
     """(bytes of shared memory, constants) of one token's activations in it, see activations_in_shared.cuh.
 
@@ -118,7 +115,7 @@ def _linear_sparse(p):
         block = 256
         constants = {"UNIT": unit, "SEGMENT": _segment(p["k"] // unit)}
         return Geometry(
-            lambda n_tokens: (_ceil_div(p["n_tasks"], block // WARP), _ceil_div(n_tokens, p["tokens"])),
+            lambda n_tokens: (ceil_div(p["n_tasks"], block // WARP), ceil_div(n_tokens, p["tokens"])),
             block,
             constants=constants,
         )
@@ -126,7 +123,7 @@ def _linear_sparse(p):
     block = 512 if p["n_tasks"] >= 2048 else 256 if p["n_tasks"] >= 1024 else 128
     shared_bytes, staging = _staging(p["k"], unit)
     constants = {"MAX_BLOCK": 512, "UNIT": unit, **staging}
-    return Geometry(lambda n_tokens: (_ceil_div(p["n_tasks"], block // WARP), 1), block, shared_bytes, constants)
+    return Geometry(lambda n_tokens: (ceil_div(p["n_tasks"], block // WARP), 1), block, shared_bytes, constants)
 
 
 def _linear_dense(p):
@@ -134,17 +131,17 @@ def _linear_dense(p):
     segment = _segment(p["k"] // chunk)
     # Sets of rows that a warp takes one after another: with many rows, fewer blocks stage x.
     row_steps = 4 if p["rows"] > 16384 else 1
-    grid = _ceil_div(p["rows"], WARP // segment * row_steps * (_DENSE_BLOCK // WARP))
+    grid = ceil_div(p["rows"], WARP // segment * row_steps * (_DENSE_BLOCK // WARP))
     decode = p["tokens"] == 1
     shared_bytes, staging = _staging(p["k"], 8) if decode and chunk == 8 else (0, {"STAGED": False, "STAGE_STRIDE": 0})
     constants = {"CHUNK": chunk, "SEGMENT": segment, "ROW_STEPS": row_steps, **staging}
-    return Geometry(lambda n_tokens: (grid, _ceil_div(n_tokens, p["tokens"])), _DENSE_BLOCK, shared_bytes, constants)
+    return Geometry(lambda n_tokens: (grid, ceil_div(n_tokens, p["tokens"])), _DENSE_BLOCK, shared_bytes, constants)
 
 
 def _linear_records(p, target: str):
     made = records_launch(p, target)
     return Geometry(
-        lambda n_tokens: (made.blocks, _ceil_div(n_tokens, made.constants["AT_ONCE"])),
+        lambda n_tokens: (made.blocks, ceil_div(n_tokens, made.constants["AT_ONCE"])),
         made.threads,
         made.shared_bytes,
         made.constants,
@@ -154,7 +151,7 @@ def _linear_records(p, target: str):
 def _matmul_records(p, target: str):
     made = matmul_launch(p, target)
     return Geometry(
-        lambda n_tokens: (_ceil_div(n_tokens, p["tokens"]), made.blocks),
+        lambda n_tokens: (ceil_div(n_tokens, p["tokens"]), made.blocks),
         made.threads,
         made.shared_bytes,
         made.constants,
@@ -172,12 +169,12 @@ def _attention(p):
         shared_bytes = _ATTENTION_DECODE_BLOCK // WARP * partial * 4
         return Geometry(lambda n_tokens: (p["heads"], 1), _ATTENTION_DECODE_BLOCK, shared_bytes, {"PARTIAL": partial})
     queries, keys = (64, 32) if head_dim <= 128 else (32, 16)
-    stride = _ceil_div(head_dim, 4) * 4 + 4  # floats from row to row, against bank conflicts
+    stride = ceil_div(head_dim, 4) * 4 + 4  # floats from row to row, against bank conflicts
     weight_stride = keys + 1
     shared_bytes = ((queries + 2 * keys) * stride + queries * weight_stride) * 4
     constants = {"QUERIES": queries, "KEYS": keys, "STRIDE": stride, "WEIGHT_STRIDE": weight_stride}
     return Geometry(
-        lambda n_tokens: (p["heads"], _ceil_div(n_tokens, queries)), _ATTENTION_PREFILL_BLOCK, shared_bytes, constants
+        lambda n_tokens: (p["heads"], ceil_div(n_tokens, queries)), _ATTENTION_PREFILL_BLOCK, shared_bytes, constants
     )
 
 
@@ -185,7 +182,7 @@ def _attention_halves(p):
     warps, keys, row_bytes = 4, 64, 2 * p["head_dim"] + 16
     constants = {"WARPS": warps, "KEYS": keys, "ROW_BYTES": row_bytes}
     return Geometry(
-        lambda n_tokens: (p["heads"], _ceil_div(n_tokens, 16 * warps)), warps * WARP, 4 * keys * row_bytes, constants
+        lambda n_tokens: (p["heads"], ceil_div(n_tokens, 16 * warps)), warps * WARP, 4 * keys * row_bytes, constants
     )
 
 
@@ -223,7 +220,7 @@ def _append_attention(p, target: str):
 
 
 def _pointwise(p):
-    return Geometry(lambda n_tokens: (_ceil_div(p["width"], _POINTWISE_BLOCK), n_tokens), _POINTWISE_BLOCK)
+    return Geometry(lambda n_tokens: (ceil_div(p["width"], _POINTWISE_BLOCK), n_tokens), _POINTWISE_BLOCK)
 
 
 def _kv_append(p):
@@ -233,15 +230,13 @@ def _kv_append(p):
     k_end = q_end + p["kv_heads"] * (p["head_dim"] - half)
     end = k_end + p["kv_heads"] * p["head_dim"]
     constants = {"Q_END": q_end, "K_END": k_end, "END": end}
-    return Geometry(
-        lambda n_tokens: (_ceil_div(end, _POINTWISE_BLOCK), n_tokens), _POINTWISE_BLOCK, constants=constants
-    )
+    return Geometry(lambda n_tokens: (ceil_div(end, _POINTWISE_BLOCK), n_tokens), _POINTWISE_BLOCK, constants=constants)
 
 
 def _rms_norm(p):
     by_warp = p["width"] <= _MAX_WARP_NORM_WIDTH
     warps = min(p["heads"], 4) if by_warp else _NORM_BLOCK // WARP
-    grid = _ceil_div(p["heads"], warps) if by_warp else p["heads"]
+    grid = ceil_div(p["heads"], warps) if by_warp else p["heads"]
     constants = {"MAX_BLOCK": _NORM_BLOCK, "BY_WARP": by_warp}
     return Geometry(lambda n_tokens: (grid, n_tokens), warps * WARP, constants=constants)
 
@@ -251,11 +246,11 @@ def _block_per_token(p):
 
 
 def _last_row(p):
-    return Geometry(lambda n_tokens: (_ceil_div(p["width"], _POINTWISE_BLOCK), 1), _POINTWISE_BLOCK)
+    return Geometry(lambda n_tokens: (ceil_div(p["width"], _POINTWISE_BLOCK), 1), _POINTWISE_BLOCK)
 
 
 def _choose(p):
-    slices = _ceil_div(p["vocab"], CHOOSE_SLICE)
+    slices = ceil_div(p["vocab"], CHOOSE_SLICE)
     return Geometry(
         lambda n_tokens: (slices, 1), CHOOSE_SLICE // 4, constants={"SLICE": CHOOSE_SLICE, "SLICES": slices}
     )

@@ -40,9 +40,9 @@ def records_launch(p, target: str) -> RecordsLaunch:
         budget, most_stages = SM_90_BYTES if target == "sm_90" else MAX_BYTES, FEW_STAGES
         at_once, waves = _few_tokens(p, warps, budget)
     else:
-        at_once, waves, most_stages = 1, _ceil_div(p["n_blocks"], MULTIPROCESSORS * MAX_LOCAL), MAX_STAGES
+        at_once, waves, most_stages = 1, ceil_div(p["n_blocks"], MULTIPROCESSORS * MAX_LOCAL), MAX_STAGES
     blocks = MULTIPROCESSORS * waves
-    local = _ceil_div(p["n_blocks"], blocks)
+    local = ceil_div(p["n_blocks"], blocks)
     places, at = _places(p, at_once, local, warps)
     stages = max(1, min(most_stages, (budget - at) // (warps * p["record_bytes"])))
     constants = {"WARPS": warps, "STAGES": stages, "BLOCKS": blocks, "LOCAL_BLOCKS": local, **places, "RING_AT": at}
@@ -74,11 +74,12 @@ def matmul_launch(p, target: str) -> RecordsLaunch:
         "RECORDS_AT": records_at,
         "BARRIERS_AT": barriers_at,
     }
-    blocks, threads = -(-p["n_blocks"] // row_blocks), halves * row_blocks * 32
+    blocks, threads = ceil_div(p["n_blocks"], row_blocks), halves * row_blocks * 32
     return RecordsLaunch(blocks, threads, barriers_at + _BARRIER_BYTES, constants)
 
 
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 
@@ -88,11 +89,11 @@ def _few_tokens(p, warps: int, budget: int) -> tuple[int, int]:
     Their integers are all there, and their sums of all of a block's row blocks.
     """
     for at_once in (n for n in (4, 2, 1) if n <= p["tokens"]):
-        for waves in range(1, _ceil_div(p["n_blocks"], MULTIPROCESSORS) + 1):
-            local = _ceil_div(p["n_blocks"], MULTIPROCESSORS * waves)
+        for waves in range(1, ceil_div(p["n_blocks"], MULTIPROCESSORS) + 1):
+            local = ceil_div(p["n_blocks"], MULTIPROCESSORS * waves)
             if local <= MAX_LOCAL and _places(p, at_once, local, warps)[1] + 2 * warps * p["record_bytes"] <= budget:
                 return at_once, waves
-    return 1, _ceil_div(p["n_blocks"], MULTIPROCESSORS)
+    return 1, ceil_div(p["n_blocks"], MULTIPROCESSORS)
 
 
 def _places(p, tokens: int, local: int, warps: int) -> tuple[dict[str, int], int]:
@@ -107,5 +108,5 @@ def _places(p, tokens: int, local: int, warps: int) -> tuple[dict[str, int], int
         ("PHASES_AT", warps * MAX_STAGES * 8),
     ):
         places[name] = at
-        at += -(-size // 16) * 16
+        at += ceil_div(size, 16) * 16
     return places, at

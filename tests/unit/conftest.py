@@ -1,7 +1,9 @@
-"""What several tests of compression share."""
+"""What several tests of compression and of the runtime share."""
 
 import pytest
 import torch
+
+from tests.format import tiny
 
 
 @pytest.fixture(scope="module")
@@ -11,3 +13,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Of a file of a tiny model, sound and with a plan for CPUs."""
+    file = tmp_path / "model.gqsa"
+    file.write_bytes(tiny.file_bytes())
+    return str(file)

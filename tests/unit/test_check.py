@@ -15,13 +15,6 @@ PLANS = {"cpu": tiny.plan(), "cuda": tiny.cuda_plan()}
 
 
 @pytest.fixture
-def path(tmp_path):
-    file = tmp_path / "model.gqsa"
-    file.write_bytes(tiny.file_bytes())
-    return str(file)
-
-
-@pytest.fixture
 def both(tmp_path):
     """A file with plans for CPUs and GPUs."""
     kernels = {kernel.name: (0, 10) for kernel in PLANS["cuda"].kernels}

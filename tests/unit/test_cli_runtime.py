@@ -25,13 +25,6 @@ class Sized:
 
 
 @pytest.fixture
-def path(tmp_path):
-    file = tmp_path / "model.gqsa"
-    file.write_bytes(tiny.file_bytes())
-    return str(file)
-
-
-@pytest.fixture
 def gqsa(monkeypatch):
     """Runs `gqsa` in this process over the fake device; answer: what the model says after each prompt."""
 

@@ -195,13 +195,6 @@ def test_close_closes_the_device():
 
 
 @pytest.fixture
-def path(tmp_path):
-    file = tmp_path / "model.gqsa"
-    file.write_bytes(tiny.file_bytes())
-    return str(file)
-
-
-@pytest.fixture
 def opened(monkeypatch):
     """Replaces devices by the fake one; lists what was asked for."""
     calls = []
