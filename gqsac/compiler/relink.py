@@ -23,7 +23,7 @@ from gqsa_runtime.validate import validate
 from gqsac import __version__
 from gqsac.compiler.kernel_spec import KernelSpec, name_kernels
 from gqsac.compiler.lift import plan_again
-from gqsac.compiler.passes.bundle import Content, bundle, check_output
+from gqsac.compiler.passes.bundle import TEXTS, Content, bundle, check_output
 from gqsac.compiler.passes.compile import (
     CPU_TARGETS,
     CUDA_TARGETS,
@@ -42,10 +42,7 @@ from gqsac.compiler.passes.verify import verify
 from gqsac.errors import FormatError, InputError
 
 # What `bundle` writes. A file of another writer may hold more, which would be lost.
-_KEYS = {
-    fmt.KEY_ARCHITECTURE, fmt.KEY_ALIGNMENT, fmt.KEY_NAME, fmt.KEY_FORMAT_VERSION, fmt.KEY_COMPILER, fmt.KEY_PROGRAM,
-    fmt.KEY_FACTS, fmt.KEY_TOKENIZER, fmt.KEY_CHAT_TEMPLATE,
-}  # fmt: skip
+_KEYS = {fmt.KEY_ARCHITECTURE, fmt.KEY_ALIGNMENT, fmt.KEY_NAME, fmt.KEY_FORMAT_VERSION, *TEXTS.values()}
 
 
 @dataclass(frozen=True)

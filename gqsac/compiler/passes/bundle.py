@@ -22,6 +22,14 @@ from gqsac.compiler.passes.pack import PackedTensor
 from gqsac.errors import DeviceError, InputError
 from gqsac.locks import lock, scratch_folder, sweep
 
+# Texts of a file: their keys by their names in Content, in the order in which they are written.
+TEXTS = {
+    "compiler_json": fmt.KEY_COMPILER,
+    "facts_json": fmt.KEY_FACTS,
+    "program_json": fmt.KEY_PROGRAM,
+    "tokenizer_json": fmt.KEY_TOKENIZER,
+    "chat_template": fmt.KEY_CHAT_TEMPLATE,
+}
 _MAKERS = max(1, min(4, len(os.sched_getaffinity(0))))  # threads that pack weights ahead of the writing
 
 
@@ -132,13 +140,10 @@ def _begun(path: str, content: Content):
     writer.add_custom_alignment(fmt.ALIGNMENT)
     writer.add_string(fmt.KEY_NAME, content.name)
     writer.add_uint32(fmt.KEY_FORMAT_VERSION, fmt.FORMAT_VERSION)
-    writer.add_string(fmt.KEY_COMPILER, content.compiler_json)
-    if content.facts_json is not None:
-        writer.add_string(fmt.KEY_FACTS, content.facts_json)
-    writer.add_string(fmt.KEY_PROGRAM, content.program_json)
-    writer.add_string(fmt.KEY_TOKENIZER, content.tokenizer_json)
-    if content.chat_template is not None:
-        writer.add_string(fmt.KEY_CHAT_TEMPLATE, content.chat_template)
+    for name, key in TEXTS.items():
+        text = getattr(content, name)
+        if text is not None:
+            writer.add_string(key, text)
     for tensor in content.tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(NUMPY_DTYPES[tensor.dtype]), tensor.size)
     shape = _digests_shape(content.tensors)
