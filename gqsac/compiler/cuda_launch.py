@@ -31,9 +31,9 @@ _NORM_BLOCK = 512
 _MAX_WARP_NORM_WIDTH = 512  # wider rows take a block
 _ATTENTION_DECODE_BLOCK = 512
 _ATTENTION_PREFILL_BLOCK = 256
-# When one token attends: fewest cached rows worth a run of the context; warps of a block, the first number of them that
-# has room for two tiles of 16 rows each; most tiles of a warp.
-_RUN_KEYS, _ATTENTION_WARPS, _ATTENTION_STAGES = 256, (8, 4, 2, 1), 4
+# When one token attends, or a few: most of them that a block takes together; fewest cached rows worth a run of the
+# context; warps of a block, the first number of them that has room for two tiles of 16 rows each; most tiles of a warp.
+_ATTENTION_TOKENS, _RUN_KEYS, _ATTENTION_WARPS, _ATTENTION_STAGES = 4, 256, (8, 4, 2, 1), 4
 _DENSE_BLOCK = 256
 
 
@@ -140,12 +140,7 @@ def _linear_dense(p):
 
 def _linear_records(p, target: str):
     made = records_launch(p, target)
-    return Geometry(
-        lambda n_tokens: (made.blocks, ceil_div(n_tokens, made.constants["AT_ONCE"])),
-        made.threads,
-        made.shared_bytes,
-        made.constants,
-    )
+    return Geometry(lambda n_tokens: (made.blocks, 1), made.threads, made.shared_bytes, made.constants)
 
 
 def _matmul_records(p, target: str):
@@ -208,15 +203,16 @@ def _append_attention(p, target: str):
     room = budget - own_at - FEW_TOKENS * own_bytes
     warps = next(n for n in _ATTENTION_WARPS if n == 1 or 2 * n * stage_bytes <= room)
     stages = min(_ATTENTION_STAGES, (budget - ring_at) // (warps * stage_bytes))
-    constants = {
-        "TOKENS": tokens, "QUERIES": queries, "KEYS": _RUN_KEYS, "WARPS": warps, "STAGES": stages,
-        "ROW_BYTES": row_bytes, "OWN_AT": own_at, "RING_AT": ring_at,
-    }  # fmt: skip
     blocks, shared_bytes = p["heads"] // queries * p["splits"], ring_at + warps * stages * stage_bytes
-    if own and tokens == 1:
+    if own:
         # Like the linears around it one block on each multiprocessor, beside one other: see records_launch.
         blocks, shared_bytes = max(blocks, MULTIPROCESSORS), max(shared_bytes, MIN_BYTES)
-    return Geometry(lambda n_tokens: (blocks, min(n_tokens, tokens)), warps * WARP, shared_bytes, constants)
+    constants = {
+        "TOKENS": tokens, "AT_ONCE": min(tokens, _ATTENTION_TOKENS, 8 // queries), "QUERIES": queries,
+        "KEYS": _RUN_KEYS, "BLOCKS": blocks, "WARPS": warps, "STAGES": stages, "ROW_BYTES": row_bytes,
+        "OWN_AT": own_at, "RING_AT": ring_at,
+    }  # fmt: skip
+    return Geometry(lambda n_tokens: (blocks, 1), warps * WARP, shared_bytes, constants)
 
 
 def _pointwise(p):

@@ -161,10 +161,11 @@ class CpuDevice:
             raise ValueError(f"{values.size} values do not fit buffer {buffer!r} of {array.size}")
         array[: values.size] = values
 
-    def launch(self, phase: str) -> None:
-        """Runs a phase and returns when it is done. Other Python threads run meanwhile."""
-        launches, count = self._phases[phase]
-        self._library.gqsa_run(self._pool, launches, count)
+    def launch(self, *phases: str) -> None:
+        """Runs phases and returns when they are done. Other Python threads run meanwhile."""
+        for phase in phases:
+            launches, count = self._phases[phase]
+            self._library.gqsa_run(self._pool, launches, count)
 
     def download(self, buffer: str, count: int) -> np.ndarray:
         """A copy of the first `count` elements of a buffer. Raises ValueError if it holds fewer."""

@@ -31,6 +31,8 @@ STEPWISE_VARIABLE = cuda_errors.STEPWISE_VARIABLE
 
 _STEPS_TIMED = 32  # launches in a graph that times a kernel, at least
 
+_BODIES = ("few_body", "prefill_body")  # phases that last_logits follows: one graph for both, without a gap between
+
 # Elements of a decode step's inputs: they wait on the host for the launch, whose graph may take them along.
 _STEP_INPUTS = {"tokens": 1, "state": state_elements(1)}
 
@@ -191,6 +193,9 @@ class CudaDevice:
                     for phase, steps in self.plan.phases.items():
                         if phase != "decode" or not self.plan.chooses:
                             self._graphs[phase] = self._capture(steps)
+                    for phase in _BODIES:
+                        steps = self.plan.phases[phase] + self.plan.phases["last_logits"]
+                        self._graphs[f"{phase}+last_logits"] = self._capture(steps)
                     if self.plan.chooses:
                         self._make_steps()
             self._fill(tensors, context)
@@ -220,11 +225,11 @@ class CudaDevice:
             self._on_their_way.add(buffer)
         call("cuMemcpyHtoDAsync", address, values.ctypes.data, values.nbytes, self._stream)
 
-    def launch(self, phase: str) -> None:
-        """Starts a phase; the next download waits for it."""
+    def launch(self, *phases: str) -> None:
+        """Starts phases, one after another; the next download waits for them."""
         self._set_current()
         self._stepped = False
-        if phase == "decode" and self._steps is not None:
+        if phases == ("decode",) and self._steps is not None:
             self._stepped = True
             self._to_copy.clear()
             self._steps.start(int(self._beginnings["tokens"][0]), self._beginnings["state"])
@@ -233,10 +238,13 @@ class CudaDevice:
             self._steps.forget()
         self._copy_beginnings()
         if self._stepwise:
-            for step in self.plan.phases[phase]:
-                self._launch_step(step, wait=True)
+            for phase in phases:
+                for step in self.plan.phases[phase]:
+                    self._launch_step(step, wait=True)
         else:
-            call("cuGraphLaunch", self._graphs[phase], self._stream)
+            graphs = ["+".join(phases)] if "+".join(phases) in self._graphs else phases
+            for name in graphs:
+                call("cuGraphLaunch", self._graphs[name], self._stream)
 
     def _copy_beginnings(self) -> None:
         for buffer in self._to_copy:

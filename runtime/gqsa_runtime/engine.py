@@ -59,8 +59,8 @@ class Device(Protocol):
     def upload(self, buffer: str, values: np.ndarray) -> None:
         """Copies values to the start of a buffer."""
 
-    def launch(self, phase: str) -> None:
-        """Runs the steps of a phase of `program.PHASES`."""
+    def launch(self, *phases: str) -> None:
+        """Runs the steps of phases of `program.PHASES`, one phase after another."""
 
     def download(self, buffer: str, count: int) -> np.ndarray:
         """The first `count` elements of a buffer, flat, after all work before."""
@@ -291,19 +291,20 @@ class Engine:
         stale = self._use_ropes(self.position + len(ids))
         ids = np.concatenate([np.array(stale, np.int32), ids]) if stale else ids
         if len(ids) == 1:
-            self._launch(ids, "decode", draw)
+            self._launch(ids, "decode", draw=draw)
         else:
-            for chunk in _chunks(ids, self.device.plan.prefill_chunk):
+            chunks = list(_chunks(ids, self.device.plan.prefill_chunk))
+            for i, chunk in enumerate(chunks):
                 if cancelled():
                     raise Cancelled
-                self._launch(chunk, _body(chunk), draw)
-            self.device.launch("last_logits")
+                last = ("last_logits",) if i == len(chunks) - 1 else ()
+                self._launch(chunk, _body(chunk), *last, draw=draw)
         return len(stale)
 
-    def _launch(self, ids: np.ndarray, phase: str, draw: np.ndarray = GREEDY) -> None:
+    def _launch(self, ids: np.ndarray, *phases: str, draw: np.ndarray = GREEDY) -> None:
         self._check_open()
         self._upload(ids, draw)
-        self.device.launch(phase)
+        self.device.launch(*phases)
         self._tokens.extend(ids.tolist())
 
     def _upload(self, ids: np.ndarray, draw: np.ndarray = GREEDY) -> None:

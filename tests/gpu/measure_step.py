@@ -2,9 +2,9 @@
 
 python -m tests.gpu.measure_step FILE [--contexts 128 1024] [--variants append_attention:_RUN_KEYS=128 …]
 
-Prints, for each context, the step as a caller sees it, the graph of its launches alone, and what the graph takes
-without the launches of one operator after another: unlike `gqsac bench --profile`, with all that neighbours hide of
-each other. A variant changes constants of gqsac.compiler, compiles the operator's
+Prints, for each context, the step as a caller sees it, the graph of its launches alone, for one token and for four,
+and what the graph takes without the launches of one operator after another: unlike `gqsac bench --profile`, with all
+that neighbours hide of each other. A variant changes constants of gqsac.compiler, compiles the operator's
 kernels anew and times the graph with them.
 """
 
@@ -39,8 +39,10 @@ def main() -> None:
             model.engine.prefill(rng.integers(0, model.program.vocab_size, context))
             _host(model, rng)
             _few(model)
-            model.engine._upload(np.array([1], np.int32))
-            _operators(model, context)
+            for n_tokens, phase in ((1, "decode"), (4, "few_body")):
+                model.engine._upload(np.ones(n_tokens, np.int32))
+                _operators(model, context, phase)
+            model.engine._upload(np.ones(1, np.int32))
             for variant in options.variants:
                 _variant(model, variant)
 
@@ -86,12 +88,13 @@ def _graph_us(device, steps) -> float:
     return 1e6 * seconds
 
 
-def _operators(model: Model, context: int) -> None:
+def _operators(model: Model, context: int, phase: str) -> None:
     device = model.device
-    steps = device.plan.phases["decode"]
+    device._copy_beginnings()
+    steps = device.plan.phases[phase]
     kernels = {kernel.name: kernel for kernel in device.plan.kernels}
     whole = _graph_us(device, steps)
-    print(f"context {context}: the graph {whole:.1f} us, {len(steps)} launches")
+    print(f"context {context}: the graph of {phase} {whole:.1f} us, {len(steps)} launches")
     for name in dict.fromkeys(step.kernel for step in steps):
         others = [step for step in steps if step.kernel != name]
         without, n = _graph_us(device, others), len(steps) - len(others)

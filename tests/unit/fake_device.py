@@ -39,7 +39,11 @@ class FakeDevice:
     def download(self, buffer, count):
         return self.buffers[buffer][:count].copy()
 
-    def launch(self, phase):
+    def launch(self, *phases):
+        for phase in phases:
+            self._run(phase)
+
+    def _run(self, phase):
         n_tokens, context = map(int, self.buffers["state"][:2])
         slots, positions = self.buffers["state"][STATE_TOKENS : state_elements(n_tokens)].reshape(-1, 2).T
         position = int(positions[0])

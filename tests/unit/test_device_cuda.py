@@ -134,10 +134,12 @@ def make_device(file: ArtifactFile, slots: int = 1) -> device_cuda.CudaDevice:
 
 
 def captured_steps(program):
-    """All that a device launches into graphs, in order: decode steps with given tokens, and twice ahead of them."""
+    """All that a device launches into graphs, in order: phases, bodies of prompts with the last token's logits, decode
+    steps with given tokens, and twice ahead of them."""
     phases = dict(program.plans["cuda"].phases)
     decode = phases.pop("decode")
-    return [*itertools.chain.from_iterable(phases.values()), *decode * 3]
+    bodies = [*phases["few_body"], *phases["last_logits"], *phases["prefill_body"], *phases["last_logits"]]
+    return [*itertools.chain.from_iterable(phases.values()), *bodies, *decode * 3]
 
 
 def at(address: int, like: np.ndarray) -> np.ndarray:

@@ -1,26 +1,29 @@
 // Attention of one token, or of each of a few, in one launch: rotates q and k, appends k and v to the cache, and splits
 // the context among blocks, so that one sequence fills the GPU at any length.
 //
-// A block takes QUERIES heads of a token that share a KV head, and a run of rows. Its warps take tiles of 16 rows in turn through
-// rings of their own in shared memory. Scores and weighted values are products of halves on the tensor cores, but
-// nothing is rounded to a half that the cache does not hold as one: a query, and later a weight, is the sum of two
-// halves, which are rows h and 8 + h of an mma's A. Scores stand in the layout of D of one mma, which is that of A of
-// the next, so weights never leave their lanes. Each warp runs its own softmax over the rows it meets (online: running
-// maximum, sum and weighted values); warps and at last runs are merged in a fixed order, the runs by whichever block is
-// done last. How many runs there are, the position alone decides.
+// A block takes QUERIES heads that share a KV head, for a token or for the few that follow one another in a sequence, and
+// a run of the context. Its warps take tiles of 16 rows in turn through rings of their own in shared memory. Scores and
+// weighted values are products of halves on the tensor cores, but nothing is rounded to a half that the cache does not
+// hold as one: a query, and later a weight, is the sum of two halves, which are rows h and 8 + h of an mma's A. Scores
+// stand in the layout of D of one mma, which is that of A of the next, so weights never leave their lanes. Each warp runs
+// its own softmax over the rows it meets (online: running maximum, sum and weighted values); warps and at last runs are
+// merged in a fixed order, the runs by whichever block is done last.
+//
+// Where a row is, that alone decides which run, warp and tile it belongs to, and how many runs there are, the token's
+// position. So a token's sums have one order, whichever tokens share its block: rows that it does not see add zeros.
 //
 // Rows of earlier steps are in the cache, so the first are on their way before the inputs are waited for. Rows of this
-// launch, the token's own and those of the tokens before it in its sequence, never come from the cache: each block makes
-// them itself, and the same bits as a step for each of them would.
+// launch, the token's own and those of the tokens before it in its sequence, never come from the cache: who needs them
+// makes them itself, and the same bits as a step for each of them would.
 #pragma once
 #include "kv_cache.cuh"
 
-// C: TOKENS (most of a launch: blockIdx.y), HEADS, KV_HEADS, HEAD_DIM (a multiple of 16), ROTARY_DIM, SCALE, WINDOW,
-// QUERIES (at most 8), SPLITS (most runs), KEYS (fewest rows worth a run), Q_STRIDE, K_STRIDE, V_STRIDE, OUT_STRIDE, WARPS,
-// STAGES (of a ring), ROW_BYTES (from row to row in shared memory: an odd number of 16 bytes, so that eight rows share no
+// C: TOKENS (most of a launch), AT_ONCE (tokens that a block takes together), HEADS, KV_HEADS, HEAD_DIM (a multiple of
+// 16), ROTARY_DIM, SCALE, WINDOW, QUERIES (times AT_ONCE at most 8), SPLITS (most runs), KEYS (fewest rows worth a run),
+// Q_STRIDE, K_STRIDE, V_STRIDE, OUT_STRIDE, BLOCKS (of the grid), WARPS, STAGES (of a ring), ROW_BYTES (from row to row in shared memory: an odd number of 16 bytes, so that eight rows share no
 // banks), places in shared memory (OWN_AT, RING_AT).
 // partials: values [TOKENS, HEADS / QUERIES, SPLITS, QUERIES, HEAD_DIM], then {largest score, sum} [TOKENS, HEADS /
-// QUERIES, SPLITS, QUERIES]. counters: [TOKENS, HEADS / QUERIES], 0 before and after.
+// QUERIES, SPLITS, QUERIES]. counters: [TOKENS, HEADS / QUERIES], 0 before and after; a block counts for its first token.
 template <class C>
 struct AppendAttention {
     using Element = CacheF16::Element;
@@ -28,7 +31,9 @@ struct AppendAttention {
     static constexpr int TILE_BYTES = ROWS * C::ROW_BYTES, STAGE_BYTES = 2 * TILE_BYTES;  // keys, then values
     static constexpr int RING_BYTES = C::STAGES * STAGE_BYTES;
     static constexpr int THREADS = C::WARPS * WARP, GROUPS = C::HEADS / C::QUERIES;
-    static_assert(C::HEAD_DIM % 16 == 0 && C::QUERIES <= 8 && C::ROW_BYTES % 32 == 16, "whole fragments, odd strides");
+    static constexpr int USED = C::AT_ONCE * C::QUERIES;  // queries of a block: rows of A
+    static constexpr int TURN = C::WARPS * ROWS;          // rows that a block takes at once
+    static_assert(C::HEAD_DIM % 16 == 0 && USED <= 8 && C::ROW_BYTES % 32 == 16, "whole fragments, odd strides");
 
     // What runs hand over.
     struct Partials {
@@ -41,116 +46,165 @@ struct AppendAttention {
                    place * (C::SPLITS * C::QUERIES)) {}
     };
 
+    // Tokens first .. first + n - 1 of a launch, n at most AT_ONCE: of one slot, at positions that follow one another, and
+    // with as many runs. run, place: what a block does for them; n is 0 where it has nothing to do.
+    struct Work {
+        int first, n, position, n_runs, place, run;
+
+        __device__ __forceinline__ Work(const int* state, int n_tokens, int item) {
+            for (first = 0; first < n_tokens; first += n) {
+                position = position_of(state, first), n_runs = runs_at(position), n = 1;
+                while (n < C::AT_ONCE && first + n < n_tokens && follows(state, first + n) &&
+                       runs_at(position + n) == n_runs)
+                    ++n;
+                place = item % GROUPS, run = item / GROUPS;
+                if (run < n_runs) return;
+                item -= GROUPS * n_runs;
+            }
+            n = 0;
+        }
+    };
+
+    // The first row that a token sees.
+    static __device__ __forceinline__ int first_seen(int position) {
+        return C::WINDOW > 0 ? max(0, position + 1 - C::WINDOW) : 0;
+    }
+
+    static __device__ __forceinline__ int runs_at(int position) {
+        return min(C::SPLITS, ceil_div(position + 1 - first_seen(position), C::KEYS));
+    }
+
+    // Whether a token stands behind the one before it in a sequence.
+    static __device__ __forceinline__ bool follows(const int* state, int token) {
+        return slot_of(state, token) == slot_of(state, token - 1) &&
+               position_of(state, token) == position_of(state, token - 1) + 1;
+    }
+
     static __device__ __forceinline__ void run(const float* q, const float* k, const float* v, const float* rope,
                                                Element* k_cache, Element* v_cache, float* partials, int* counters,
                                                float* out, const int* state) {
-        GQSA_DYNAMIC_SHARED(unsigned char, shared);
-        __shared__ int is_last;
         let_dependents_start();
         // The host wrote the state before any kernel of this launch plan began: it needs no wait.
-        const int token = C::TOKENS == 1 ? 0 : blockIdx.y;
-        if (C::TOKENS > 1 && token >= count_tokens(state)) return;
-        const int position = position_of(state, token), length = position + 1;
-        const int first = C::WINDOW > 0 ? max(0, length - C::WINDOW) : 0;
-        const int n_runs = min(C::SPLITS, ceil_div(length - first, C::KEYS));
-        const int place = blockIdx.x % GROUPS, run = blockIdx.x / GROUPS;
-        if (run >= n_runs) {
-            if (C::TOKENS > 1) return;
-            // It keeps its place until then: blocks of the next kernel would crowd into room that is free too early.
-            wait_for_inputs();
-            return;
+        const int n_tokens = C::TOKENS == 1 ? 1 : count_tokens(state);
+        for (int item = blockIdx.x;; item += C::BLOCKS) {
+            const Work work(state, n_tokens, item);
+            if (work.n == 0) break;
+            if (item >= C::BLOCKS) __syncthreads();  // shared memory is free
+            attend(work, q, k, v, rope, k_cache, v_cache, partials, counters, out, state);
+            if (C::TOKENS == 1) return;
         }
-        const int per_run = ceil_div(length - first, n_runs), begin = first + run * per_run;
-        int n_own = 1;  // rows of this launch
-#pragma unroll
-        for (int i = 1; i < C::TOKENS; ++i)
-            if (n_own == i && i <= token && slot_of(state, token - i) == slot_of(state, token) &&
-                position_of(state, token - i) == position - i)
-                ++n_own;
-        const int end = min(begin + per_run, length), first_own = length - n_own, cached = min(end, first_own);
-        const int head = place * C::QUERIES, kv_head = head / (C::HEADS / C::KV_HEADS);
-        const KvSlot<C::KV_HEADS * C::HEAD_DIM> slot(state, token);
+        // It keeps its place until then: blocks of the next kernel would crowd into room that is free too early.
+        wait_for_inputs();
+    }
+
+private:
+    static __device__ __forceinline__ void attend(const Work& work, const float* q, const float* k, const float* v,
+                                                  const float* rope, Element* k_cache, Element* v_cache,
+                                                  float* partials, int* counters, float* out, const int* state) {
+        GQSA_DYNAMIC_SHARED(unsigned char, shared);
+        __shared__ int is_last;
+        const int n_runs = work.n_runs, run = work.run;
+        const int first = first_seen(work.position), end = work.position + work.n;  // rows that one of the tokens sees
+        int n_before = 0;  // tokens of the sequence that stand before them in this launch
+        while (n_before < work.first && follows(state, work.first - n_before)) ++n_before;
+        const int first_own = work.position - n_before;
+        // Turns of the block: every n_runs-th, from the first that is its own.
+        const int first_turn = first / TURN, begin = (first_turn + (run + n_runs - first_turn % n_runs) % n_runs) * TURN;
+        const bool has_own = first_own / TURN % n_runs == run || (end - 1) / TURN % n_runs == run;
+        const int head = work.place * C::QUERIES, kv_head = head / (C::HEADS / C::KV_HEADS);
+        const KvSlot<C::KV_HEADS * C::HEAD_DIM> slot(state, work.first);
         const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, pair = lane / 4, quarter = lane % 4;
         k_cache += kv_head * C::HEAD_DIM;
         v_cache += kv_head * C::HEAD_DIM;
 
-        // Rows that the cache lacks are zeros: a weight of 0 times what lies there might be no number.
+        // Rows that nobody sees, or that the cache lacks, are zeros: a weight of 0 times what lies there might be no number.
         unsigned char* const ring = shared + C::RING_AT + warp * RING_BYTES;
         const auto fetch = [&](int stage, int start) {
             if (start < end)
                 for (int i = lane; i < ROWS * DIMS; i += WARP) {
                     const int row = i / DIMS, piece = i % DIMS;
+                    const bool cached = start + row < first_own && (C::WINDOW == 0 || start + row >= first);
                     const size_t from = slot.row(start + row) + piece * 8;
                     unsigned char* const to = ring + stage * STAGE_BYTES + row * C::ROW_BYTES + piece * 16;
-                    copy_16_or_zeros(to, k_cache + from, start + row < cached);
-                    copy_16_or_zeros(to + TILE_BYTES, v_cache + from, start + row < cached);
+                    copy_16_or_zeros(to, k_cache + from, cached);
+                    copy_16_or_zeros(to + TILE_BYTES, v_cache + from, cached);
                 }
             copy_commit();
         };
+        const int next_turn = TURN * n_runs;
         int start = begin + warp * ROWS, stage = 0;
-        constexpr int TURN = C::WARPS * ROWS;
 #pragma unroll
-        for (int s = 0; s < C::STAGES; ++s) fetch(s, start + s * TURN);
+        for (int s = 0; s < C::STAGES; ++s) fetch(s, start + s * next_turn);
         // What comes next is at least on its way to the L2.
         constexpr int LINES = ceil_div(C::HEAD_DIM, 64);
-        const int ahead = begin + C::STAGES * TURN, behind = min(cached, ahead + 2 * C::STAGES * TURN);
-        for (int i = threadIdx.x; i < (behind - ahead) * LINES; i += THREADS) {
-            const size_t at = slot.row(ahead + i / LINES) + i % LINES * 64;
+        for (int i = threadIdx.x; i < 2 * C::STAGES * TURN * LINES; i += THREADS) {
+            const int row = begin + (C::STAGES + i / (TURN * LINES)) * next_turn + i / LINES % TURN;
+            if (row >= first_own) break;
+            const size_t at = slot.row(row) + i % LINES * 64;
             prefetch_l2(k_cache + at);
             prefetch_l2(v_cache + at);
         }
-        // A thread's elements of the queries. Angles are no kernel's output.
-        constexpr int ELEMENTS = ceil_div(C::QUERIES * C::HEAD_DIM, THREADS);
+        // A thread's elements of the queries, [AT_ONCE, QUERIES, HEAD_DIM]; past the last token they are the last one's.
+        // Angles are no kernel's output.
+        constexpr int ELEMENTS = ceil_div(USED * C::HEAD_DIM, THREADS);
+        const auto token_of = [&](int j) {
+            return C::AT_ONCE == 1 ? 0 : min(element(j) / (C::QUERIES * C::HEAD_DIM), work.n - 1);
+        };
         Rotation rotations[ELEMENTS];
 #pragma unroll
-        for (int j = 0; j < ELEMENTS; ++j) rotations[j] = Rotation(rope, position, element(j) % C::HEAD_DIM);
-        OwnRows own = {k + kv_head * C::HEAD_DIM, v + kv_head * C::HEAD_DIM, rope, token + 1 - n_own, n_own, first_own};
+        for (int j = 0; j < ELEMENTS; ++j)
+            rotations[j] = Rotation(rope, work.position + token_of(j), element(j) % C::HEAD_DIM);
+        const int n_own = has_own ? end - first_own : 0;
+        OwnRows own = {k + kv_head * C::HEAD_DIM, v + kv_head * C::HEAD_DIM, rope, work.first - n_before, n_own, first_own};
         own.prefetch(0);
         // Rows of A without a query.
-        for (int i = threadIdx.x; i < (8 - C::QUERIES) * 2 * DIMS; i += THREADS) {
-            const int row = i / DIMS, unused = C::QUERIES + row / 2 + row % 2 * 8;
+        for (int i = threadIdx.x; i < (8 - USED) * 2 * DIMS; i += THREADS) {
+            const int row = i / DIMS, unused = USED + row / 2 + row % 2 * 8;
             *reinterpret_cast<uint4*>(shared + unused * C::ROW_BYTES + i % DIMS * 16) = uint4{0, 0, 0, 0};
         }
         wait_for_inputs();
 
-        q += static_cast<size_t>(token) * C::Q_STRIDE + head * C::HEAD_DIM;
+        q += static_cast<size_t>(work.first) * C::Q_STRIDE + head * C::HEAD_DIM;
         float elements[ELEMENTS], partners[ELEMENTS];  // all are asked for before the first is needed
 #pragma unroll
         for (int j = 0; j < ELEMENTS; ++j) {
             const int d = element(j) % C::HEAD_DIM;
-            const bool there = element(j) < C::QUERIES * C::HEAD_DIM;
-            elements[j] = there ? q[element(j)] : 0.0f;
-            partners[j] = there ? q[element(j) - d + Rotation::partner(d)] : 0.0f;
+            const bool there = element(j) < USED * C::HEAD_DIM;
+            const float* const vector = q + token_of(j) * C::Q_STRIDE + element(j) % (C::QUERIES * C::HEAD_DIM) - d;
+            elements[j] = there ? vector[d] : 0.0f;
+            partners[j] = there ? vector[Rotation::partner(d)] : 0.0f;
         }
         own.load(0);
 #pragma unroll
         for (int j = 0; j < ELEMENTS; ++j) {
             const int which = element(j) / C::HEAD_DIM, d = element(j) % C::HEAD_DIM;
-            if (which >= C::QUERIES) break;
+            if (which >= USED) break;
             // Times what makes exponentials powers of two.
             constexpr float FACTOR = C::SCALE * 1.4426950408889634f;
-            const float turned = rotations[j].of(elements[j], partners[j]) * FACTOR;
+            const float turned = rounded_product(rotations[j].of(elements[j], partners[j]), FACTOR);
             const unsigned short high = float_to_half(turned);
             unsigned short* const to = reinterpret_cast<unsigned short*>(shared + which * C::ROW_BYTES) + d;
             to[0] = high;
             to[8 * C::ROW_BYTES / 2] = float_to_half(turned - half_to_float(high));
         }
-        // Heads of one KV head in several blocks all append the same.
-        Element* const k_row = run == n_runs - 1 ? k_cache + slot.row(position) : nullptr;
-        Element* const v_row = v_cache + slot.row(position);
+        // Heads of one KV head in several blocks all append the same. Rows of tokens before are appended for those.
+        const auto appended = [&](int row) {
+            return row >= work.position && row / TURN % n_runs == run ? slot.row(row) : NOWHERE;
+        };
         unsigned short* const own_rows = reinterpret_cast<unsigned short*>(shared + C::OWN_AT);
-        own.store(0, own_rows, k_row, v_row);
-        for (int begin = OwnRows::BATCH; begin < n_own; begin += OwnRows::BATCH) {
-            own.prefetch(begin);
-            own.load(begin);
-            own.store(begin, own_rows, k_row, v_row);
+        own.store(0, own_rows, k_cache, v_cache, appended);
+        for (int i = OwnRows::BATCH; i < n_own; i += OwnRows::BATCH) {
+            own.prefetch(i);
+            own.load(i);
+            own.store(i, own_rows, k_cache, v_cache, appended);
         }
         __syncthreads();
 
         const int matrix_row = lane % 8, matrix = lane / 8;
         const unsigned char* const queries = shared + (matrix % 2 * 8 + matrix_row) * C::ROW_BYTES + matrix / 2 * 16;
         float values[DIMS][4] = {}, largest = LOWEST, sum = 0.0f;  // rows pair and 8 + pair of D are one query's
-        for (; start < end; start += TURN) {
+        const int own_position = work.position + (C::AT_ONCE == 1 ? 0 : min(pair / C::QUERIES, work.n - 1));
+        for (; start < end; start += next_turn) {
             copy_wait<C::STAGES - 1>();
             __syncwarp();
             unsigned char* const tile = ring + stage * STAGE_BYTES;
@@ -178,14 +232,15 @@ struct AppendAttention {
             for (int c = 0; c < 2; ++c)
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    const bool counts = start + c * 8 + 2 * quarter + e < end;
+                    const int row = start + c * 8 + 2 * quarter + e;
+                    const bool counts = row <= own_position && (C::WINDOW == 0 || row >= first_seen(own_position));
                     weight[c][e] = counts ? score[c][e] + score[c][2 + e] : LOWEST;
                     top = fmaxf(top, weight[c][e]);
                 }
             top = segment_max<4>(top);
             if (top > largest) {  // seldom, after the first tiles
                 const float shrink = exp2f(largest - top);
-                largest = top, sum *= shrink;
+                largest = top, sum = rounded_product(sum, shrink);
 #pragma unroll
                 for (int d = 0; d < DIMS; ++d)
 #pragma unroll
@@ -214,16 +269,16 @@ struct AppendAttention {
                 mma_halves(values[2 * step + 1], a, b[2], b[3]);
             }
             __syncwarp();
-            fetch(stage, start + C::STAGES * TURN);
+            fetch(stage, start + C::STAGES * next_turn);
             stage = stage + 1 == C::STAGES ? 0 : stage + 1;
         }
 
         // A warp hands over in the place of its ring: {values [HEAD_DIM], largest score, sum} of each query.
         __syncwarp();
         constexpr int PARTIAL = C::HEAD_DIM + 2, BETWEEN_WARPS = RING_BYTES / 4;
-        static_assert(C::QUERIES * PARTIAL <= BETWEEN_WARPS, "the ring holds what its warp hands over");
+        static_assert(USED * PARTIAL <= BETWEEN_WARPS, "the ring holds what its warp hands over");
         sum = segment_sum<4>(sum);
-        if (pair < C::QUERIES) {
+        if (pair < USED) {
             float* const to = reinterpret_cast<float*>(ring) + pair * PARTIAL;
 #pragma unroll
             for (int d = 0; d < DIMS; ++d)
@@ -232,10 +287,8 @@ struct AppendAttention {
             if (quarter == 0) to[C::HEAD_DIM] = largest, to[C::HEAD_DIM + 1] = sum;
         }
         __syncthreads();
-        const int turn = token * GROUPS + place;
-        const Partials parts(partials, turn);
-        out += static_cast<size_t>(token) * C::OUT_STRIDE + head * C::HEAD_DIM;
-        for (int i = threadIdx.x; i < C::QUERIES * C::HEAD_DIM; i += THREADS) {
+        const int n_elements = (C::AT_ONCE == 1 ? 1 : work.n) * C::QUERIES * C::HEAD_DIM;
+        for (int i = threadIdx.x; i < n_elements; i += THREADS) {
             const float* const from = reinterpret_cast<const float*>(shared + C::RING_AT) + i / C::HEAD_DIM * PARTIAL;
             float most = LOWEST, total = 0.0f, value = 0.0f;
 #pragma unroll
@@ -247,25 +300,31 @@ struct AppendAttention {
                 total = fmaf(one[C::HEAD_DIM + 1], factor, total);
                 value = fmaf(one[i % C::HEAD_DIM], factor, value);
             }
+            const int token = work.first + i / (C::QUERIES * C::HEAD_DIM), at = i % (C::QUERIES * C::HEAD_DIM);
             if (n_runs == 1) {
-                out[i] = __fdividef(value, total);
+                out[static_cast<size_t>(token) * C::OUT_STRIDE + head * C::HEAD_DIM + at] = __fdividef(value, total);
             } else {
-                reinterpret_cast<float*>(parts.values)[run * C::QUERIES * C::HEAD_DIM + i] = value;
-                if (i % C::HEAD_DIM == 0) parts.ends[run * C::QUERIES + i / C::HEAD_DIM] = {most, total};
+                const Partials parts(partials, token * GROUPS + work.place);
+                reinterpret_cast<float*>(parts.values)[run * C::QUERIES * C::HEAD_DIM + at] = value;
+                if (i % C::HEAD_DIM == 0) parts.ends[run * C::QUERIES + at / C::HEAD_DIM] = {most, total};
             }
         }
         if (n_runs == 1) return;
         __threadfence();
         __syncthreads();
-        if (threadIdx.x == 0) is_last = atomicAdd(counters + turn, 1) == n_runs - 1;
+        int* const counter = counters + work.first * GROUPS + work.place;
+        if (threadIdx.x == 0) is_last = atomicAdd(counter, 1) == n_runs - 1;
         __syncthreads();
         if (!is_last) return;
         __threadfence();
-        merge_runs(parts, n_runs, out);
-        if (threadIdx.x == 0) counters[turn] = 0;
+        for (int token = work.first; token < work.first + work.n; ++token)
+            merge_runs(Partials(partials, token * GROUPS + work.place), n_runs,
+                       out + static_cast<size_t>(token) * C::OUT_STRIDE + head * C::HEAD_DIM);
+        if (threadIdx.x == 0) *counter = 0;
     }
 
-private:
+    static constexpr size_t NOWHERE = ~static_cast<size_t>(0);
+
     static __device__ __forceinline__ int element(int j) { return threadIdx.x + j * THREADS; }
 
     // How element d of a head vector turns, in pairs (i, i + HALF).
@@ -282,7 +341,7 @@ private:
             return d >= C::ROTARY_DIM ? d : d < HALF ? d + HALF : d - HALF;
         }
         __device__ __forceinline__ float of(float element, float partner) const {
-            return element * cosine + partner * sine;
+            return fmaf(partner, sine, rounded_product(element, cosine));
         }
     };
 
@@ -318,8 +377,10 @@ private:
             }
         }
 
-        // to: [rows, key and value, HEAD_DIM]. The last row goes to the cache too, where k_row is not null.
-        __device__ __forceinline__ void store(int begin, unsigned short* to, Element* k_row, Element* v_row) const {
+        // to: [rows, key and value, HEAD_DIM]. They go to the caches, too, at appended(position), if it is not NOWHERE.
+        template <class Appended>
+        __device__ __forceinline__ void store(int begin, unsigned short* to, Element* k_cache, Element* v_cache,
+                                              Appended appended) const {
 #pragma unroll
             for (int j = 0; j < EACH; ++j) {
                 if (!has(j, begin)) continue;
@@ -327,7 +388,8 @@ private:
                 const unsigned short value = float_to_half(values[j]);
                 unsigned short* const place = to + row(j, begin) * (2 * C::HEAD_DIM) + dim(j);
                 place[0] = key, place[C::HEAD_DIM] = value;
-                if (k_row && row(j, begin) == n_rows - 1) k_row[dim(j)] = key, v_row[dim(j)] = value;
+                const size_t at = appended(position + row(j, begin));
+                if (at != NOWHERE) k_cache[at + dim(j)] = key, v_cache[at + dim(j)] = value;
             }
         }
     };

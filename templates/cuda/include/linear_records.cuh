@@ -20,12 +20,17 @@ struct RecordStream {
     int start, stop;  // of its bytes, in units of 16; loaded a turn before they are needed
     int stage, turn;  // what is taken next, and how often all stages were
 
-    // Starts the first copies. Returns the warp's first record.
+    // Once, before anything else.
+    __device__ __forceinline__ void init() {
+        stage = turn = 0;
+        ring.init();
+    }
+
+    // Starts the first copies of the block's records begin .. end_ - 1. Returns the warp's first record.
     __device__ __forceinline__ int open(int begin, int end_) {
         end = end_;
         const int first = begin + (static_cast<int>(threadIdx.x / WARP) + C::WARPS - begin % C::WARPS) % C::WARPS;
-        next = first, stage = turn = 0;
-        ring.init();
+        next = first;
         int all_starts[C::STAGES], all_stops[C::STAGES];
 #pragma unroll
         for (int s = 0; s < C::STAGES; ++s) {
@@ -34,7 +39,8 @@ struct RecordStream {
             next += C::WARPS;
         }
 #pragma unroll
-        for (int s = 0; s < C::STAGES; ++s) copy(s, first + s * C::WARPS, all_starts[s], all_stops[s]);
+        for (int s = 0; s < C::STAGES; ++s)
+            copy(stage + s < C::STAGES ? stage + s : stage + s - C::STAGES, first + s * C::WARPS, all_starts[s], all_stops[s]);
         look_up();
         return first;
     }
@@ -64,10 +70,12 @@ private:
 // C: K, N_BLOCKS, WIDTHS, MASKED_WIDTHS, RECORD_BYTES, WARPS, STAGES, BLOCKS (of the grid, along x), LOCAL_BLOCKS
 // (most row blocks of a block), LEFT_TO_COPY (records of a warp, when the next kernel may start; 0: at once), NORM, EPS,
 // EPILOGUE, places in shared memory (PLANES_AT, RANGES_AT, PARTIALS_AT, SUMS_AT, BLOCKS_AT, RING_AT, PHASES_AT) and what
-// epilogue.cuh needs; ONE: a launch holds one token; AT_ONCE: tokens that a block takes (blockIdx.y), at most four.
+// epilogue.cuh needs; ONE: a launch holds one token; AT_ONCE: tokens that a block takes at once, at most four. More
+// take their turns: blocks of their own would only stand in the way of the next kernel's where there are none.
 template <class C>
 struct LinearRecords {
     static constexpr int TOKENS = C::AT_ONCE, SLOTS = TOKENS == 1 ? 1 : TILES;
+    static constexpr bool PAIRED = GQSA_PAIRS && TOKENS > 1;
     static_assert(TOKENS <= 4, "four tokens share an mma");
 
     static __device__ __forceinline__ void run(const float* x, const float* norm_weight, const float* norm_bias,
@@ -75,9 +83,7 @@ struct LinearRecords {
                                                const int* order, const float* bias, const float* residual, float* out,
                                                const int* state) {
         // The host wrote the state before any kernel of this launch plan began: it needs no wait.
-        const int first_token = C::ONE ? 0 : blockIdx.y * TOKENS;
-        const int n_tokens = C::ONE ? 1 : min(TOKENS, count_tokens(state) - first_token);
-        if (n_tokens <= 0) return;
+        const int all_tokens = C::ONE ? 1 : count_tokens(state);
 
         GQSA_DYNAMIC_SHARED(unsigned char, shared);
         float* const sums = reinterpret_cast<float*>(shared + C::SUMS_AT);       // [LOCAL_BLOCKS, WARPS, 16, TOKENS]
@@ -98,6 +104,8 @@ struct LinearRecords {
         const auto begins = [&](int block) {
             return C::WHOLE ? (first_block + block) * RECORDS_OF_BLOCK<C> : blocks[first_block + block];
         };
+        stream.init();
+        if (PAIRED) pair_arrive();  // its shared memory may be written to
         int record = stream.open(begins(0), begins(n_local));
         // Where it has many records to go, the next kernel's beginning would only take turns with it.
         const auto let_start = [&] {
@@ -109,59 +117,85 @@ struct LinearRecords {
         RowQuantizer<C> quantizer;
         quantizer.prefetch(norm_weight, norm_bias);
         // One token: a thread's first result is looked up ahead. Several need the registers.
-        Result ahead(threadIdx.x, n_tokens);
+        Result ahead(threadIdx.x, 1);
         if (TOKENS == 1 && ahead.local < n_local) ahead.find(first_block, order);
         wait_for_inputs();
 
         float* const partials = reinterpret_cast<float*>(shared + C::PARTIALS_AT);
-        float factor = 1.0f;  // of the token whose sums this lane gets
-        typename RowQuantizer<C>::Row rows[TOKENS];  // all are asked for before the first is needed
-#pragma unroll
-        for (int m = 0; m < TOKENS; ++m)
-            if (m < n_tokens) rows[m] = quantizer.load(x + (first_token + m) * C::X_STRIDE);
-#pragma unroll
-        for (int m = 0; m < TOKENS; ++m)
-            if (m < n_tokens)
-                quantizer.quantize(rows[m], own_planes + m * (C::K / 2), own_ranges + m * RANGE_STRIDE, partials + m * WARP);
-        if (TOKENS == 1 && ahead.to >= 0) ahead.load(first_token, bias, residual, out);
-        __syncthreads();
-#pragma unroll
-        for (int m = 0; m < TOKENS; ++m) {
-            const float one = quantizer.factor(partials + m * WARP);
-            if (m == 0 || m == min(lane % 4, n_tokens - 1)) factor = one;
-        }
-
         const Lane me(lane);
-        float y[SLOTS][2] = {};
         float* const own_sums = sums + held(warp * (16 * TOKENS));
-        int local = 0, bound = C::WHOLE ? begins(1) : bounds[1];
-        // A warp has sums of every row block, zeros where none of the records is its own.
-        const auto end_block = [&] {
-            flush(y, own_sums + local * (C::WARPS * 16 * TOKENS), me);
-            ++local, bound = C::WHOLE ? bound + RECORDS_OF_BLOCK<C> : bounds[local + 1];
+        // Two blocks make the integers of every second token, each for both: they are half of what several tokens cost.
+        const int rank = PAIRED ? rank_in_pair() : 0;
+        const auto put = [&](auto* to, auto value) {
+            *to = value;
+            if constexpr (PAIRED) store_in_pair(to, value, 1 - rank);
         };
-        for (; record < stream.end; record += C::WARPS) {
-            const unsigned char* const taken = stream.take();
-            while (record >= bound) end_block();
-            const Record<C> bytes = {taken, (record - bound + RECORDS_OF_BLOCK<C>) * TILES};
-            if constexpr (TOKENS == 1)
-                multiply_one(bytes, me, own_planes, own_ranges, factor, y[0]);
+        const auto barrier = [] {
+            if constexpr (PAIRED)
+                pair_arrive(), pair_wait();
             else
-                multiply_few(bytes, me, own_planes, own_ranges, factor, n_tokens, y);
-            stream.go_on();
-            let_start();
-        }
-        while (local < n_local) end_block();
-        __syncthreads();
-        constexpr int THREADS = C::WARPS * WARP;
-        for (int i = threadIdx.x; i < n_local * Result::HEIGHT * n_tokens; i += THREADS) {
-            Result result = ahead;
-            if (TOKENS > 1 || i >= THREADS) {
-                result = Result(i, n_tokens);
-                result.find(first_block, order);
-                if (result.to >= 0) result.load(first_token, bias, residual, out);
+                __syncthreads();
+        };
+        for (int first_token = 0; first_token < all_tokens; first_token += TOKENS) {
+            const int n_tokens = TOKENS == 1 ? 1 : min(TOKENS, all_tokens - first_token);
+            if (first_token > 0) {
+                barrier();  // results of the tokens before are out of shared memory
+                record = stream.open(begins(0), begins(n_local));
             }
-            if (result.to >= 0) result.store(sums, first_token, out);
+            float factor = 1.0f;  // of the token whose sums this lane gets
+            // Every second one in a pair. All are asked for before the first is needed.
+            constexpr int MADE = PAIRED ? TOKENS / 2 : TOKENS;
+            typename RowQuantizer<C>::Row rows[MADE];
+            const auto made = [&](int i) { return PAIRED ? 2 * i + rank : i; };
+#pragma unroll
+            for (int i = 0; i < MADE; ++i)
+                if (made(i) < n_tokens) rows[i] = quantizer.load(x + (first_token + made(i)) * C::X_STRIDE);
+            if (PAIRED && first_token == 0) pair_wait();
+#pragma unroll
+            for (int i = 0; i < MADE; ++i) {
+                const int m = made(i);
+                if (m < n_tokens)
+                    quantizer.quantize(rows[i], own_planes + m * (C::K / 2), own_ranges + m * RANGE_STRIDE,
+                                       partials + m * WARP, put);
+            }
+            if (TOKENS == 1 && ahead.to >= 0) ahead.load(first_token, bias, residual, out);
+            barrier();
+#pragma unroll
+            for (int m = 0; m < TOKENS; ++m) {
+                const float one = quantizer.factor(partials + m * WARP);
+                if (m == 0 || m == min(lane % 4, n_tokens - 1)) factor = one;
+            }
+
+            float y[SLOTS][2] = {};
+            int local = 0, bound = C::WHOLE ? begins(1) : bounds[1];
+            // A warp has sums of every row block, zeros where none of the records is its own.
+            const auto end_block = [&] {
+                flush(y, own_sums + local * (C::WARPS * 16 * TOKENS), me);
+                ++local, bound = C::WHOLE ? bound + RECORDS_OF_BLOCK<C> : bounds[local + 1];
+            };
+            for (; record < stream.end; record += C::WARPS) {
+                const unsigned char* const taken = stream.take();
+                while (record >= bound) end_block();
+                const Record<C> bytes = {taken, (record - bound + RECORDS_OF_BLOCK<C>) * TILES};
+                if constexpr (TOKENS == 1)
+                    multiply_one(bytes, me, own_planes, own_ranges, factor, y[0]);
+                else
+                    multiply_few(bytes, me, own_planes, own_ranges, factor, n_tokens, y);
+                stream.go_on();
+                let_start();
+            }
+            while (local < n_local) end_block();
+            __syncthreads();
+            constexpr int THREADS = C::WARPS * WARP;
+            for (int i = threadIdx.x; i < n_local * Result::HEIGHT * n_tokens; i += THREADS) {
+                Result result = ahead;
+                if (TOKENS > 1 || first_token > 0 || i >= THREADS) {
+                    result = Result(i, n_tokens);
+                    result.find(first_block, order);
+                    if (result.to >= 0) result.load(first_token, bias, residual, out);
+                }
+                if (result.to >= 0) result.store(sums, first_token, out);
+            }
         }
     }
 
@@ -203,7 +237,7 @@ struct LinearRecords {
             const Steps steps(fields, n, me.place);
 #pragma unroll
             for (int r = 0; r < 2; ++r)
-                y[r] += steps.template product<G::WIDTH_>(r, G::total(sums, 2 * r), G::total(sums, 2 * r + 1), range);
+                y[r] += steps.template product<G>(r, G::total(sums, 2 * r), G::total(sums, 2 * r + 1), range);
         });
     }
 
@@ -234,7 +268,7 @@ struct LinearRecords {
                 const Steps steps(fields, n, t * 8 + pair);
 #pragma unroll
                 for (int r = 0; r < 2; ++r)
-                    y[t][r] += steps.template product<G::WIDTH_>(r, G::total(sums, 2 * r), G::total(sums, 2 * r + 1), range);
+                    y[t][r] += steps.template product<G>(r, G::total(sums, 2 * r), G::total(sums, 2 * r + 1), range);
             }
         });
     }

@@ -87,6 +87,53 @@ __device__ __forceinline__ void prefetch_l2(const void* address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
+// A product that no addition behind it takes up: the same bits, whatever stands around it.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
+// Two neighbouring blocks of a grid that run at the same time and write to each other's shared memory.
+#if GQSA_SM_90
+#define GQSA_PAIRS 1
+#define GQSA_PAIR __cluster_dims__(2, 1, 1)
+
+// The place of a block in its pair, 0 or 1.
+__device__ __forceinline__ int rank_in_pair() {
+    unsigned rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return static_cast<int>(rank);
+}
+
+// A barrier of all threads of a pair, in two halves: what they wrote before the first is seen behind the second.
+__device__ __forceinline__ void pair_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void pair_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Writes to where the block of that rank has what stands at `own` in this one's shared memory.
+__device__ __forceinline__ unsigned address_in_pair(const void* own, int rank) {
+    unsigned address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address)
+        : "r"(static_cast<unsigned>(__cvta_generic_to_shared(own))), "r"(rank));
+    return address;
+}
+__device__ __forceinline__ void store_in_pair(uint2* own, uint2 value, int rank) {
+    asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(address_in_pair(own, rank)), "r"(value.x), "r"(value.y)
+                 : "memory");
+}
+__device__ __forceinline__ void store_in_pair(float2* own, float2 value, int rank) {
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address_in_pair(own, rank)), "f"(value.x), "f"(value.y)
+                 : "memory");
+}
+__device__ __forceinline__ void store_in_pair(float* own, float value, int rank) {
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address_in_pair(own, rank)), "f"(value) : "memory");
+}
+#else
+#define GQSA_PAIRS 0
+#define GQSA_PAIR
+__device__ __forceinline__ int rank_in_pair() { return 0; }
+__device__ __forceinline__ void pair_arrive() {}
+__device__ __forceinline__ void pair_wait() {}
+template <class T>
+__device__ __forceinline__ void store_in_pair(T*, T, int) {}
+#endif
+
 // Programmatic dependent launch. A kernel calls wait_for_inputs() in every thread before it touches
 // memory that another kernel writes or reads; without the launch attribute both are no-ops.
 __device__ __forceinline__ void wait_for_inputs() {

@@ -1,5 +1,5 @@
 // Activations as 16-bit integers with a scale for each token and tile of 64 columns, as records.cuh wants them:
-// planes i8 [tiles, 2, 64] (high bytes, low bytes) and ranges float2 [tiles] {scale, sum of the integers}.
+// planes i8 [tiles, 2, 64] (high bytes, low bytes) and ranges float2 [tiles] {scale, bits of the integers' sum}.
 // Normalisation, if there is one, comes first; every block that needs the activations makes them itself.
 #pragma once
 #include "records.cuh"
@@ -55,8 +55,10 @@ struct RowQuantizer {
         return row;
     }
 
-    // partials: a float per warp. A barrier must follow before results or factor() are used.
-    __device__ __forceinline__ void quantize(const Row& row, unsigned* planes, float2* ranges, float* partials) {
+    // Writes results with put(address, value). partials: a float per warp. A barrier must follow before results or
+    // factor() are used.
+    template <class Put>
+    __device__ __forceinline__ void quantize(const Row& row, unsigned* planes, float2* ranges, float* partials, Put put) {
         if constexpr (HELD == PER_THREAD) {
             measure([&](auto add) {
 #pragma unroll
@@ -66,7 +68,7 @@ struct RowQuantizer {
 #pragma unroll
             for (int j = 0; j < HELD; ++j)
                 if (PIECES % THREADS == 0 || index(j) / WARP * WARP < PIECES)
-                    store(index(j), row.held[j], weight[j], planes, ranges);
+                    store(index(j), row.held[j], weight[j], planes, ranges, put);
         } else {
             measure([&](auto add) {
                 for (int j = 0; j < PER_THREAD; ++j)
@@ -76,12 +78,12 @@ struct RowQuantizer {
                 if (index(j) / WARP * WARP >= PIECES) break;
                 Piece weights = {};
                 if (C::NORM != NO_NORM) weights = read(norm_weight, index(j), true);
-                store(index(j), read(row.x, index(j), row.aligned), weights, planes, ranges);
+                store(index(j), read(row.x, index(j), row.aligned), weights, planes, ranges, put);
             }
         }
         if (C::NORM == RMS_NORM) {
             const float sum = segment_sum(squares);
-            if (threadIdx.x % WARP == 0) partials[threadIdx.x / WARP] = sum;
+            if (threadIdx.x % WARP == 0) put(partials + threadIdx.x / WARP, sum);
         }
     }
 
@@ -133,8 +135,9 @@ private:
     }
 
     // All lanes of the warp call it, those past the row too.
-    __device__ __forceinline__ void store(int i, Piece piece, const Piece& weights, unsigned* planes,
-                                          float2* ranges) const {
+    template <class Put>
+    __device__ __forceinline__ void store(int i, Piece piece, const Piece& weights, unsigned* planes, float2* ranges,
+                                          Put put) const {
         float most = 0.0f;
 #pragma unroll
         for (int e = 0; e < PIECE; ++e) {
@@ -165,8 +168,9 @@ private:
         const int q_sum = segment_sum_int<LANES>(static_cast<int>(sum));
         if (PIECES % THREADS == 0 || i < PIECES) {
             uint2* const to = reinterpret_cast<uint2*>(planes) + i / LANES * (2 * LANES) + i % LANES;
-            to[0] = {high[0], high[1]}, to[LANES] = {low[0], low[1]};
-            if (i % LANES == 0) ranges[i / LANES] = {most * (1.0f / Q_MAX), static_cast<float>(q_sum)};
+            put(to, uint2{high[0], high[1]});
+            put(to + LANES, uint2{low[0], low[1]});
+            if (i % LANES == 0) put(ranges + i / LANES, float2{most * (1.0f / Q_MAX), __uint_as_float(q_sum)});
         }
     }
 };

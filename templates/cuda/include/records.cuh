@@ -32,10 +32,10 @@ struct Record {
     static constexpr int HEADER = BARE<C> ? 0 : 16;
 
     const unsigned char* bytes;
-    int first;  // tile, of a bare one
+    int first;  // tile, where a row block holds all tiles
 
     __device__ __forceinline__ int tile(int slot) const {
-        return BARE<C> ? first + slot : reinterpret_cast<const unsigned short*>(bytes)[slot];
+        return C::WHOLE ? first + slot : reinterpret_cast<const unsigned short*>(bytes)[slot];
     }
     // For by_kind and tiles_of.
     __device__ __forceinline__ unsigned kind() const {
@@ -133,11 +133,13 @@ struct Groups {
         for (int c = 0; c < CLASSES; ++c) sums[c][0] = sums[c][1] = sums[c][2] = sums[c][3] = 0;
     }
 
-    // The levels' sum from its classes: element i of a lane's four.
+    // The levels' sum from its classes, times 2^SHIFTED: element i of a lane's four. One operation a class, where
+    // shifting down would take two.
+    static constexpr int SHIFTED = SHIFT * (CLASSES - 1);
     static __device__ __forceinline__ int total(const int (*sums)[4], int i) {
         int sum = sums[0][i];
 #pragma unroll
-        for (int c = 1; c < CLASSES; ++c) sum += sums[c][i] >> SHIFT * c;
+        for (int c = 1; c < CLASSES; ++c) sum = sum * (1 << SHIFT) + sums[c][i];
         return sum;
     }
 
@@ -150,7 +152,7 @@ private:
 // Scales and zeros of one tile slot of a record, for rows pair and pair + 8. place: 8 * slot + pair.
 struct Steps {
     float scale[2];
-    int zero[2];
+    int zero[2];  // sixteenths of the range of a width
 
     __device__ __forceinline__ Steps(const unsigned char* fields, int n_tiles, int place) {
         const unsigned both = reinterpret_cast<const unsigned*>(fields)[place];
@@ -159,12 +161,15 @@ struct Steps {
         zero[0] = nibbles & 15, zero[1] = nibbles >> 4;
     }
 
-    // scale * (levels - zero) . x for row half r; sums of q in sixteenths of the width's range are exact.
-    template <int WIDTH>
+    // scale * (levels - zero) . x for row half r, from G::total of both planes. range: {scale, bits of the sum} of the
+    // integers q. Sums are exact: of 64 columns, |level - zero| in sixteenths of the range is at most 15, and 15 for
+    // the highest level times 2^SHIFTED: below 2^31 throughout.
+    template <class G>
     __device__ __forceinline__ float product(int r, int high, int low, float2 range) const {
-        const int levels = high * 256 + low, q_sum = static_cast<int>(range.y);
-        const int steps = WIDTH == 8 ? levels - (zero[r] << 4) * q_sum : (levels << (4 - WIDTH) % 32) - zero[r] * q_sum;
-        constexpr float STEP = WIDTH == 8 ? 1.0f : 1.0f / (1 << (4 - WIDTH) % 32);
+        constexpr int WIDTH = G::WIDTH_, UP = WIDTH == 8 ? 0 : 4 - WIDTH, ZERO = (WIDTH == 8 ? 4 : 0) + G::SHIFTED;
+        const int levels = high * (256 << UP) + low * (1 << UP), q_sum = static_cast<int>(__float_as_uint(range.y));
+        const int steps = levels - (zero[r] << ZERO) * q_sum;
+        constexpr float STEP = 1.0f / (1 << (UP + G::SHIFTED));
         return static_cast<float>(steps) * (scale[r] * (range.x * STEP));
     }
 };
