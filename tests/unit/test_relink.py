@@ -49,7 +49,7 @@ def fake_compilers(zig="zig 1", nvrtc="12.9", salt=""):
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as cache:
         patch.setenv("GQSAC_CACHE", cache)
         patch.setattr(compile_cuda, "compile_cuda", lambda *given: CudaBinary(code(*given), "", 1, 0, 0, 0))
-        patch.setattr(compile_cpu, "compile_cpu", lambda *given: code(*given))
+        patch.setattr(compile_cpu, "compile_cpu", lambda sources, target, stopped: code(sources, target))
         patch.setattr(compile_cuda, "nvrtc_version", lambda: nvrtc)
         patch.setattr(compile_cpu, "compiler_version", lambda: zig)
         yield
