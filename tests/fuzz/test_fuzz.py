@@ -76,10 +76,15 @@ def test_runs_of_several_seeds_are_added_up(tmp_path):
         figures.total([*runs, runs[1]])
 
 
-def test_the_size_of_a_mutant_has_a_bound():
-    for seed in range(15):
-        made = mutate.json_value(Random(seed), [[[0] * 30 for _ in range(30)] for _ in range(30)], 8)
-        assert mutate.count(made) < 4 * mutate._MAX_PLACES
+def test_the_size_of_a_mutant_has_a_bound(monkeypatch):
+    def largest() -> int:
+        made = (mutate.json_value(Random(seed), [[0] * 30 for _ in range(30)], 8) for seed in range(40))
+        return max(map(mutate.count, made))
+
+    monkeypatch.setattr(mutate, "_MAX_PLACES", 1000)
+    assert largest() < 4000
+    monkeypatch.setattr(mutate, "_MAX_PLACES", 10**9)
+    assert largest() > 40_000
 
 
 def test_sound_files_are_accepted():
