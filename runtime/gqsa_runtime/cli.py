@@ -492,11 +492,11 @@ def inspect(
       gqsa inspect model.gqsa --context 8192
     """
     from gqsa_runtime import inspect_
-    from gqsa_runtime.reader import ArtifactFile
+    from gqsa_runtime.reader import ArtifactFile, naming
     from gqsa_runtime.validate import validate
 
     check_signature_options(require_signature, signature)
-    with ArtifactFile.open(file, require_signature, signature) as artifact:
+    with ArtifactFile.open(file, require_signature, signature) as artifact, naming(file):
         validate(artifact.program, artifact.tensors)
         if context is not None and not 1 <= context <= artifact.program.max_context:
             raise InputError(f"--context is {context}, but this model is made for 1 to {artifact.program.max_context}")

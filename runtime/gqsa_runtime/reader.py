@@ -81,7 +81,8 @@ class ArtifactFile:
                 # Before anything of the header is used but where its parts lie.
                 self._check_signature(signature, header, table, tensors)
             self._digests = self._read_digests(table, tensors, header.digest)
-            self.program = Program.from_json(self.text(gqsa.KEY_PROGRAM))
+            with naming(self.path):
+                self.program = Program.from_json(self.text(gqsa.KEY_PROGRAM))
         except BaseException:
             self._file.close()
             raise
