@@ -99,7 +99,7 @@ def try_out(arguments: list[str], output: Path, kills: int, random: Random, scra
         left = set(output.parent.iterdir()) - beside - {output}
         assert not left, f"left beside {output}: {sorted(path.name for path in left)}"
         finished += 1
-    if arguments[0] == "build":
+    if "--no-cache" in arguments:
         undisturbed(arguments, log)  # sweeps what the compilers of killed builds wrote late
     left = sorted(path.name for path in scratch.iterdir() if path.name.startswith("gqsac-"))
     assert not left, f"left in the temporary folder: {left}"
@@ -148,8 +148,7 @@ def main() -> int:
         sizes = ("--samples", "16", "--seq-len", "16", "--epochs", "1", "--e2e-steps", "20", "--batch-tokens", "64")
         compress = ["compress", str(source), "-o", str(work / "out"), "--calibration", str(text), "--device", "cpu",
                     "--sparsity", "0.5", "--stages", "bqpo,e2e-oqp", *sizes]  # fmt: skip
-        build = ["build", str(folder / "compressed"), "-o", str(work / "out.gqsa"), "--target", "x86_64_v3"]
-        undisturbed([*compress[:3], str(folder / "compressed"), *compress[4:]], log)
+        build = ["build", str(source), "-o", str(work / "out.gqsa"), "--bits", "4", "--target", "x86_64_v3"]
         for command in arguments.command or COMMANDS:
             arguments_of = {"compress": compress, "build": [*build, "--no-cache"], "rebuild": build}
             output = work / ("out" if command == "compress" else "out.gqsa")
