@@ -71,6 +71,11 @@ def _parts(hint: Any) -> tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]
     return typing.get_origin(hint), typing.get_args(hint), fields
 
 
+def printable(text: str) -> str:
+    """A text of whoever made a file, as it may go to a terminal: escapes in place of what would move that."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def brief(value: object) -> str:
     """A value as a message shows it: its beginning, in ASCII, whatever is nested in it and how deep."""
     text = value[:80] if isinstance(value, str) else reprlib.repr(value)[:80]

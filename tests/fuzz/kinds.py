@@ -188,9 +188,9 @@ def use_path(path: str | Path) -> str:
     """Does with a file what a reader does that runs nothing of it."""
     with renderer.forked(), _a_gpu(), ArtifactFile.open(path) as artifact:
         found = verify_open(artifact)
-        inspect_.render(inspect_.describe(artifact, None))
-        inspect_.kernel_rows(artifact)
-        inspect_.tensor_rows(artifact)
+        shown = [inspect_.render(inspect_.describe(artifact, None))]
+        shown += [inspect_.table(rows) for rows in (inspect_.kernel_rows(artifact), inspect_.tensor_rows(artifact))]
+        assert all(line.isprintable() for text in shown for line in text.split("\n")), shown
         check_file(path)
     return f"{found}"
 

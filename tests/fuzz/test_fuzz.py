@@ -14,7 +14,7 @@ import pytest
 from gqsa_runtime.chat import ChatTemplate
 from gqsa_runtime.errors import InputError
 
-from tests.fuzz import figures, kinds, mutate, renderer, templates, tokenizers
+from tests.fuzz import figures, kinds, limited, mutate, renderer, templates, tokenizers
 from tests.fuzz.__main__ import SEEDS, _quotas, mutant, run, try_out
 from tests.fuzz.kinds import KINDS
 from tests.fuzz.limited import FAILURES, run_all_limited, run_limited
@@ -158,6 +158,16 @@ def test_a_failure_is_that_of_its_own_work():
     expected = ["refused", "accepted", "crash", "accepted", "hang", "untyped", "memory", "accepted", "crash"]
     assert [outcome.kind for outcome in outcomes] == expected
     assert run_all_limited([], 1, MB) == []
+
+
+def test_a_machine_that_is_busy_with_others_makes_no_hang(monkeypatch):
+    began_s = time.monotonic()
+    assert run_limited(lambda: time.sleep(1.5), 1, 100 * MB).kind == "hang"
+    monkeypatch.setattr(limited, "_starved_s", lambda pid: time.monotonic() - began_s)
+    assert run_limited(lambda: time.sleep(1.5), 1, 100 * MB).kind == "accepted"
+    monkeypatch.setattr(limited, "_MOST_STARVED", 1)
+    assert run_limited(lambda: time.sleep(9), 1, 100 * MB).kind == "hang"
+    assert time.monotonic() - began_s < 8
 
 
 @pytest.mark.parametrize(
