@@ -8,14 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from gqsa_runtime.cli import Commands, commands
+from gqsa_runtime.cli import Commands, check_signature_options, commands, signature_options
 from gqsa_runtime.cli import main as run_group
 
 from gqsac import __version__
 from gqsac.bsr import GROUP_SIZES
 from gqsac.cli_doctor import doctor
 from gqsac.cli_eval import evaluate
-from gqsac.cli_sign import sign
+from gqsac.cli_sign import sign, sign_made, sign_option, signer
 from gqsac.cli_sweep import sweep_command
 from gqsac.errors import DeviceError
 
@@ -212,10 +212,7 @@ def _numbers(option: str, text: str, kind=float):
 @click.option("--dump-dir", type=click.Path(path_type=Path), help="Write graph, plan, sources, logs and code here.")
 @click.option("--dry-run", is_flag=True, help="Trace and plan, but compile and write nothing.")
 @click.option("--no-cache", is_flag=True, help="Compile every kernel anew.")
-@click.option(
-    "--sign", "key", metavar="KEY", type=click.Path(path_type=Path, dir_okay=False),
-    help="Sign the file with this private key; see `gqsac sign`.",
-)  # fmt: skip
+@sign_option
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def build(model, output, targets, jobs, kv_dtype, exact, head_bits, max_context, bits, group_size, sparsity, dump_dir,
           dry_run, no_cache, key, as_json):  # fmt: skip
@@ -237,11 +234,7 @@ def build(model, output, targets, jobs, kv_dtype, exact, head_bits, max_context,
     from gqsac.compiler.pipeline import build as run
     from gqsac.rounding import Rounding
 
-    signer = None
-    if key is not None:
-        from gqsac.sign import Signer
-
-        signer = Signer(key)  # better refused now than after the build
+    signing = signer(key)
     rounding = Rounding(bits, group_size, sparsity) if bits is not None else None
     if rounding is not None:
         click.echo(
@@ -254,8 +247,8 @@ def build(model, output, targets, jobs, kv_dtype, exact, head_bits, max_context,
     )  # fmt: skip
     with BuildProgress() as progress:
         summary = run(model, output, options, progress)
-    if signer is not None and not dry_run:
-        click.echo(f"signed: {signer.sign(output)}", err=True)
+    if not dry_run:
+        sign_made(signing, output)
     if as_json:
         click.echo(json.dumps(summary.as_dict(), indent=1))
         return
@@ -273,12 +266,15 @@ def build(model, output, targets, jobs, kv_dtype, exact, head_bits, max_context,
 )
 @click.option("-j", "--jobs", type=click.IntRange(min=0), default=0, help="Compile threads; 0: one a core.")
 @click.option("--no-cache", is_flag=True, help="Compile every kernel anew.")
+@signature_options
+@sign_option
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
-def relink(file, output, targets, jobs, no_cache, as_json):
+def relink(file, output, targets, jobs, no_cache, require_signature, signature, key, as_json):
     """Makes the kernels of a .gqsa file anew, for other targets or with a newer gqsac; weights and texts stay.
 
     Neither the checkpoint nor PyTorch is needed. A plan for GPUs is made from one for CPUs and the other way round, if
-    this version of gqsac made it.
+    this version of gqsac made it. A signature of FILE is not one of the new file, whose bytes are others: --sign makes
+    that, after --require-signature has checked the old one.
 
     \b
     gqsac relink qwen.gqsa -o qwen-h100.gqsa --target sm_90
@@ -288,8 +284,11 @@ def relink(file, output, targets, jobs, no_cache, as_json):
     from gqsac.build_progress import BuildProgress
     from gqsac.compiler.relink import relink as run
 
+    check_signature_options(require_signature, signature)
+    signing = signer(key)
     with BuildProgress() as progress:
-        made = run(file, output, tuple(targets), jobs, not no_cache, progress)
+        made = run(file, output, tuple(targets), jobs, not no_cache, progress, require_signature, signature)
+    sign_made(signing, output)
     if as_json:
         click.echo(json.dumps(asdict(made), indent=1))
         return

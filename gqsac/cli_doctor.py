@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import click
-from gqsa_runtime.cli import OPTIONAL_FILE
+from gqsa_runtime.cli import OPTIONAL_FILE, check_signature_options, signature_options
 from gqsa_runtime.doctor import Finding, examine, examine_file, render, versions
 
 from gqsac import __version__
@@ -16,8 +16,9 @@ _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "gguf")
 
 @click.command()
 @OPTIONAL_FILE
+@signature_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
-def doctor(file, as_json) -> None:
+def doctor(file, require_signature, signature, as_json) -> None:
     """Says what this machine can compile and run, and what to install where something is missing.
 
     With FILE, a compiled model, also how much memory it needs at which context, and what fits here.
@@ -27,8 +28,9 @@ def doctor(file, as_json) -> None:
       gqsac doctor
       gqsac doctor model.gqsa
     """
+    check_signature_options(require_signature, signature, file)
     findings = [*examine(), Finding("gqsac", __version__), *versions(_PACKAGES), *_compilers(), _cache()]
-    findings += examine_file(file) if file else []
+    findings += examine_file(file, require_signature, signature) if file else []
     if as_json:
         click.echo(json.dumps([vars(finding) for finding in findings], indent=2))
     else:

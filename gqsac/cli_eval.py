@@ -6,8 +6,9 @@ import json
 from functools import partial
 
 import click
+from gqsa_runtime import rebuild
+from gqsa_runtime.cli import check_signature_options, progress, read_text
 from gqsa_runtime.cli import evaluate as runtime_evaluate
-from gqsa_runtime.cli import progress, read_text
 
 from gqsac.evaluate.load import is_artifact
 from gqsac.evaluate.task_data import TASKS
@@ -35,6 +36,22 @@ def _shared(*names: str) -> list[click.Parameter]:
     return [parameter for parameter in _runtime_ppl.params if parameter.name in names]
 
 
+_OF_ARTIFACTS = ("rebuild_kernels", "require_signature", "signature")  # options that other models have no use for
+
+
+def _refuse(of_artifacts: dict) -> None:
+    for name, value in of_artifacts.items():
+        if value:
+            raise click.UsageError(f"--{name.replace('_', '-')} is for .gqsa files alone")
+
+
+def _opening(rebuild_kernels: bool, require_signature: str | None, signature: str | None) -> dict:
+    """These options as `Model.open` has them."""
+    check_signature_options(require_signature, signature)
+    kernels = rebuild.REBUILD if rebuild_kernels else rebuild.FILE
+    return {"kernels": kernels, "require_signature": require_signature, "signature": signature}
+
+
 @evaluate.command(params=_runtime_ppl.params, context_settings=_HELP)
 def ppl(file, text, window, stride, max_windows, device, context, threads, as_json, **of_artifacts) -> None:
     """Perplexity of a text. The last tokens that fill no window are left out; a shorter text is scored whole.
@@ -53,10 +70,7 @@ def ppl(file, text, window, stride, max_windows, device, context, threads, as_js
             threads=threads, as_json=as_json, **of_artifacts,
         )  # fmt: skip
         return
-    for name, value in of_artifacts.items():
-        if value:
-            option = f"--{name.replace('_', '-')}"
-            raise click.UsageError(f"{option} is for .gqsa files alone")
+    _refuse(of_artifacts)
     from gqsac.evaluate.load import open_scorer
 
     content = read_text(text, "text")
@@ -113,11 +127,11 @@ def kl(file, reference, text, window, stride, max_windows, device, threads, as_j
         click.Option(["--task", "names"], multiple=True, help=f"{', '.join(TASKS)}; repeatable. Default: all."),
         click.Option(["--data"], required=True, type=click.Path(path_type=str), help="Folder of the tasks' files."),
         click.Option(["--limit"], type=int, help="Only the first so many rows of each task."),
-        *_shared("device", "context", "threads", "as_json"),
+        *_shared("device", "context", "threads", *_OF_ARTIFACTS, "as_json"),
     ],
     context_settings=_HELP,
 )
-def tasks(file, names, data, limit, device, context, threads, as_json) -> None:
+def tasks(file, names, data, limit, device, context, threads, as_json, **of_artifacts) -> None:
     """Zero-shot accuracy with its standard error, through the lm-eval harness and its prompts.
 
     FILE is what `eval ppl` takes. The data folder holds piqa.jsonl, arc_easy.jsonl, arc_challenge.jsonl
@@ -133,9 +147,11 @@ def tasks(file, names, data, limit, device, context, threads, as_json) -> None:
     from gqsac.evaluate.load import open_scorer
     from gqsac.evaluate.tasks import check_harness, evaluate_task, load_tasks, render
 
+    if not is_artifact(file):
+        _refuse(of_artifacts)
     rows = load_tasks(names, data, limit)  # before a long load
     version = check_harness()
-    scorer = open_scorer(file, device, context, threads)
+    scorer = open_scorer(file, device, context, threads, **_opening(**of_artifacts))
     try:
         click.echo(f"device {scorer.device_reason}", err=True)
         results = [evaluate_task(scorer, name, rows[name], partial(progress, unit=f"{name} request")) for name in rows]

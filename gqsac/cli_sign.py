@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 from pathlib import Path
 
 import click
+from gqsa_runtime.signature import SUFFIX
 
 _PATH = click.Path(path_type=Path, dir_okay=False)
+
+# Of commands that make a .gqsa file. Its value is for `signer`.
+sign_option = click.option(
+    "--sign", "key", metavar="KEY", type=_PATH, help="Sign the file with this private key; see `gqsac sign`."
+)
+
+
+def signer(key: Path | None):
+    """What signs with a key, or None without one. Raises GqsaError: better before a file is made than after."""
+    if key is None:
+        return None
+    from gqsac.sign import Signer
+
+    return Signer(key)
+
+
+def sign_made(signing, file: Path) -> None:
+    """Signs a file that was made, or says that the signature beside it is of what had its name before."""
+    if signing is not None:
+        click.echo(f"signed: {signing.sign(file)}", err=True)
+    elif (beside := Path(f"{file}{SUFFIX}")).is_file() and not _names(beside, file):
+        click.echo(
+            f"note: {beside} is the signature of other bytes than {file} has now; sign it with `gqsac sign`, or remove "
+            "that signature",
+            err=True,
+        )
+
+
+def _names(signature: Path, file: Path) -> bool:
+    """Whether a signature states the digest of a file, whoever made it."""
+    sha256 = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while part := opened.read(1 << 20):
+            sha256.update(part)
+    try:
+        return sha256.hexdigest().encode() in base64.b64decode(
+            json.loads(signature.read_bytes())["dsseEnvelope"]["payload"]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @click.command()

@@ -13,6 +13,7 @@ from dataclasses import replace
 from gqsa_runtime.program import Binary, Program
 from gqsa_runtime.reader import ArtifactFile, naming
 from gqsa_runtime.rebuild import DIFFERENT, DIFFERENT_COMPILER, SAME, Comparison, KernelComparison
+from gqsa_runtime.typecheck import printable
 from gqsa_runtime.validate import validate
 
 from gqsac.build_progress import BuildProgress  # noqa: F401  for who calls `compare` from the runtime's command
@@ -79,7 +80,7 @@ def compare(
             rows += _compare(
                 held[made.target], _code(file, held[made.target]), made, tensor.make().tobytes(), same_compiler
             )
-        return Comparison(_words(recorded), _words(here), tuple(rows))
+        return Comparison(printable(_words(recorded)), _words(here), tuple(rows))
 
 
 def _compare(held: Binary, held_code: bytes, made: Binary, code: bytes, same_compiler: bool) -> list[KernelComparison]:

@@ -64,17 +64,21 @@ def relink(
     jobs: int = 0,
     cache: bool = True,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    require_signature: str | os.PathLike | bytes | None = None,
+    signature: str | os.PathLike | None = None,
 ) -> Relinked:
     """Writes a .gqsa file with the weights, plans and texts of another and kernels that are made here and now.
 
     targets: as of a build, () for those of the file. jobs: compile threads, 0 for all cores. progress: called as
     (stage, done, total). With the file's own targets and the compiler that made it, the result is the same bytes.
-    output may be the file itself. Raises GqsaError for a file or a target that will not do; writes nothing then.
+    output may be the file itself. require_signature, signature: of that file, as in `gqsa_runtime.Model.open`; what is
+    written has other bytes, and no signature. Raises GqsaError for a file or a target that will not do; writes nothing
+    then.
     """
     started = time.perf_counter()
     check_output(output)
     chosen = check_targets(targets)
-    with ArtifactFile.open(path) as file, naming(path):
+    with ArtifactFile.open(path, require_signature, signature) as file, naming(path):
         validate(file.program, file.tensors)
         chosen = chosen or targets_of(file.program)
         _check_nothing_lost(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gqsa_runtime.errors import InputError
 
@@ -46,12 +47,13 @@ def open_scorer(
     context: int | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **opening: Any,
 ) -> Scorer:
     """Opens a .gqsa file with the runtime, any other source with PyTorch in fp32.
 
     device: auto, cpu, cuda or cuda:N. context: tokens that fit at once. threads: of the CPU. progress: called
-    with (bytes read, bytes in all) while a .gqsa file loads. Raises the errors of `gqsa_runtime.Model.open` and
-    `load_for_evaluation`.
+    with (bytes read, bytes in all) while a .gqsa file loads. opening: what else `gqsa_runtime.Model.open` is to be told
+    of such a file. Raises the errors of `gqsa_runtime.Model.open` and `load_for_evaluation`.
     """
     if threads is not None and threads < 1:
         raise InputError(f"the number of threads is {threads}, expected at least 1")
@@ -60,7 +62,7 @@ def open_scorer(
 
         from gqsac.evaluate.score_runtime import RuntimeScorer
 
-        return RuntimeScorer(Model.open(source, device, context, threads, progress))
+        return RuntimeScorer(Model.open(source, device, context, threads, progress, **opening))
     import torch
     from gqsa_runtime.tokenizer import Tokenizer
 

@@ -69,11 +69,12 @@ def check_file(
     require_signature: str | os.PathLike[str] | bytes | None = None,
     signature: str | os.PathLike[str] | None = None,
 ) -> Check:
-    """Checks whether a file runs here; parameters as in `Model.open`.
+    """Whether `Model.open` with the same arguments would open a file here, on which device, and in how much memory.
 
-    Raises FormatError for a file whose header or launch plan is not sound, SignatureError for one that is not signed as
-    is asked for, InputError where there is no such file, for an unknown device, and for a context that the model is not
-    made for.
+    Reads the header and the launch plan alone, whatever the file's size; no weight, no kernel's code and no tokenizer.
+    With require_signature every byte is hashed, too. Raises FormatError where those are not sound, SignatureError as
+    `Model.open` does, InputError where there is no such file, for an unknown device, and for a context that the model
+    is not made for.
     """
     asked, ordinal = load.parse_device(device)
     with ArtifactFile.open(path, require_signature, signature) as file, naming(path):

@@ -117,7 +117,7 @@ def _context(value: str | int) -> int | str:
         raise click.BadParameter(f"{value!r} is neither a number of tokens nor auto") from None
 
 
-_signature_options = _options(
+signature_options = _options(
     click.option(
         "--require-signature",
         metavar="PEM",
@@ -163,7 +163,7 @@ def _model_options(command: _Function) -> _Function:
 
 
 _OPENING = _options(
-    _signature_options,
+    signature_options,
     _place_options,
     click.option("--threads", type=int, help="CPU threads. Default: all."),
     click.option(
@@ -202,7 +202,7 @@ def _tell(message: str) -> None:
 def _open_model(file: str, how: _Opening, sampling: dict[str, Any] | None = None) -> Model:
     from gqsa_runtime.model import Model
 
-    _check_signature_options(how.require_signature, how.signature)
+    check_signature_options(how.require_signature, how.signature)
     Model.check_options(**(sampling or {}))  # better refused now than after seconds of loading
     if how.rebuild_kernels:
         rebuild.compiler()
@@ -218,7 +218,10 @@ def _open_model(file: str, how: _Opening, sampling: dict[str, Any] | None = None
     return model
 
 
-def _check_signature_options(require_signature: str | None, signature: str | None) -> None:
+def check_signature_options(require_signature: str | None, signature: str | None, file: str | None = "") -> None:
+    """Raises a usage error for options without what they belong to. file: None, where no file is named at all."""
+    if file is None and (require_signature is not None or signature is not None):
+        raise click.UsageError("--require-signature and --signature are about a FILE; name it, too")
     if signature is not None and require_signature is None:
         raise click.UsageError("--signature says where a signature lies; --require-signature, by whom it must be")
 
@@ -424,7 +427,7 @@ def _read_line() -> str | None:
 
 @click.command()
 @_FILE
-@_signature_options
+@signature_options
 @_place_options
 @_JSON
 @click.pass_context
@@ -450,7 +453,7 @@ def check(
     from gqsa_runtime import doctor as examination
     from gqsa_runtime.check import check_file
 
-    _check_signature_options(require_signature, signature)
+    check_signature_options(require_signature, signature)
     found = check_file(file, device, context, require_signature, signature)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(found), indent=2))
@@ -471,8 +474,17 @@ def check(
 @click.option("--context", type=int, help="Tokens to state the memory for. Default: 4096, or what the model has.")
 @click.option("--kernels", is_flag=True, help="List the kernels and their constants.")
 @click.option("--tensors", is_flag=True, help="List the tensors.")
+@signature_options
 @_JSON
-def inspect(file: str, context: int | None, kernels: bool, tensors: bool, as_json: bool) -> None:
+def inspect(
+    file: str,
+    context: int | None,
+    kernels: bool,
+    tensors: bool,
+    require_signature: str | None,
+    signature: str | None,
+    as_json: bool,
+) -> None:
     """Shows what a file holds: size, bits per weight, targets, kernels, memory.
 
     \b
@@ -480,10 +492,11 @@ def inspect(file: str, context: int | None, kernels: bool, tensors: bool, as_jso
       gqsa inspect model.gqsa --context 8192
     """
     from gqsa_runtime import inspect_
-    from gqsa_runtime.reader import ArtifactFile
+    from gqsa_runtime.reader import ArtifactFile, naming
     from gqsa_runtime.validate import validate
 
-    with ArtifactFile.open(file) as artifact:
+    check_signature_options(require_signature, signature)
+    with ArtifactFile.open(file, require_signature, signature) as artifact, naming(file):
         validate(artifact.program, artifact.tensors)
         if context is not None and not 1 <= context <= artifact.program.max_context:
             raise InputError(f"--context is {context}, but this model is made for 1 to {artifact.program.max_context}")
@@ -500,7 +513,7 @@ def inspect(file: str, context: int | None, kernels: bool, tensors: bool, as_jso
 
 @click.command()
 @_FILE
-@_signature_options
+@signature_options
 @click.option(
     "--rebuild",
     "compare",
@@ -523,7 +536,7 @@ def verify(file: str, require_signature: str | None, signature: str | None, comp
     from gqsa_runtime.reader import ArtifactFile
     from gqsa_runtime.verify import verify_open
 
-    _check_signature_options(require_signature, signature)
+    check_signature_options(require_signature, signature)
     compiler = rebuild.compiler() if compare else None
     compared = None
     with ArtifactFile.open(file, require_signature, signature) as artifact:
@@ -664,8 +677,9 @@ def ppl(
 
 @click.command()
 @OPTIONAL_FILE
+@signature_options
 @_JSON
-def doctor(file: str | None, as_json: bool) -> None:
+def doctor(file: str | None, require_signature: str | None, signature: str | None, as_json: bool) -> None:
     """Says what this machine can run, and what to install where something is missing.
 
     With FILE, a compiled model, also how much memory it needs at which context, and what fits here.
@@ -677,7 +691,9 @@ def doctor(file: str | None, as_json: bool) -> None:
     """
     from gqsa_runtime import doctor as examination
 
-    findings = examination.examine() + (examination.examine_file(file) if file else [])
+    check_signature_options(require_signature, signature, file)
+    findings = examination.examine()
+    findings += examination.examine_file(file, require_signature, signature) if file else []
     if as_json:
         click.echo(json.dumps([vars(finding) for finding in findings], indent=2))
     else:

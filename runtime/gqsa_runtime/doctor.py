@@ -30,12 +30,12 @@ def examine() -> list[Finding]:
     return [_python(), Finding("gqsa-runtime", __version__), *versions(_PACKAGES), _cpu(), _ram(), *_gpus()]
 
 
-def examine_file(path: str) -> list[Finding]:
+def examine_file(path: str, require_signature: str | None = None, signature: str | None = None) -> list[Finding]:
     """Of a .gqsa file: where it runs here, and what it needs at which context beside the memory that is free.
 
-    Raises FormatError and InputError for the file.
+    require_signature, signature: as in `Model.open`. Raises FormatError, SignatureError and InputError for the file.
     """
-    return file_findings(check_file(path))
+    return file_findings(check_file(path, require_signature=require_signature, signature=signature))
 
 
 def file_findings(check: Check) -> list[Finding]:

@@ -4,12 +4,30 @@ Each message is one sentence or two: what went wrong and where, what was found a
 expected, and what to do next. The command line prints the message alone and exits with 1.
 """
 
+from gqsa_runtime.typecheck import printable
+
+_MOST_CHARACTERS = 1000  # of a message that quotes a file
+
 
 class GqsaError(Exception):
     """Root of all errors that are reported to the user without a traceback."""
 
 
-class FormatError(GqsaError):
+class _OneLine(GqsaError):
+    """Quotes what others wrote: a file's names and texts, a library's words on them.
+
+    None of it moves a terminal, and of a long one stay the beginning and the end.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_shortened(printable(_shortened(message))))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 250]} … {text[-240:]}"
+
+
+class FormatError(_OneLine):
     """A file is not what it should be: truncated, foreign, damaged, or of another version."""
 
 
@@ -29,7 +47,7 @@ class DeviceError(GqsaError):
     """A GPU, a driver, a compiler or memory is missing or too small."""
 
 
-class InputError(GqsaError):
+class InputError(_OneLine):
     """A prompt, an option or a text is out of range."""
 
 

@@ -15,6 +15,7 @@ from gqsa_runtime.facts import read_facts
 from gqsa_runtime.layouts import ContentRule
 from gqsa_runtime.operators import OPERATORS
 from gqsa_runtime.reader import ArtifactFile
+from gqsa_runtime.typecheck import printable
 
 
 def describe(file: ArtifactFile, context: int | None = None) -> dict[str, Any]:
@@ -225,11 +226,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, dict):
-        return " ".join(f"{key}={item}" for key, item in value.items())
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
-    return str(value)
+    if isinstance(value, dict):
+        value = " ".join(f"{key}={item}" for key, item in value.items())
+    return printable(str(value))
 
 
 def size(n_bytes: float) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from gqsa_runtime import format as gqsa
 from gqsa_runtime.chat import ChatTemplate
-from gqsa_runtime.check import Check, check_file
+from gqsa_runtime.check import check_file
 from gqsa_runtime.engine import Device, Engine, ScoreResult
 from gqsa_runtime.errors import Cancelled, ClosedError, InputError
 from gqsa_runtime.generation import AsyncGeneration, Generation, GenerationStats
@@ -141,22 +141,7 @@ class Model:
             file.digest,
         )
 
-    @staticmethod
-    def check(
-        path: str | os.PathLike[str],
-        device: str = "auto",
-        context: int | str | None = None,
-        require_signature: str | os.PathLike[str] | bytes | None = None,
-        signature: str | os.PathLike[str] | None = None,
-    ) -> Check:
-        """Whether `open` with the same arguments would open a file here, on which device, and in how much memory.
-
-        Reads the header and the launch plan alone, whatever the file's size; no weight, no kernel's code and no
-        tokenizer. With require_signature every byte is hashed, too. Raises FormatError where those are not sound,
-        SignatureError as `open` does, InputError where there is no such file, for an unknown device, and for a context
-        that the model is not made for.
-        """
-        return check_file(path, device, context, require_signature, signature)
+    check = staticmethod(check_file)
 
     def __enter__(self) -> Model:
         return self

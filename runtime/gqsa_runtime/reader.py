@@ -24,6 +24,7 @@ from gqsa_runtime import format as gqsa
 from gqsa_runtime.errors import FormatError, InputError, SignatureError
 from gqsa_runtime.program import Program
 from gqsa_runtime.signature import Signature, check_signature
+from gqsa_runtime.typecheck import brief
 
 MAX_TENSORS = 1 << 16
 MAX_METADATA = 1 << 10
@@ -81,7 +82,8 @@ class ArtifactFile:
                 # Before anything of the header is used but where its parts lie.
                 self._check_signature(signature, header, table, tensors)
             self._digests = self._read_digests(table, tensors, header.digest)
-            self.program = Program.from_json(self.text(gqsa.KEY_PROGRAM))
+            with naming(self.path):
+                self.program = Program.from_json(self.text(gqsa.KEY_PROGRAM))
         except BaseException:
             self._file.close()
             raise
@@ -259,7 +261,7 @@ class _Header:
         self.metadata[key] = value
         if key == gqsa.KEY_ARCHITECTURE and value != gqsa.ARCHITECTURE:
             raise FormatError(
-                f"{self._path}: this is a GGUF file for {value!r}, not {gqsa.ARCHITECTURE!r}; "
+                f"{self._path}: this is a GGUF file for {brief(value)}, not {gqsa.ARCHITECTURE!r}; "
                 "compile it with `gqsac build` first"
             )
         if key == gqsa.KEY_FORMAT_VERSION and type(value) is int and 1 <= value < gqsa.FORMAT_VERSION:
@@ -279,7 +281,7 @@ class _Header:
         for key, expected in ((gqsa.KEY_FORMAT_VERSION, gqsa.FORMAT_VERSION), (gqsa.KEY_ALIGNMENT, gqsa.ALIGNMENT)):
             value = self.metadata.get(key)
             if type(value) is not int or value != expected:
-                self._fail(f"the metadata key {key!r} is {value!r}, expected {expected}")
+                self._fail(f"the metadata key {key!r} is {brief(value)}, expected {expected}")
 
     def _read_tensor_info(self) -> tuple[str, tuple[int, ...], str, int, int]:
         name = self._string("a tensor name", gqsa.MAX_NAME_BYTES)

@@ -367,8 +367,10 @@ def _check_template(raw: dict[str, Any], where: str, ids: _Integer) -> None:
             if len(piece) != 1 or not piece.keys() <= {"Sequence", "SpecialToken"}:
                 _wrong(piece, place, 'a "Sequence" or a "SpecialToken"')
             ((kind, content),) = piece.items()
-            name = _one_of("A", "B") if kind == "Sequence" else _one_of(*raw["special_tokens"])
+            name = _one_of("A", "B") if kind == "Sequence" else _Text(0, _MAX_TOKEN_CHARACTERS)
             _fields(_object(content, place), place, {"id": name, "type_id": _Integer(0, 1 << 16)}, {})
+            if kind == "SpecialToken" and content["id"] not in raw["special_tokens"]:
+                _wrong(content["id"], f"{place}.id", "a name among its special_tokens")
         sequences = [piece["Sequence"]["id"] for piece in raw[side] if "Sequence" in piece]
         if len(set(sequences)) != len(sequences) or (side == "single" and sequences != ["A"]):
             raise TokenizerError(f"{where}.{side} holds the sequences {sequences}, expected each once")

@@ -10,7 +10,7 @@ from gqsa_runtime.chat import ChatTemplate
 from gqsa_runtime.checked_tensors import CheckedTensors
 from gqsa_runtime.facts import read_facts
 from gqsa_runtime.perplexity import Progress
-from gqsa_runtime.reader import ArtifactFile
+from gqsa_runtime.reader import ArtifactFile, naming
 from gqsa_runtime.tokenizer import Tokenizer
 from gqsa_runtime.validate import validate
 
@@ -39,13 +39,14 @@ def verify_file(
 
 def verify_open(artifact: ArtifactFile, progress: Progress | None = None) -> Verified:
     """As `verify_file`, of a file that is open and whose signature, if one is asked for, was checked by that."""
-    validate(artifact.program, artifact.tensors)
-    names = list(artifact.tensors)
-    with CheckedTensors(artifact, names) as tensors:
-        n_bytes = sum(tensors[name].nbytes for name in (progress(names) if progress else names))
-    Tokenizer(artifact.text(gqsa.KEY_TOKENIZER), artifact.program.vocab_size)
-    if gqsa.KEY_FACTS in artifact.metadata:
-        read_facts(artifact.text(gqsa.KEY_FACTS), artifact.path)
-    if gqsa.KEY_CHAT_TEMPLATE in artifact.metadata:
-        ChatTemplate(artifact.text(gqsa.KEY_CHAT_TEMPLATE)).check()
+    with naming(artifact.path):
+        validate(artifact.program, artifact.tensors)
+        names = list(artifact.tensors)
+        with CheckedTensors(artifact, names) as tensors:
+            n_bytes = sum(tensors[name].nbytes for name in (progress(names) if progress else names))
+        Tokenizer(artifact.text(gqsa.KEY_TOKENIZER), artifact.program.vocab_size)
+        if gqsa.KEY_FACTS in artifact.metadata:
+            read_facts(artifact.text(gqsa.KEY_FACTS), artifact.path)
+        if gqsa.KEY_CHAT_TEMPLATE in artifact.metadata:
+            ChatTemplate(artifact.text(gqsa.KEY_CHAT_TEMPLATE)).check()
     return Verified(len(names), n_bytes)

@@ -284,6 +284,27 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
 
 
+@pytest.mark.parametrize("key", ["general.architecture", "gqsa.format_version"])
+def test_a_long_value_is_told_in_short(tmp_path, key):
+    data = gguf_bytes.gguf({**tiny.metadata(), key: "x\x1b[2J" * 100_000}, tiny.tensors())
+    (tmp_path / "long.gqsa").write_bytes(data)
+    with pytest.raises(FormatError) as refused:
+        ArtifactFile.open(tmp_path / "long.gqsa")
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 400
+
+
+def test_names_of_others_move_no_terminal(tmp_path, capsys):
+    from gqsa_runtime.cli import main
+
+    data = gguf_bytes.gguf(tiny.metadata(), {**tiny.tensors(), "\x1b[2J\u202e": np.zeros(1, np.float32)})
+    (tmp_path / "names.gqsa").write_bytes(data)
+    with pytest.raises(SystemExit) as ended:
+        main(args=["inspect", str(tmp_path / "names.gqsa"), "--tensors"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and "\\x1b[2J\\u202e" in shown
+    assert all(line.isprintable() for line in shown.split("\n"))
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.integers(0, len(SOUND) - 1), st.integers(1, 255)), max_size=4), st.data())
 def test_flipped_and_cut_files_are_refused(scratch, flips, data):

@@ -3,6 +3,7 @@
 python -m tests.fuzz --seconds 300 --jobs 2                          # as long as one likes
 python -m tests.fuzz --mutants 1000000 --seed 7 --json fuzz.json     # so many; of each kind its share
 python -m tests.fuzz --mutants 1000000 --seed 7 --seconds 3600       # or as many of those as an hour allows
+python -m tests.fuzz --add one.json two.json                         # the figures of several such runs as one
 python -m tests.fuzz --replay tests/fuzz/seeds/*                     # mutants that failed once
 
 A mutant is made from its kind and number alone, and no number belongs to two seeds, so a large run may be shared among
@@ -26,9 +27,11 @@ from random import Random
 
 from tqdm import tqdm
 
+from tests.fuzz import figures
+
 SEEDS = Path(__file__).parent / "seeds"
 _BATCH = 100  # mutants a job
-_CHILD = 20  # mutants a child
+_CHILD = 50  # mutants a child
 
 
 def mutant(kind: str, number: int) -> bytes:
@@ -79,7 +82,7 @@ def run(kinds: Sequence[str], seconds: float, mutants: int | None, seed: int, jo
     from tests.fuzz.kinds import KINDS
 
     began_s = time.time()
-    figures = {kind: {"counts": Counter(), "slowest": (0.0, -1), "largest": (0, -1), "failed": []} for kind in kinds}
+    found = figures.none(kinds)
     left = dict.fromkeys(kinds, sys.maxsize) if mutants is None else _quotas(kinds, mutants)
     shares = {kind: KINDS[kind].time_share if mutants is None else KINDS[kind].count_share for kind in kinds}
     next_number, had = dict.fromkeys(kinds, seed * 1_000_000_000), dict.fromkeys(kinds, 0.0)
@@ -99,15 +102,12 @@ def run(kinds: Sequence[str], seconds: float, mutants: int | None, seed: int, jo
             if not pending:
                 break
             done = wait(pending, return_when=FIRST_COMPLETED).done.pop()
-            found, started_s = done.result(), pending.pop(done)
-            kind, into = found["kind"], figures[found["kind"]]
+            tried, started_s = done.result(), pending.pop(done)
+            kind = tried.pop("kind")
             had[kind] += time.time() - started_s if mutants is None else 0
-            into["counts"] += found["counts"]
-            into["slowest"] = max(into["slowest"], found["slowest"])
-            into["largest"] = max(into["largest"], found["largest"])
-            into["failed"] += found["failed"]
-            progress.update(found["counts"].total())
-    return {"seconds": round(time.time() - began_s, 1), "seed": seed, "jobs": jobs, "kinds": figures}
+            figures.add(found[kind], tried)
+            progress.update(tried["counts"].total())
+    return {"process_seconds": round((time.time() - began_s) * jobs, 1), "seeds": [seed], "kinds": found}
 
 
 def _quotas(kinds: Sequence[str], mutants: int) -> dict[str, int]:
@@ -120,23 +120,6 @@ def _quotas(kinds: Sequence[str], mutants: int) -> dict[str, int]:
         quotas[kind] = mutants * shares // total - given
         given += quotas[kind]
     return quotas
-
-
-def table(found: dict) -> str:
-    """Figures of a run as a table in Markdown, a row a kind."""
-    from tests.fuzz.limited import FAILURES
-
-    rows = [("kind", "mutants", "refused", "accepted", "failed", "slowest, s", "most memory grown, MB")]
-    for kind, figures in found["kinds"].items():
-        counts = figures["counts"]
-        numbers = [counts.total(), counts["refused"], counts["accepted"], sum(counts[name] for name in FAILURES)]
-        rows.append((kind, *map(str, numbers), f"{figures['slowest'][0]:.2f}", f"{figures['largest'][0] / 1e6:.1f}"))
-    all_counts = sum((figures["counts"] for figures in found["kinds"].values()), Counter())
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|---" * len(rows[0]) + "|")
-    per_s = all_counts.total() / max(found["seconds"], 0.1)
-    said = f"{all_counts.total()} mutants in {found['seconds']:.0f} s, {per_s:.0f} a second, {found['jobs']} jobs."
-    return "\n".join([*lines, "", said])
 
 
 def main() -> int:
@@ -153,7 +136,14 @@ def main() -> int:
     parser.add_argument("--keep", default="fuzz-failures", help="Folder for mutants that fail.")
     parser.add_argument("--json", help="A file for the figures, with the reason of every failure.")
     parser.add_argument("--replay", nargs="*", help="Files of mutants, named by their kind, in place of new ones.")
+    parser.add_argument("--add", nargs="+", metavar="JSON", help="Only adds up what runs have written with --json.")
     arguments = parser.parse_args()
+    if arguments.add:
+        try:
+            found = figures.total([json.loads(Path(path).read_text()) for path in arguments.add])
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        return _tell(found, arguments.json)
     if why := why_not_here():
         parser.error(why)
     if arguments.replay is not None:
@@ -165,10 +155,15 @@ def main() -> int:
     seconds = arguments.seconds or (30 if arguments.mutants is None else math.inf)
     kinds = [kind for kind in KINDS if kind in (arguments.kind or KINDS)]
     found = run(kinds, seconds, arguments.mutants, arguments.seed, arguments.jobs, arguments.keep)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(found, indent=1))
-    print(table(found))
-    failed = [reason for figures in found["kinds"].values() for reason in figures["failed"]]
+    return _tell(found, arguments.json)
+
+
+def _tell(found: dict, path: str | None) -> bool:
+    """Prints figures, and writes them to a file where one is named. Returns whether anything failed."""
+    if path:
+        Path(path).write_text(json.dumps(found, indent=1))
+    print(figures.table(found))
+    failed = [reason for of_kind in found["kinds"].values() for reason in of_kind["failed"]]
     print(*failed[:20], *[f"… and {len(failed) - 20} more"][: len(failed) > 20], sep="\n", end="")
     return bool(failed)
 

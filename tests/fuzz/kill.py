@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -27,7 +28,7 @@ COMMANDS = ("compress", "build", "rebuild")
 def undisturbed(arguments: list[str], log: Path) -> float:
     """Seconds that the command takes in a child of this process, which has imported everything already."""
     began_s = time.monotonic()
-    assert _killed(arguments, 1e9, log) is None, log.read_text()
+    assert _killed(arguments, math.inf, log) is None, log.read_text()
     return time.monotonic() - began_s
 
 
@@ -79,14 +80,13 @@ def content(path: Path) -> dict[str, bytes] | bytes | None:
 def try_out(arguments: list[str], output: Path, kills: int, random: Random, scratch: Path, log: Path) -> dict:
     """Figures of so many kills. Raises AssertionError where an output is not what it should be."""
     beside = set(output.parent.iterdir())
-    undisturbed(arguments, log)  # fills caches
-    _remove(output)
     seconds = undisturbed(arguments, log)
     expected, finished, killed = content(output), 0, []
     while len(killed) < kills:
         _remove(output)
         while True:
-            after_s = _killed(arguments, random.uniform(0, 1.1 * seconds), log, group=len(killed) % 2 == 0)
+            most_s = random.uniform(0, 1.1 * seconds) if len(killed) < kills else math.inf
+            after_s = _killed(arguments, most_s, log, group=len(killed) % 2 == 0)
             found = content(output)
             if after_s is None:
                 break
@@ -99,8 +99,8 @@ def try_out(arguments: list[str], output: Path, kills: int, random: Random, scra
         left = set(output.parent.iterdir()) - beside - {output}
         assert not left, f"left beside {output}: {sorted(path.name for path in left)}"
         finished += 1
-    _remove(output)
-    undisturbed(arguments, log)  # sweeps what the compilers of killed builds wrote late
+    if "--no-cache" in arguments:
+        undisturbed(arguments, log)  # sweeps what the compilers of killed builds wrote late
     left = sorted(path.name for path in scratch.iterdir() if path.name.startswith("gqsac-"))
     assert not left, f"left in the temporary folder: {left}"
     return {"kills": len(killed), "finished": finished, "undisturbed_s": round(seconds, 2)}
@@ -148,11 +148,13 @@ def main() -> int:
         sizes = ("--samples", "16", "--seq-len", "16", "--epochs", "1", "--e2e-steps", "20", "--batch-tokens", "64")
         compress = ["compress", str(source), "-o", str(work / "out"), "--calibration", str(text), "--device", "cpu",
                     "--sparsity", "0.5", "--stages", "bqpo,e2e-oqp", *sizes]  # fmt: skip
-        build = ["build", str(folder / "compressed"), "-o", str(work / "out.gqsa"), "--target", "x86_64_v3"]
-        undisturbed([*compress[:3], str(folder / "compressed"), *compress[4:]], log)
+        build = ["build", str(source), "-o", str(work / "out.gqsa"), "--bits", "4", "--target", "x86_64_v3"]
         for command in arguments.command or COMMANDS:
             arguments_of = {"compress": compress, "build": [*build, "--no-cache"], "rebuild": build}
             output = work / ("out" if command == "compress" else "out.gqsa")
+            if command != "compress":
+                undisturbed(arguments_of[command], log)  # fills the compilers' caches, and that of kernels
+                _remove(output)
             random = Random(f"{command} {arguments.seed}")
             figures = try_out(arguments_of[command], output, arguments.kills, random, scratch, log)
             print(json.dumps({"command": command, **figures}), flush=True)

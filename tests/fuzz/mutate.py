@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 import json
+import marshal
 from random import Random
 
 INTEGERS = (0, 1, -1, 2, 3, 7, 16, 63, 64, 255, 256, 4096, 65535, 1 << 16, 1 << 20, (1 << 31) - 1, 1 << 31, -(1 << 31),
@@ -13,26 +14,36 @@ STRINGS = ("", " ", "a", "\0", "\ud800", "\x1b[31m", "é", "▁", "##", "<unk>",
            "(a+)+b", r"\s*\s*x", "[", "(?=a)", r"\p{L}+", "a{2,}", "🙂" * 20)  # fmt: skip
 _MAX_PLACES = 100_000  # a copy that has more is changed no further, nor is it multiplied to more
 _MAX_CHARACTERS = 4 << 20
+_CONTAINERS = (dict, list)
 BYTES = (0x00, 0x01, 0x7F, 0x80, 0xFF)
 
 
-def _places(value, path=()) -> list[tuple]:
-    """The path of every value inside a JSON value."""
-    found, rest = [], [(value, path)]
-    while rest:
-        item, where = rest.pop()
-        found.append(where)
-        if isinstance(item, dict):
-            rest.extend((child, (*where, key)) for key, child in item.items())
-        elif isinstance(item, list):
-            rest.extend((child, (*where, index)) for index, child in enumerate(item))
-    return found
+def _levels(value) -> list[list[tuple]]:
+    """(container, key or index) of every value inside a JSON value, by depth."""
+    levels, containers = [], [value]
+    while containers:
+        places, inner = [], []
+        for container in containers:
+            if type(container) is dict:
+                places += zip(itertools.repeat(container), container)
+                inner += [child for child in container.values() if type(child) in _CONTAINERS]
+            elif type(container) is list:
+                places += zip(itertools.repeat(container), range(len(container)))
+                inner += [child for child in container if type(child) in _CONTAINERS]
+        if places:
+            levels.append(places)
+        containers = inner
+    return levels
 
 
-def _get(value, path):
-    for key in path:
-        value = value[key]
-    return value
+def count(value) -> int:
+    """How many values are in a JSON value, itself among them."""
+    return 1 + sum(map(len, _levels(value)))
+
+
+def copied(value):
+    """A copy of a JSON value in which nothing is shared."""
+    return marshal.loads(marshal.dumps(value, 2))  # a version that knows no references, and the fastest way
 
 
 def _scalar(random: Random, old):
@@ -46,29 +57,29 @@ def _scalar(random: Random, old):
 
 def json_value(random: Random, original, changes: int):
     """A copy of a JSON value with so many changes in it."""
-    value = copy.deepcopy(original)
+    value = copied(original)
     for _ in range(changes):
-        places = _places(value)[1:]
-        if not 0 < len(places) <= _MAX_PLACES:
+        levels = _levels(value)
+        n_places = sum(map(len, levels))
+        if not 0 < n_places < _MAX_PLACES:
             return value
         # Large lists and tables would draw nearly all changes to themselves.
-        depth = random.choice(sorted({len(place) for place in places}))
-        path = random.choice([place for place in places if len(place) == depth])
-        parent, key = _get(value, path[:-1]), path[-1]
+        parent, key = random.choice(random.choice(levels))
         kind = random.randrange(7)
         if kind == 0:
             del parent[key]
         elif kind == 1:
-            parent[key] = copy.deepcopy(_get(value, random.choice(places)))
+            source, place = random.choice([*itertools.chain.from_iterable(levels)])
+            parent[key] = copied(source[place])
         elif kind == 2 and isinstance(parent, list):
-            parent.insert(random.randint(0, len(parent)), copy.deepcopy(parent[key]))
+            parent.insert(random.randint(0, len(parent)), copied(parent[key]))
         elif kind == 3 and isinstance(parent, list):
-            most = 1 + _MAX_PLACES // len(_places(parent[key]))
+            most = 1 + _MAX_PLACES // count(parent[key])
             times = min(random.choice((2, 3, 40, 1000)), most)
             # Copies: a later change inside one that all share would be multiplied too.
-            parent[key : key + 1] = [copy.deepcopy(parent[key]) for _ in range(times)]
+            parent[key : key + 1] = [copied(parent[key]) for _ in range(times)]
         elif kind == 4 and isinstance(parent, dict):
-            parent[random.choice((*STRINGS, *parent))] = copy.deepcopy(parent[key])
+            parent[random.choice((*STRINGS, *parent))] = copied(parent[key])
         elif kind == 5:
             for _ in range(random.choice((1, 2, 5, 50))):
                 parent[key] = random.choice(([parent[key]], {"type": "Sequence", key: [parent[key]]}))

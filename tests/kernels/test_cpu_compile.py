@@ -2,6 +2,10 @@
 
 import ctypes
 import math
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -103,3 +107,24 @@ def test_missing_ziglang_says_what_to_install(monkeypatch):
 def test_source_that_does_not_compile_shows_the_compilers_words():
     with pytest.raises(DeviceError, match="undeclared"):
         compile_cpu({"broken": "int broken(void) { return nothing; }"}, "x86_64_v3")
+
+
+def test_a_compiler_that_runs_ends_when_the_build_is_stopped(monkeypatch, tmp_path):
+    # As after Ctrl-C: a thread had not started the compiler yet when the signal came.
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(module.sys, "executable", str(compiler))
+    stopped = threading.Event()
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(compile_cpu, SOURCES, "x86_64_v3", stopped)
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+        stopped.set()
+        with pytest.raises(DeviceError, match="stopped"):
+            running.result(timeout=30)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    (tmp_path / "pid").unlink()
+    with pytest.raises(DeviceError, match="stopped"):
+        compile_cpu(SOURCES, "x86_64_v3", stopped)

@@ -13,7 +13,7 @@ from gqsa_runtime import model as model_module
 from gqsa_runtime.doctor import examine, examine_file, render
 from gqsa_runtime.errors import InputError
 
-from tests.format import tiny
+from tests.format import gguf_bytes, tiny
 from tests.unit import fake_device
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -378,6 +378,15 @@ def test_errors(gqsa, path, args, code, expected):
     result = gqsa(*(path if arg == "FILE" else arg for arg in args))
     assert result.exit_code == code
     assert expected in result.stderr and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("check",), ("verify",), ("run", "-p", "Hi")], ids=lambda c: c[0])
+@pytest.mark.parametrize("plan", ["{", json.dumps({**json.loads(tiny.program().to_json()), "vocab_size": -1})])
+def test_what_is_wrong_with_a_file_is_told_of_that_file(gqsa, tmp_path, command, plan):
+    bad = tmp_path / "bad.gqsa"
+    bad.write_bytes(gguf_bytes.gguf({**tiny.metadata(), "gqsa.program": plan}, tiny.tensors()))
+    result = gqsa(command[0], str(bad), *command[1:])
+    assert result.exit_code == 1 and result.stderr.startswith(f"error: {bad}: "), result.stderr
 
 
 def test_interruption(monkeypatch, capsys):

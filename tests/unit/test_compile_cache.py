@@ -24,7 +24,7 @@ def compilers(monkeypatch):
             calls.append((target, name))
         return CudaBinary(f"{target} {name} {source} {headers}".encode(), f"log of {name}", 32, 4, 8, 16)
 
-    def cpu(sources, target):
+    def cpu(sources, target, stopped):
         with lock:
             calls.append((target, ""))
         return f"{target} {sources}".encode()

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import json
 import sys
 import threading
 
@@ -20,6 +21,7 @@ from gqsa_runtime.sampling import GREEDY, SamplingOptions, first_draw, next_draw
 from gqsa_runtime.session import cache_shapes
 from gqsa_runtime.tokenizer import Tokenizer
 
+from benchmarks import steady_memory
 from tests.format import tiny
 from tests.format.tiny import CONTEXT
 from tests.gpu import hostile_plans
@@ -64,6 +66,14 @@ class HostDriver:
         return address
 
     cuMemAllocHost = cuMemAlloc
+
+    def cuMemFree(self, address):
+        del self._memory[address]
+
+    cuMemFreeHost = cuMemFree
+
+    def cuMemGetInfo(self):
+        return (1 << 33) - sum(memory.nbytes for memory in self._memory.values()), 1 << 33
 
     def cuMemsetD8Async(self, address, value, count, stream):
         ctypes.memset(address, value, count)
@@ -439,3 +449,17 @@ def test_step_by_step_the_kernel_that_failed_is_named(tmp_path, host, monkeypatc
         with pytest.raises(DeviceError, match=f"^kernel {steps[2].kernel}: cuStreamSynchronize failed"):
             device.launch("prefill_body")
         device.close()
+
+
+def test_memory_that_a_model_keeps_is_seen(tmp_path, host, monkeypatch, capsys):
+    """`benchmarks/steady_memory.py`, where the GPU's memory is given back and where it is not."""
+    open_file(tmp_path).close()
+    arguments = ("--device", "cuda", "--warm-up", "1", "--opens", "3", "--generations", "2")
+    monkeypatch.setattr(sys, "argv", ["steady_memory", str(tmp_path / "cuda.gqsa"), *arguments])
+    assert steady_memory.main() == 0
+    rows = json.loads(capsys.readouterr().out)["found"]
+    assert [row["device_grown_mb"] for row in rows] == [0, 0]
+    monkeypatch.setattr(HostDriver, "cuMemFree", lambda self, address: None)
+    assert steady_memory.main() == 1
+    rows = json.loads(capsys.readouterr().out)["found"]
+    assert [row["device_grown_percent"] > 100 for row in rows] == [True, False]

@@ -187,3 +187,6 @@ def test_the_command(tmp_path):
     nowhere = gqsac("eval", "tasks", folder, "--task", "piqa", "--data", tmp_path / "nowhere")
     assert "nowhere does not exist" in refusal(nowhere)
     assert gqsac("eval", "tasks", folder).exit_code == 2  # no --data
+    signed = ("--require-signature", tmp_path / "none.pem")
+    assert gqsac("eval", "tasks", folder, *shared, *signed).exit_code == 2  # no compiled file
+    assert "none.pem: the key cannot be read" in refusal(gqsac("eval", "tasks", tmp_path / "x.gqsa", *shared, *signed))

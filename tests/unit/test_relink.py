@@ -49,7 +49,7 @@ def fake_compilers(zig="zig 1", nvrtc="12.9", salt=""):
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as cache:
         patch.setenv("GQSAC_CACHE", cache)
         patch.setattr(compile_cuda, "compile_cuda", lambda *given: CudaBinary(code(*given), "", 1, 0, 0, 0))
-        patch.setattr(compile_cpu, "compile_cpu", lambda *given: code(*given))
+        patch.setattr(compile_cpu, "compile_cpu", lambda sources, target, stopped: code(sources, target))
         patch.setattr(compile_cuda, "nvrtc_version", lambda: nvrtc)
         patch.setattr(compile_cpu, "compiler_version", lambda: zig)
         yield
@@ -292,6 +292,30 @@ def test_what_is_compared_is_what_is_signed(built, tmp_path, monkeypatch):
     assert f"{file}: its SHA-256 is" in message
     message = refusal(gqsac("run", file, "-p", "Hi", "--rebuild-kernels", "--require-signature", public))
     assert f"{file}: its SHA-256 is" in message
+
+
+def test_a_signature_is_asked_for_and_made_anew(built, tmp_path):
+    """Other targets are other bytes, which the old signature does not vouch for."""
+    key, public = save_key(tmp_path / "maker.pem")
+    file, made = tmp_path / "file.gqsa", tmp_path / "made.gqsa"
+    shutil.copy(built, file)
+    asked = ("relink", file, "-o", made, "--target", "sm_90", "--require-signature", public)
+    assert "cannot be read" in refusal(gqsac(*asked)) and not made.exists()
+    Signer(key).sign(file)
+    for command in (["inspect"], ["doctor"], ["check"], ["verify"]):
+        succeed(*command, file, "--require-signature", public)
+    assert "note" not in succeed(*asked).stderr
+    assert f"signed: {made}.sig" in succeed(*asked, "--sign", key).stderr
+    succeed("inspect", made, "--require-signature", public)
+    # The file itself, with the same bytes and with others.
+    over = ("relink", file, "-o", file)
+    assert "note" not in succeed(*over).stderr
+    note = succeed(*over, "--target", "sm_90").stderr
+    assert f"note: {file}.sig is the signature of other bytes" in note
+    for command in ("inspect", "doctor"):
+        assert "its SHA-256 is" in refusal(gqsac(command, file, "--require-signature", public))
+    assert gqsac("doctor", "--require-signature", public).exit_code == 2
+    assert gqsac("inspect", file, "--signature", f"{file}.sig").exit_code == 2
 
 
 def test_code_between_the_kernels_is_found(built, tmp_path):

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -93,9 +94,11 @@ def compile_all(
     total) after each. Results come in the order of targets, then kernels.
     """
     work: list[Callable[[], Compiled]] = []
+    # Ctrl-C ends the compilers that run, but not the one that a thread is about to start.
+    stopped = threading.Event()
     for target in targets:
         if target in CPU_TARGETS:
-            work.append(lambda target=target: _compile_cpu(sources["cpu"], target, cache_dir))
+            work.append(lambda target=target: _compile_cpu(sources["cpu"], target, cache_dir, stopped))
         else:
             for kernel, source in sources["cuda"].items():
                 work.append(lambda t=target, k=kernel, s=source: _compile_cuda(s, t, k, cache_dir))
@@ -114,6 +117,7 @@ def compile_all(
         futures = {i: pool.submit(run, work[i]) for i in order}
         return [futures[i].result() for i in range(len(work))]
     finally:
+        stopped.set()
         pool.shutdown(cancel_futures=True)
 
 
@@ -144,9 +148,9 @@ def _compile_cuda(source: str, target: str, kernel: str, cache_dir: Path | None)
     return _cached(target, kernel, key, cache_dir, make)
 
 
-def _compile_cpu(sources: dict[str, str], target: str, cache_dir: Path | None) -> Compiled:
+def _compile_cpu(sources: dict[str, str], target: str, cache_dir: Path | None, stopped: threading.Event) -> Compiled:
     def make() -> tuple[bytes, dict, str]:
-        return compile_cpu.compile_cpu(sources, target), {}, ""
+        return compile_cpu.compile_cpu(sources, target, stopped), {}, ""
 
     options = " ".join((*compile_cpu.FLAGS, *compile_cpu.TARGETS[target]))
     # The counts keep a source from passing for a header.

@@ -5,11 +5,13 @@ the result loads on any Linux of the last ten years. The same sources always giv
 compiler sees relative paths only and the linker strips all symbols but the kernels' names.
 """
 
+import contextlib
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+import threading
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,6 +53,7 @@ FLAGS = (
     "-pthread",
     "-lm",
 )
+_STOPPED_AFTER_S = 0.1  # A compiler ends so long after it was told to, at most.
 
 
 def host_targets() -> tuple[str, ...]:
@@ -69,13 +72,13 @@ def compiler_version() -> str:
     return f"zig {_run_zig(['version'], Path.cwd()).strip()}"
 
 
-def compile_cpu(sources: dict[str, str], target: str) -> bytes:
+def compile_cpu(sources: dict[str, str], target: str, stopped: threading.Event | None = None) -> bytes:
     """Bytes of a Linux shared object that holds the kernels of `sources` and the runtime core.
 
     sources: kernel name -> C text, as `render("cpu", spec, name)` makes it. target: key of TARGETS.
     The object exports every kernel by its name, and gqsa_pool_create, gqsa_pool_destroy and gqsa_run.
-    Raises DeviceError for an unknown target, without ziglang, or with the compiler's own words if a
-    source does not compile.
+    stopped: once it is set, in another thread, nothing is compiled any more. Raises DeviceError then, for an unknown
+    target, without ziglang, or with the compiler's own words if a source does not compile.
     """
     if target not in TARGETS:
         raise DeviceError(f"unknown CPU target {target!r}; expected one of {', '.join(TARGETS)}.")
@@ -86,7 +89,8 @@ def compile_cpu(sources: dict[str, str], target: str) -> bytes:
         with scratch_folder("gqsac-build-") as build:
             for name, text in [*headers("cpu").items(), *((f"{name}.c", sources[name]) for name in names)]:
                 (build / name).write_text(text)
-            _run_zig(["cc", "-target", triple, f"-mcpu={cpu}", *FLAGS, *objects, "-o", "kernels.so"], build)
+            command = ["cc", "-target", triple, f"-mcpu={cpu}", *FLAGS, *objects, "-o", "kernels.so"]
+            _run_zig(command, build, stopped)
             return (build / "kernels.so").read_bytes()
     except OSError as error:
         raise DeviceError(
@@ -95,17 +99,28 @@ def compile_cpu(sources: dict[str, str], target: str) -> bytes:
         ) from error
 
 
-def _run_zig(arguments: list[str], folder: Path) -> str:
+def _run_zig(arguments: list[str], folder: Path, stopped: threading.Event | None = None) -> str:
     if find_spec("ziglang") is None:
         raise DeviceError("CPU kernels need the compiler of the package ziglang; run `pip install ziglang`.")
     cache_folder = str(_cache_folder())
     # zig locks its cache, so parallel builds may share it.
     environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": cache_folder, "ZIG_LOCAL_CACHE_DIR": cache_folder}
     command = [sys.executable, "-m", "ziglang", *arguments]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if result.returncode:
-        raise DeviceError(f"the CPU kernels do not compile; zig says: {result.stderr.strip()[-4000:]}")
-    return result.stdout
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as zig:
+        said = None
+        try:
+            while said is None:
+                if stopped and stopped.is_set():
+                    raise DeviceError("the CPU kernels were not compiled, since the build was stopped.")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    said = zig.communicate(timeout=_STOPPED_AFTER_S)
+        finally:
+            zig.kill()
+    if zig.returncode:
+        raise DeviceError(f"the CPU kernels do not compile; zig says: {said[1].strip()[-4000:]}")
+    return said[0]
 
 
 def _cache_folder() -> Path:

@@ -8,10 +8,9 @@
 INLINE void quantize_token(const struct arguments *arg, struct token *token) {
     const struct norm norm = measure(arg->x);
     for (int tile = 0; tile < K_TILES; tile++) {
-        const int column = tile * TILE;
         vi q[PARTS];
-        token->scales[tile] = quantize_tile(norm, arg->x + column, arg->norm_weight + column, arg->norm_bias + column, q,
-                                            &token->sums[tile]);
+        token->scales[tile] =
+            quantize_tile(norm, arg->x, arg->norm_weight, arg->norm_bias, tile * TILE, q, &token->sums[tile]);
         UNROLL for (int quarter = 0; quarter < PARTS; quarter++) place_quarter(&token->x[tile], quarter, q[quarter]);
     }
 }

@@ -16,7 +16,7 @@
 
 // Tokens past the last are zeros.
 struct token_tile {
-    uint32_t x[K_TILES][TOKEN_TILE][2][WORDS];  // DOT_INSTRUCTIONS: the planes; else [WORDS][parity] pairs of 16-bit integers
+    uint32_t x[K_TILES][TOKEN_TILE][2 * WORDS];  // DOT_INSTRUCTIONS: the two planes; else pairs of 16-bit integers
     float scales[K_TILES][TOKEN_TILE];
     int sums[K_TILES][TOKEN_TILE];
 };
@@ -25,7 +25,7 @@ INLINE void pack_token(const struct arguments *arg, struct token_tile *to, int t
     for (int tile = 0; tile < K_TILES; tile++) {
         const size_t index = (size_t)token * K_TILES + tile;
         const int8_t *planes = arg->planes + index * (2 * TILE);
-        uint32_t *x = to->x[tile][at][0];
+        uint32_t *x = to->x[tile][at];
 #if DOT_INSTRUCTIONS
         memcpy(x, planes, 2 * TILE);
 #else
@@ -86,13 +86,13 @@ static __attribute__((noinline)) void add_tile(const struct turned_tile *weights
 #endif
     for (int first = 0; first < n_tokens; first += TOKENS_AT_ONCE) {
         vi sums[TOKENS_AT_ONCE];
-        const uint32_t(*x)[2][WORDS] = tokens->x[tile] + first;
+        const uint32_t(*x)[2 * WORDS] = tokens->x[tile] + first;
 #if DOT_INSTRUCTIONS
         vi high[TOKENS_AT_ONCE] = {0}, low[TOKENS_AT_ONCE] = {0};
         UNROLL for (int i = 0; i < WORDS; i++) {
             UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) {
-                high[t] = dot_bytes(high[t], words[i], (vb)(vu)x[t][0][i]);
-                low[t] = dot_bytes(low[t], words[i], (vb)(vu)x[t][1][i]);
+                high[t] = dot_bytes(high[t], words[i], (vb)(vu)x[t][i]);
+                low[t] = dot_bytes(low[t], words[i], (vb)(vu)x[t][WORDS + i]);
             }
         }
         UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) sums[t] = (high[t] << 8) + low[t];
@@ -101,8 +101,8 @@ static __attribute__((noinline)) void add_tile(const struct turned_tile *weights
         for (int i = 0; i < WORDS; i++) {
             const vw even = EVEN(weights->words[i]), odd = ODD(weights->words[i]);
             UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) {
-                each[t] = dot_words(each[t], even, (vw)(vu)x[t][0][2 * i]);
-                each[t] = dot_words(each[t], odd, (vw)(vu)x[t][0][2 * i + 1]);
+                each[t] = dot_words(each[t], even, (vw)(vu)x[t][2 * i]);
+                each[t] = dot_words(each[t], odd, (vw)(vu)x[t][2 * i + 1]);
             }
         }
         UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) sums[t] = sum_words(each[t]);

@@ -43,16 +43,16 @@ INLINE struct norm measure(const float *x) {
     return norm;
 }
 
-// One tile: its integers in q, their sum in *sum; returns the scale. x, weight and bias: of the tile. The factor of
-// an RMS norm changes the scale alone.
-INLINE float quantize_tile(struct norm norm, const float *x, const float *weight, const float *bias, vi q[PARTS],
-                           int *sum) {
+// The tile that begins at a column: its integers in q, their sum in *sum; returns the scale. weight and bias are NULL
+// without a norm. The factor of an RMS norm changes the scale alone.
+INLINE float quantize_tile(struct norm norm, const float *x, const float *weight, const float *bias, int column,
+                           vi q[PARTS], int *sum) {
     vf values[PARTS], most[PARTS];
     UNROLL for (int i = 0; i < PARTS; i++) {
-        values[i] = load(x + i * VW);
-        if (NORM == RMS_NORM) values[i] *= load(weight + i * VW);
-        if (NORM == LAYER_NORM)
-            values[i] = (values[i] - norm.mean) * norm.factor * load(weight + i * VW) + load(bias + i * VW);
+        const int k = column + i * VW;
+        values[i] = load(x + k);
+        if (NORM == RMS_NORM) values[i] *= load(weight + k);
+        if (NORM == LAYER_NORM) values[i] = (values[i] - norm.mean) * norm.factor * load(weight + k) + load(bias + k);
         most[i] = __builtin_elementwise_abs(values[i]);
     }
     const float largest = hmax(max_v(max_v(most[0], most[1]), max_v(most[2], most[3])));
