@@ -40,7 +40,7 @@ from gqsac.compress.report import rounded_in_words, sizes, stored_counts, write_
 from gqsac.compress.self_text import PREFIX, mixed, own_samples, sampled_windows, tokens_asked_for
 from gqsac.compress.sensitivity import allocate
 from gqsac.compress.store import dense_names, from_stored, load_dense, load_linears, to_numpy
-from gqsac.compress.tune import prepare_training, store_trained
+from gqsac.compress.tune import UNCOMPRESSED, prepare_training, store_trained
 from gqsac.compress.write import ShardWriter, dense_tensor, write_json
 from gqsac.quantization_config import FORMAT_VERSION, QuantizationConfig
 from gqsac.source import Source, load_source
@@ -57,6 +57,7 @@ def compress(
     device: str = "auto",
     progress: bool = True,
     after_stage: Callable | None = None,
+    own_text: str | Path | None = None,
     **options,
 ) -> dict:
     """Writes the compressed checkpoint of `src` to the folder `out` and returns a report for people and tools.
@@ -66,7 +67,8 @@ def compress(
     that the model writes itself, see self_text.py.
     device: "auto", "cpu", "cuda". progress: show it on stderr: bars on a terminal, otherwise a line a minute at most.
     after_stage: called with a stage's name and a function that makes the dequantised model (f32, on the CPU) as that
-    stage left it. The options, see compress/options.py for the defaults:
+    stage left it. own_text: a folder in which the text that the model writes is kept for other runs. The options, see
+    compress/options.py for the defaults:
 
     Without any of bits, sparsity, pattern, group sizes, allocation, removal and targets: target_bpw 4.5.
     bits: 2, 3, 4 or 8 (symmetric); otherwise 4 by default. target_bpw: in their place, bits per weight of the
@@ -104,7 +106,7 @@ def compress(
     if not isinstance(src, Source):
         check_loading(src)
     try:
-        run = _Run(src, out, texts, chosen, where, progress, after_stage)
+        run = _Run(src, out, texts, chosen, where, progress, after_stage, own_text)
         return run.all()
     except (RuntimeError, MemoryError) as error:
         if run is None:
@@ -122,9 +124,10 @@ def compress(
 class _Run:
     """One compression, from the source to the finished folder."""
 
-    def __init__(self, src, out, texts, options: Options, device, progress, after_stage):
+    def __init__(self, src, out, texts, options: Options, device, progress, after_stage=None, own_text=None):
         self._src, self._out, self._options, self._device = src, out, options, device
         self._progress, self._after_stage = progress, after_stage
+        self._own_text = None if own_text is None else Path(own_text)
         self._started = time.monotonic()
         files, self._own_tokens = tokens_asked_for(texts)
         names = [f"{PREFIX}{self._own_tokens:,} tokens"] * bool(self._own_tokens) + [Path(file).name for file in files]
@@ -201,9 +204,12 @@ class _Run:
         windows = self._read
         if self._own_tokens:
             self.stage, meter = "sampling", Meter(self._device)
+            count = max(self._own.values())
+            if self._own_text is not None:  # all that was asked for, whatever this run needs
+                count = max(count, -(-self._own_tokens // self.options.seq_len))
             written = sampled_windows(
-                self._source, self._fresh_model, max(self._own.values()), self.options.seq_len, self._options.seed,
-                self._device, self._partial, self._progress,
+                self._source, self._fresh_model, count, self.options.seq_len, self._options.seed,
+                self._device, self._partial, self._own_text, self._progress,
             )  # fmt: skip
             windows = {
                 purpose: mixed(written[:count], self._read.get(purpose), self._options.seed)
@@ -214,13 +220,17 @@ class _Run:
 
     def _blockwise(self) -> str:
         """Runs the stage that goes block by block. Its name: "start" is a one-shot pass that removes nothing,
-        from which `distill` begins, since it removes groups itself."""
+        from which `distill` begins, since it removes groups itself. UNCOMPRESSED where there is none: from widths that
+        `distill` brings down, it begins with the weights as they are."""
         training = self._options.training
         starts_dense = training[:1] == ("distill",) and self._options.removes_gradually("distill")
         name = "bqpo" if "bqpo" in training else "start" if starts_dense else "one-shot"
         self.stage = "allocation"
         rates = self._rates() if name != "start" else dict.fromkeys(self._shapes, 0.0)
         row_bits = self._row_bits(falling=name == "start")
+        if name == "start" and self._allotment is not None and self._allotment.falls:
+            self._model.get_submodule(self._block_path).to("meta")  # its memory is not needed any more
+            return UNCOMPRESSED
         self.stage = "one-shot" if name == "start" else name
         meter = Meter(self._device)
         stage = BlockwiseStage(

@@ -23,6 +23,7 @@ from gqsac.compress.end_to_end import Training, micro_batch
 from gqsac.compress.fake_quant import FrozenLinear, GroupLinear
 from gqsac.compress.options import Options
 from gqsac.compress.partial import PartialFolder
+from gqsac.compress.row_costs import nearest_grids
 from gqsac.compress.store import MASTER_TENSORS, from_matrix, from_stored, load_dense, stored_block, to_matrix
 from gqsac.compress.trainable import (
     install,
@@ -34,6 +35,8 @@ from gqsac.compress.trainable import (
     trainable_linears,
 )
 from gqsac.compress.write import dense_tensor
+
+UNCOMPRESSED = "uncompressed"  # in place of a stage that has stored something
 
 
 def prepare_training(
@@ -50,7 +53,7 @@ def prepare_training(
 ) -> Training:
     """The stage's student, made of `model` (the uncompressed one, which it takes over) and what `previous` stored.
 
-    allotment: of widths by row, if they are chosen under a budget.
+    previous: a stage, or UNCOMPRESSED. allotment: of widths by row, if they are chosen under a budget.
     """
     share = 1.0 if stage == "distill" else options.distill
     teacher = None
@@ -59,7 +62,17 @@ def prepare_training(
     large = device.type == "cuda" and is_large(model)  # asked before the weights become levels
     model.requires_grad_(False)
     blocks = model.get_submodule(block_path)
+    row_bits = allotment.row_bits(falling=True) if previous == UNCOMPRESSED else {}
     for index, block in enumerate(blocks):
+        if previous == UNCOMPRESSED:
+            name = f"{block_path}.{index}"
+            modules = {
+                path: _rounded_to_nearest(linear, row_bits[f"{name}.{path}"], options, device)
+                for path, linear in linears_of(block, name, options.skip).items()
+            }
+            install(block, modules)
+            block.float()
+            continue
         stored = partial.load_block(previous, index)
         master = partial.load_block(f"{previous}-master", index) if stage == "distill" else None
         name = f"{block_path}.{index}"
@@ -75,7 +88,7 @@ def prepare_training(
         block.float()  # only now, so that no dense weights become f32
         load_dense(model, stored)
     model.float()
-    outside = partial.load_block(f"{previous}-outside", 0)
+    outside = None if previous == UNCOMPRESSED else partial.load_block(f"{previous}-outside", 0)
     if outside is not None:
         load_dense(model, outside)
     model.to(device)
@@ -85,7 +98,7 @@ def prepare_training(
     if stage == "distill":
         set_master_dtype(linears, options.master_dtype)
         others = [parameter.requires_grad_(True) for parameter in vectors(model)]
-        if allotment is not None and previous == "start" and allotment.falls:
+        if previous == UNCOMPRESSED:
             contexts = torch.from_numpy(tokens)
             at_once = micro_batch(model, batch, tokens.shape[1], device, len(blocks) if large else 0)
             chooser = WidthChooser(model, linears, allotment, contexts, at_once, options.seed)
@@ -113,6 +126,15 @@ def prepare_training(
         chooser=chooser,
         recomputed=len(blocks) if large else 0,
     )
+
+
+def _rounded_to_nearest(linear: nn.Linear, row_bits: torch.Tensor, options: Options, device) -> GroupLinear:
+    """A linear of nothing removed, each scale group on the grid nearest to it. row_bits: uint8 [rows]."""
+    weight, columns = linear.weight.detach().to(device), linear.in_features
+    row_bits = row_bits.to(device)
+    (scales,), (zeros,) = nearest_grids([weight], [row_bits], [columns // options.quant_group_size])
+    keep = torch.ones(len(weight), columns // options.unit, dtype=torch.bool, device=device)
+    return GroupLinear(row_bits, weight, scales, zeros, keep, linear.bias, options.zeros_between_levels)
 
 
 def _teacher(model, block_path: str, device: torch.device):
