@@ -334,8 +334,8 @@ def run(args) -> int:
         failed = run_configurations(wanted, source, text, others, results, args)
     print(table(results.lines))
     windows = f"first {args.max_windows} windows" if args.max_windows else "windows"
-    if args.until is None:
-        plot(points(results.lines), args.output / "method.png", f"{Path(args.text).name}, {windows} of {args.window}")
+    if args.until is None and (rows := points(results.lines)):
+        plot(rows, args.output / "method.png", f"{Path(args.text).name}, {windows} of {args.window}")
     return int(failed > 0)
 
 

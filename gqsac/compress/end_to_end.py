@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from gqsa_runtime.errors import ModelError
 from torch import nn
 
+from gqsac.compress.captured import CapturedStep, captures
 from gqsac.compress.choose_masks import MaskChooser
 from gqsac.compress.choose_widths import WidthChooser
 from gqsac.compress.clock import Clock, learning_rate_factor
@@ -38,7 +40,8 @@ class Training:
     student: a model with trainable linears in it. teacher: the uncompressed model, needed if share > 0.
     tokens: int64 [samples, seq_len], on the CPU. groups: see trainable.parameter_groups. share: of the
     distillation in the loss. batch: samples a step. chooser: of groups or widths, or None. recomputed: how many blocks
-    run again in the backward pass. choosing_s: seconds that the chooser took, of this process.
+    run again in the backward pass. choosing_s: seconds that the chooser took, of this process. captured: the step as a
+    CUDA graph, where it is one.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Training:
     chooser: MaskChooser | WidthChooser | None = None
     recomputed: int = 0
     choosing_s: float = 0.0
+    captured: CapturedStep | None = None
     history: list[tuple[int, float]] = field(default_factory=list)  # (step, mean loss of the steps before it)
 
 
@@ -72,13 +76,14 @@ def train(training: Training, file: Path, on_read=lambda step, loss, clock: None
     since, saved_at = torch.zeros((), device=t.device), time.monotonic()
     failed = torch.zeros((), dtype=torch.int64, device=t.device)  # the first step that was not finite
     counted = saved_step = step
+    take = _step_of(t, parameters)
     while (fraction := clock.fraction(step)) < 1:
         if t.chooser is not None:
             began = time.monotonic()
             t.chooser.step(step, fraction)
             t.choosing_s += time.monotonic() - began
         set_learning_rates(optimizer, learning_rate_factor(fraction))
-        loss = _step(t, step, parameters)
+        loss = take(batch_tokens(t, step))
         since += loss
         if t.chooser is not None:
             t.chooser.observe()
@@ -107,28 +112,43 @@ def train(training: Training, file: Path, on_read=lambda step, loss, clock: None
     return clock
 
 
-def _step(t: Training, step: int, parameters) -> torch.Tensor:
-    """One batch's loss; leaves its gradients in the parameters."""
-    rows = batch_rows(len(t.tokens), t.batch, step, t.seed)
+def _step_of(t: Training, parameters) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A batch's tokens -> its loss, a scalar; its gradients are then in the parameters."""
+    whole = micro_batch(t.student, t.batch, t.tokens.shape[1], t.device, t.recomputed) == t.batch
+    if captures(t.device) and whole and not t.recomputed:
+        t.captured = CapturedStep(lambda tokens: _step(t, tokens, parameters), parameters, t.device)
+        return t.captured
+
+    def take(tokens):
+        for parameter in parameters:
+            parameter.grad = None
+        return _step(t, tokens, parameters)
+
+    return take
+
+
+def _step(t: Training, tokens: torch.Tensor, parameters) -> torch.Tensor:
     at_once = micro_batch(t.student, t.batch, t.tokens.shape[1], t.device, t.recomputed)
-    for parameter in parameters:
-        parameter.grad = None
     total = torch.zeros((), device=t.device)
-    for first in range(0, len(rows), at_once):
-        part = rows[first : first + at_once]
-        tokens = t.tokens[torch.from_numpy(part)].to(t.device, non_blocking=True)
+    for part in tokens.split(at_once):
+        part = part.to(t.device, non_blocking=True)
         teacher_logits = None
         if t.share > 0:
             with torch.no_grad(), autocast(t.device):
-                teacher_logits = t.teacher(tokens, use_cache=False).logits
+                teacher_logits = t.teacher(part, use_cache=False).logits
         with autocast(t.device):
-            logits = t.student(tokens, use_cache=False).logits
-        loss, gradient = token_loss(logits, tokens, teacher_logits, t.share, len(part) / len(rows))
+            logits = t.student(part, use_cache=False).logits
+        loss, gradient = token_loss(logits, part, teacher_logits, t.share, len(part) / len(tokens))
         del teacher_logits
         logits.backward(gradient, inputs=parameters)
         del logits, gradient
         total += loss
     return total
+
+
+def batch_tokens(t: Training, step: int) -> torch.Tensor:
+    """Tokens of a step, int64 [batch, seq_len], on the CPU."""
+    return t.tokens[torch.from_numpy(batch_rows(len(t.tokens), t.batch, step, t.seed))]
 
 
 def micro_batch(model, batch: int, seq_len: int, device: torch.device, recomputed: int) -> int:
@@ -154,11 +174,10 @@ def batch_rows(samples: int, batch: int, step: int, seed: int) -> np.ndarray:
 
 def _diverged(t: Training, step: int) -> str:
     """What to say of a step, counted from 1, whose loss was not finite."""
-    rows = batch_rows(len(t.tokens), t.batch, step - 1, t.seed)
     at_once = micro_batch(t.student, t.batch, t.tokens.shape[1], t.device, t.recomputed)
     where = "though every layer's output is finite"
-    for first in range(0, len(rows), at_once):
-        tokens = t.tokens[torch.from_numpy(rows[first : first + at_once])].to(t.device)
+    for tokens in batch_tokens(t, step - 1).split(at_once):
+        tokens = tokens.to(t.device)
         of_teacher = None if t.teacher is None else first_not_finite(t.teacher, tokens)
         path = of_teacher or first_not_finite(t.student, tokens)
         if path is not None:

@@ -301,6 +301,7 @@ class _Run:
                 "tokens_per_step": training.batch * self._train_tokens.shape[1],
                 "train_seconds": round(clock.spent_s, 2),
                 "choosing_seconds": round(training.choosing_s, 2),
+                "captured": training.captured is not None and bool(training.captured.graph),
                 "rates": list(self._options.rates(stage)),
                 **meter.facts(),
             }

@@ -183,7 +183,7 @@ def sampled_windows(
         folder.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")
         with part.open("wb") as written:
-            np.save(written, tokens)
+            np.save(written, tokens.astype(np.min_scalar_type(int(tokens.max()))))
         part.replace(file)
     return tokens
 
@@ -194,12 +194,12 @@ def _read(file: Path, count: int, seq_len: int) -> np.ndarray:
         tokens = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{file} is damaged ({error}); delete it, and the text is sampled anew") from error
-    if tokens.shape != (count, seq_len) or tokens.dtype != np.int64:
+    if tokens.shape != (count, seq_len) or tokens.dtype.kind != "u":
         raise InputError(
-            f"{file} holds {tokens.dtype} {list(tokens.shape)}, expected int64 {[count, seq_len]}; delete it, and the "
+            f"{file} holds {tokens.dtype} {list(tokens.shape)}, expected tokens {[count, seq_len]}; delete it, and the "
             "text is sampled anew"
         )
-    return tokens
+    return tokens.astype(np.int64)
 
 
 class _ReservedLayer(DynamicLayer):

@@ -16,6 +16,7 @@ from torch import nn
 
 from gqsac.compress.allot_widths import Allotment
 from gqsac.compress.blocks import linears_of
+from gqsac.compress.captured import attend_without_masks, captures
 from gqsac.compress.choose_masks import MaskChooser
 from gqsac.compress.choose_widths import WidthChooser
 from gqsac.compress.compiled import compile_blocks
@@ -57,6 +58,8 @@ def prepare_training(
     """
     share = 1.0 if stage == "distill" else options.distill
     teacher = None
+    if captures(device):
+        attend_without_masks(model, tokens.shape[1])
     if share > 0:
         teacher = _teacher(model, block_path, device)
     large = device.type == "cuda" and is_large(model)  # asked before the weights become levels
@@ -94,10 +97,11 @@ def prepare_training(
     model.to(device)
     linears = trainable_linears(model)
     batch = max(1, batch_tokens // tokens.shape[1])
-    others, chooser = [], None
+    others, embeddings, chooser = [], [], None
     if stage == "distill":
         set_master_dtype(linears, options.master_dtype)
         others = [parameter.requires_grad_(True) for parameter in vectors(model)]
+        embeddings = [parameter.requires_grad_(True) for parameter in embeddings_of(model) if options.learn_embeddings]
         if previous == UNCOMPRESSED:
             contexts = torch.from_numpy(tokens)
             at_once = micro_batch(model, batch, tokens.shape[1], device, len(blocks) if large else 0)
@@ -116,7 +120,7 @@ def prepare_training(
         student=model,
         teacher=teacher,
         tokens=torch.from_numpy(tokens),
-        groups=parameter_groups(linears, options.rates(stage), others),
+        groups=parameter_groups(linears, options.rates(stage), others, embeddings),
         share=share,
         batch=batch,
         steps=steps,
@@ -151,6 +155,12 @@ def vectors(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.ndim == 1]
 
 
+def embeddings_of(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the input embedding and of the output head, one where they are tied."""
+    head, found = model.get_output_embeddings(), [model.get_input_embeddings().weight]
+    return found if head is None or head.weight is found[0] else [*found, head.weight]
+
+
 def store_trained(training: Training, block_path: str, dense: list[str], options: Options, partial: PartialFolder):
     """Writes what a finished stage has made: every block's tensors, and trained tensors outside the blocks."""
     model = training.student
@@ -160,9 +170,10 @@ def store_trained(training: Training, block_path: str, dense: list[str], options
         inside = {path[len(name) + 1 :]: module for path, module in linears.items() if path.startswith(f"{name}.")}
         matrices = {path: to_matrix(module.export(), options.group_size) for path, module in inside.items()}
         partial.save_block(training.name, index, stored_block(name, block, matrices, dense))
+    learnt = {id(parameter) for parameter in embeddings_of(model)} if options.learn_embeddings else set()
     outside = {
         name: dense_tensor(name, parameter.detach().cpu().numpy())
         for name, parameter in model.named_parameters()
-        if name in dense and not name.startswith(f"{block_path}.") and parameter.ndim == 1
+        if name in dense and not name.startswith(f"{block_path}.") and (parameter.ndim == 1 or id(parameter) in learnt)
     }
     partial.save_block(f"{training.name}-outside", 0, outside)
