@@ -249,6 +249,22 @@ def test_a_layer_that_is_not_finite_is_named_and_the_last_good_state_goes_on(tmp
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
+def test_embeddings_learn_if_asked_to_and_later_stages_keep_them(tmp_path, llama):
+    name, found = "model.embed_tokens.weight", {}
+    for label, stages, learn in (
+        ("not", ("distill",), False),
+        ("yes", ("distill",), True),
+        ("both", ("distill", "e2e-oqp"), True),
+    ):
+        options = {"sparsity": 0.25, "stages": stages, "learn_embeddings": learn, **SMALL}
+        compress(llama, tmp_path / label, **options)
+        found[label] = Checkpoint.open(tmp_path / label).read(name)
+    source = load_source(llama).model.get_input_embeddings().weight.detach().numpy().astype(np.float16)
+    np.testing.assert_array_equal(found["not"], source)
+    assert (found["yes"] != source).mean() > 0.5
+    np.testing.assert_array_equal(found["both"], found["yes"])
+
+
 def test_scales_alone_learn_in_e2e_oqp(tmp_path, llama):
     compress(llama, tmp_path / "one-shot", sparsity=0.25, **SMALL)
     compress(llama, tmp_path / "tuned", sparsity=0.25, stages=("e2e-oqp",), allocation="row", distill=0.5, **SMALL)
