@@ -131,6 +131,8 @@ def compress(source, output, as_json, stages, minutes, e2e_steps, widths, **opti
         raise DeviceError(
             f"writing {output} failed: {error}; free some space, then give the same command again to go on"
         ) from error
+    if not report:
+        return  # one of several processes, of which the first tells
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:

@@ -49,6 +49,14 @@ def parameter_groups(linears: dict[str, nn.Module], rates: tuple[float, float], 
     return groups
 
 
+def grouped(rates) -> list[dict]:
+    """Groups for AdamW from pairs of parameter and peak learning rate, one for each rate."""
+    groups: dict[float, list] = {}
+    for parameter, rate in rates:
+        groups.setdefault(rate, []).append(parameter)
+    return [{"params": parameters, "peak": rate} for rate, parameters in groups.items()]
+
+
 def _rounded(rate: float) -> float:
     """Two significant digits: linears of like size share a group, and one launch, of the optimiser."""
     return float(f"{rate:.1e}")

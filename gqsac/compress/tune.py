@@ -25,8 +25,9 @@ from gqsac.compress.fake_quant import FrozenLinear, GroupLinear
 from gqsac.compress.options import Options
 from gqsac.compress.partial import PartialFolder
 from gqsac.compress.row_costs import nearest_grids
-from gqsac.compress.store import MASTER_TENSORS, from_matrix, from_stored, load_dense, stored_block, to_matrix
+from gqsac.compress.store import MASTER_TENSORS, from_matrix, from_stored, load_dense, stored_block, to_matrix, to_numpy
 from gqsac.compress.trainable import (
+    grouped,
     install,
     is_large,
     parameter_groups,
@@ -35,6 +36,7 @@ from gqsac.compress.trainable import (
     set_master_dtype,
     trainable_linears,
 )
+from gqsac.compress.world import World, together
 from gqsac.compress.write import dense_tensor
 
 UNCOMPRESSED = "uncompressed"  # in place of a stage that has stored something
@@ -51,6 +53,7 @@ def prepare_training(
     partial: PartialFolder,
     batch_tokens: int,
     allotment: Allotment | None = None,
+    world: World = World(),
 ) -> Training:
     """The stage's student, made of `model` (the uncompressed one, which it takes over) and what `previous` stored.
 
@@ -58,10 +61,10 @@ def prepare_training(
     """
     share = 1.0 if stage == "distill" else options.distill
     teacher = None
-    if captures(device):
+    if captures(device) and world.size == 1:
         attend_without_masks(model, tokens.shape[1])
     if share > 0:
-        teacher = _teacher(model, block_path, device)
+        teacher = _teacher(model, block_path, device, world)
     large = device.type == "cuda" and is_large(model)  # asked before the weights become levels
     model.requires_grad_(False)
     blocks = model.get_submodule(block_path)
@@ -96,7 +99,7 @@ def prepare_training(
         load_dense(model, outside)
     model.to(device)
     linears = trainable_linears(model)
-    batch = max(1, batch_tokens // tokens.shape[1])
+    batch = max(1, batch_tokens // tokens.shape[1] // world.size) * world.size
     others, embeddings, chooser = [], [], None
     if stage == "distill":
         set_master_dtype(linears, options.master_dtype)
@@ -112,6 +115,12 @@ def prepare_training(
         recompute_blocks(blocks)
     else:
         compile_blocks(blocks, device)
+    groups = parameter_groups(linears, options.rates(stage), others, embeddings)
+    if world.size > 1:
+        rates = {id(parameter): group["peak"] for group in groups for parameter in group["params"]}
+        names = {name: rates[id(p)] for name, p in model.named_parameters() if id(p) in rates}
+        world.spread(model, blocks, device)
+        groups = grouped((parameter, names[name]) for name, parameter in model.named_parameters() if name in names)
     steps = options.steps(stage)
     if steps is None and options.minutes is None:
         steps = max(1, 2 * len(tokens) // batch)  # two epochs, as in the paper
@@ -120,7 +129,7 @@ def prepare_training(
         student=model,
         teacher=teacher,
         tokens=torch.from_numpy(tokens),
-        groups=parameter_groups(linears, options.rates(stage), others, embeddings),
+        groups=groups,
         share=share,
         batch=batch,
         steps=steps,
@@ -129,6 +138,7 @@ def prepare_training(
         device=device,
         chooser=chooser,
         recomputed=len(blocks) if large else 0,
+        world=world,
     )
 
 
@@ -141,12 +151,13 @@ def _rounded_to_nearest(linear: nn.Linear, row_bits: torch.Tensor, options: Opti
     return GroupLinear(row_bits, weight, scales, zeros, keep, linear.bias, options.zeros_between_levels)
 
 
-def _teacher(model, block_path: str, device: torch.device):
+def _teacher(model, block_path: str, device: torch.device, world: World):
     """A frozen copy on the device: f32, run under autocast, or bf16 where f32 would be large."""
     teacher = copy.deepcopy(model).requires_grad_(False)
     prepare_large(teacher, nn.ModuleList(), device)
     teacher.to(device)
     compile_blocks(teacher.get_submodule(block_path), device)
+    world.spread(teacher, teacher.get_submodule(block_path), device)
     return teacher
 
 
@@ -163,17 +174,24 @@ def embeddings_of(model: nn.Module) -> list[nn.Parameter]:
 
 def store_trained(training: Training, block_path: str, dense: list[str], options: Options, partial: PartialFolder):
     """Writes what a finished stage has made: every block's tensors, and trained tensors outside the blocks."""
-    model = training.student
+    model, first = training.student, training.world.rank == 0
     linears = trainable_linears(model)
     for index, block in enumerate(model.get_submodule(block_path)):
         name = f"{block_path}.{index}"
         inside = {path[len(name) + 1 :]: module for path, module in linears.items() if path.startswith(f"{name}.")}
-        matrices = {path: to_matrix(module.export(), options.group_size) for path, module in inside.items()}
-        partial.save_block(training.name, index, stored_block(name, block, matrices, dense))
-    learnt = {id(parameter) for parameter in embeddings_of(model)} if options.learn_embeddings else set()
-    outside = {
-        name: dense_tensor(name, parameter.detach().cpu().numpy())
-        for name, parameter in model.named_parameters()
-        if name in dense and not name.startswith(f"{block_path}.") and (parameter.ndim == 1 or id(parameter) in learnt)
-    }
-    partial.save_block(f"{training.name}-outside", 0, outside)
+        with together(block):
+            if first:
+                matrices = {path: to_matrix(module.export(), options.group_size) for path, module in inside.items()}
+                partial.save_block(training.name, index, stored_block(name, block, matrices, dense))
+    with together(model):
+        learnt = {id(parameter) for parameter in embeddings_of(model)} if options.learn_embeddings else set()
+        outside = {
+            name: dense_tensor(name, to_numpy(parameter.clone()))
+            for name, parameter in model.named_parameters()
+            if name in dense
+            and not name.startswith(f"{block_path}.")
+            and (parameter.ndim == 1 or id(parameter) in learnt)
+        }
+        if first:
+            partial.save_block(f"{training.name}-outside", 0, outside)
+    training.world.meet()
