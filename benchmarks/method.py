@@ -4,6 +4,8 @@
     python benchmarks/method.py SmolLM2.gguf ... --only "W4 S50" --only "W2 g64"
     python benchmarks/method.py SmolLM2.gguf ... --also "S50 global: sparsity=0.5 stages=distill allocation=global"
     python benchmarks/method.py SmolLM2.gguf ... --trained-only --also "rows 2.6: target_bpw=2.6 stages=distill"
+    python benchmarks/method.py SmolLM2.gguf ... --workers 2 --seconds 540 \\
+        --also "own 2.6: target_bpw=2.6 stages=distill calibration=self:3M"
 
 Every configuration goes through `gqsac.compress.run.compress`, and its dequantised model is scored after each stage,
 with f32 arithmetic. --minutes is the training time of a configuration, all its stages together; --steps, which does not
@@ -11,7 +13,13 @@ depend on the machine's speed, its end-to-end steps (BQPO then has its --epochs)
 OUT/method.jsonl as they come, one line for each stage; a configuration that is there is not run again, one that was
 stopped goes on, and one that fails is recorded and the next one runs. Prints a table in the end, and draws what the
 last stages reached over the bits per weight in OUT/method.png. KL and flips are those of `gqsac eval kl` after the last
-stage.
+stage; --other names texts that are scored beside the first.
+
+With --workers N so many processes, the i-th with the i-th GPU alone, take configurations from one list, in its order.
+With --seconds a process begins none that would be done too late, were it to take as long as the longest before, and
+what is under way then is stopped. A configuration may have a calibration text of its own, files separated by commas;
+what a model writes (self:3M) is kept in OUT/own-text for all of them. "bits, built" are those of a file that
+`gqsac build` makes, "coded" are without headers, padding and tables.
 """
 
 from __future__ import annotations
@@ -19,7 +27,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -56,7 +66,9 @@ SETTINGS = (
     "seq_len",
     "window",
     "max_windows",
+    "other_windows",
 )
+UNCOMPRESSED = "uncompressed"
 CONFIGURATIONS = {
     "W4 S0 1x16": {"bits": 4, "sparsity": 0.0},
     "W4 S30 1x16": {"bits": 4, "sparsity": 0.3},
@@ -98,6 +110,11 @@ class Results:
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def read(self) -> None:
+        """What other processes have added, too."""
+        lines = [json.loads(line) for line in self._file.read_text().splitlines()]
+        self.lines = [line for line in lines if "config" in line]
+
     def is_done(self, config: str) -> bool:
         return any(line["config"] == config and line.get("done") for line in self.lines)
 
@@ -107,6 +124,7 @@ class Results:
 
 def run_configuration(name: str, options: dict, source: Source, score, results: Results, args) -> None:
     """One-shot at full sparsity, then the configuration's stages, each scored as it ends."""
+    options = dict(options)
     if "target_bpw" not in options:  # a scale for each group, as in the paper, unless the configuration says otherwise
         options = {"quant_group_size": options.get("group_size", 16), **options}
     stages = options.pop("stages", FULL)
@@ -117,12 +135,10 @@ def run_configuration(name: str, options: dict, source: Source, score, results: 
         parts = divided(steps, {stage: share for stage, share in STEP_SHARES.items() if stage in stages})
         budget["e2e_steps"] = tuple(round(part) for part in parts) or None
     common = {
-        "calibration": args.calibration, "seq_len": args.seq_len, "samples": args.samples, "device": args.device,
-        "progress": sys.stderr.isatty(),
+        "calibration": options.pop("calibration", args.calibration), "own_text": args.output / "own-text",
+        "seq_len": args.seq_len, "samples": args.samples, "device": args.device, "progress": sys.stderr.isatty(),
     }  # fmt: skip
-    work = args.output / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    slug = "".join(letter if letter.isalnum() else "-" for letter in name)
+    work, slug = args.output / "work", slug_of(name)
 
     def after(stage: str, make) -> None:
         if stage != "start" and not results.has(name, stage):
@@ -153,11 +169,17 @@ def run_configuration(name: str, options: dict, source: Source, score, results: 
               if "curve" in fact}  # fmt: skip
     results.add(
         config=name, done=True, seconds=report["seconds"], bits_per_weight=report["bits_per_weight"],
-        coded_bits_per_weight=report["coded_bits_per_weight"], stages=facts, blocks=blocks, curves=curves,
+        coded_bits_per_weight=report["coded_bits_per_weight"], calibration=report["calibration"],
+        options=report["options"], stages=facts, blocks=blocks, curves=curves,
         **({"row_widths": report["all_row_widths"]} if "all_row_widths" in report else {}),
     )  # fmt: skip
     if not args.keep:
         shutil.rmtree(out)
+
+
+def slug_of(name: str) -> str:
+    """The name of a configuration as files are called."""
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
 def divided(whole: float, shares: dict[str, float]) -> tuple[float, ...]:
@@ -166,9 +188,11 @@ def divided(whole: float, shares: dict[str, float]) -> tuple[float, ...]:
 
 
 def table(lines: list[dict]) -> str:
-    """Markdown: a row for each configuration, a column for each stage; KL and flips after the last."""
+    """Markdown: a row for each configuration, a column for each stage; KL, flips and other texts after the last."""
     stages = ["one-shot", *FULL]
-    columns = ["configuration", "bits, built", "coded", *stages, "KL", "99 %", "flips"]
+    others = list(dict.fromkeys(name for line in lines for name in line.get("others", ())))
+    far = ["KL", "99 %", "flips", *(f"{name}: perplexity, KL" for name in others)]
+    columns = ["configuration", "bits, built", "coded", *stages, *far, "steps", "s", "of it training", "of it choosing"]
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in dict.fromkeys(line["config"] for line in lines):
         mine = [line for line in lines if line["config"] == name]
@@ -177,9 +201,18 @@ def table(lines: list[dict]) -> str:
         cells = {line["stage"]: f"{line['perplexity']:.2f}" for line in mine if "stage" in line}
         if "error" in mine[-1]:
             cells[stages[-1]] = f"failed: {mine[-1]['error'][:60]}"
-        last = next((line for line in reversed(mine) if "kl" in line), None)
-        far = [f"{last['kl']:.4f}", f"{last['kl_99']:.2f}", f"{last['flips']:.1%}"] if last else [""] * 3
-        rows.append(f"| {' | '.join([name, *bits, *(cells.get(stage, '') for stage in stages), *far])} |")
+        last, distances = next((line for line in reversed(mine) if "kl" in line), None), [""] * len(far)
+        if last:
+            distances = [f"{last['kl']:.4f}", f"{last['kl_99']:.2f}", f"{last['flips']:.1%}"]
+            of_others = [last.get("others", {}).get(other) for other in others]
+            distances += [f"{found['perplexity']:.2f}, {found['kl']:.4f}" if found else "" for found in of_others]
+        trained = [fact for fact in done["stages"].values() if "train_seconds" in fact] if done else []
+        spent = ["" for _ in range(4)]
+        if done:
+            sums = [sum(fact.get(key, 0) for fact in trained) for key in ("train_seconds", "choosing_seconds")]
+            steps = " + ".join(str(fact["steps"]) for fact in trained)
+            spent = [steps, *(f"{seconds:.0f}" for seconds in (done["seconds"], *sums))]
+        rows.append(f"| {' | '.join([name, *bits, *(cells.get(s, '') for s in stages), *distances, *spent])} |")
     return "\n".join(rows)
 
 
@@ -207,7 +240,7 @@ def parse_also(text: str) -> tuple[str, dict]:
         key, equals, value = part.partition("=")
         if not equals:
             raise InputError(f"--also {text!r}: {part!r} is not of the form key=value")
-        if key == "stages":
+        if key in ("stages", "calibration"):
             options[key] = tuple(value.split(","))
         elif key == "widths":
             options[key] = tuple(map(int, value.split(",")))
@@ -247,12 +280,20 @@ def main(argv=None) -> int:
     parser.add_argument("--train-samples", type=int, default=3000, help="for the other stages (default: 3000)")
     parser.add_argument("--epochs", type=int, default=5, help="of BQPO at most (default: 5)")
     parser.add_argument("--batch-tokens", type=int, help="tokens of an end-to-end step")
+    parser.add_argument(
+        "--other", action="append", default=[], metavar="FILE", help="another text to score; repeatable"
+    )
+    parser.add_argument("--other-windows", type=int, default=16, help="of those, score the first so many (default: 16)")
+    parser.add_argument("--workers", type=int, help="processes, each with a GPU of its own")
+    parser.add_argument("--seconds", type=float, help="after which all stops")
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of a worker: the time of its end
     parser.add_argument("--only", action="append", default=[], help="run this configuration; repeatable")
     parser.add_argument("--also", action="append", default=[], metavar="SPEC", help="a configuration of your own")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--trained-only", action="store_true", help="no one-shot pass at full compression before")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints, in OUT/work")
     args = parser.parse_args(argv)
+    args.given = sys.argv[1:] if argv is None else list(argv)
     try:
         return run(args)
     except GqsaError as error:
@@ -272,46 +313,111 @@ def run(args) -> int:
     if unknown:
         raise InputError(f"--only {unknown[0]!r} is none of: {'; '.join(CONFIGURATIONS)}")
     wanted = {name: CONFIGURATIONS[name] for name in args.only or ([] if also else CONFIGURATIONS)} | also
-    args.output.mkdir(parents=True, exist_ok=True)
-    device, text = choose_device(args.device), read_text(args.text)
+    (args.output / "work").mkdir(parents=True, exist_ok=True)
+    text, others = read_text(args.text), {Path(file).stem: read_text(file) for file in args.other}
     source = load_source(args.model)
     settings = {
         "model": f"{Path(args.model).name}, CRC-32 {source.fingerprint()}",
         "text": f"{Path(args.text).name}, CRC-32 {zlib.crc32(text.encode()):08x}",
         "calibration": [Path(file).name for file in args.calibration or ()],
+        "others": {name: f"CRC-32 {zlib.crc32(other.encode()):08x}" for name, other in others.items()},
         **{key: getattr(args, key) for key in SETTINGS},
     }
     results = Results(args.output / "method.jsonl", settings)
-    tokens = Tokenizer(source.tokenizer_json).encode(text)
+    if args.until is None:
+        for claim in (args.output / "work").glob("*.claimed"):
+            claim.unlink()  # of a run that was stopped
+    if args.until is None and (args.workers or args.seconds):
+        failed = run_workers(args)
+        results.read()
+    else:
+        failed = run_configurations(wanted, source, text, others, results, args)
+    print(table(results.lines))
+    windows = f"first {args.max_windows} windows" if args.max_windows else "windows"
+    if args.until is None and (rows := points(results.lines)):
+        plot(rows, args.output / "method.png", f"{Path(args.text).name}, {windows} of {args.window}")
+    return int(failed > 0)
 
+
+def run_configurations(wanted: dict, source: Source, text: str, others: dict, results: Results, args) -> int:
+    """Runs those that no other process has claimed. How many failed."""
+    device, tokenizer = choose_device(args.device), Tokenizer(source.tokenizer_json)
     reference = copy.deepcopy(source.model).float()
+    texts = {None: (tokenizer.encode(text), args.max_windows)}
+    texts |= {name: (tokenizer.encode(other), args.other_windows) for name, other in others.items()}
 
     def score(model) -> dict:
         shown = tqdm if sys.stderr.isatty() else None
         model, other = model.to(device), reference.to(device)
-        found = divergence(model, other, tokens, args.window, max_windows=args.max_windows, progress=shown)
+        figures = {}
+        for name, (tokens, windows) in texts.items():
+            found = divergence(model, other, tokens, args.window, max_windows=windows, progress=shown)
+            of_text = {"perplexity": found.perplexity, "kl": found.kl, "kl_99": found.kl_99, "flips": found.flips}
+            figures[name] = {key: round(value, 5) for key, value in of_text.items()}
         reference.to("cpu")  # its memory is the training's
-        figures = {"perplexity": found.perplexity, "kl": found.kl, "kl_99": found.kl_99, "flips": found.flips}
-        return {key: round(value, 5) for key, value in figures.items()}
+        return figures.pop(None) | ({"others": figures} if figures else {})
 
-    failed = 0
-    if not results.has("uncompressed", "one-shot"):
-        results.add(config="uncompressed", stage="one-shot", **score(copy.deepcopy(reference)))
-    for name, options in wanted.items():
-        if results.is_done(name):
+    failed, longest = 0, 0.0
+    for name in (UNCOMPRESSED, *wanted):
+        if results.has(name, "one-shot") if name == UNCOMPRESSED else results.is_done(name):
             continue
+        if args.until is not None and time.time() + longest > args.until:
+            tell(f"{name}: not begun, for there is no time left")
+            continue
+        if not claimed(args.output / "work" / f"{slug_of(name)}.claimed"):
+            continue
+        began = time.monotonic()
         try:
-            run_configuration(name, options, source, score, results, args)
+            if name == UNCOMPRESSED:
+                results.add(config=name, stage="one-shot", **score(copy.deepcopy(reference)))
+            else:
+                run_configuration(name, wanted[name], source, score, results, args)
         except Exception as error:  # the others are to run all the same
             failed += 1
             traceback.print_exc()
             results.add(config=name, error=f"{type(error).__name__}: {error}")
+        longest = max(longest, time.monotonic() - began)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    print(table(results.lines))
-    windows = f"first {args.max_windows} windows" if args.max_windows else "windows"
-    plot(points(results.lines), args.output / "method.png", f"{Path(args.text).name}, {windows} of {args.window}")
-    return int(failed > 0)
+    return failed
+
+
+def claimed(file: Path) -> bool:
+    """Whether the file, which stands for something to do, was not there and now is."""
+    try:
+        file.open("x").close()
+    except FileExistsError:
+        return False
+    return True
+
+
+def run_workers(args) -> int:
+    """Lets processes run the configurations. How many ended otherwise than well."""
+    until = time.time() + (args.seconds or float("inf"))
+    count = args.workers or 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(count)]
+    if len(gpus) < count:
+        raise InputError(f"--workers is {count}, but CUDA_VISIBLE_DEVICES={visible} shows {len(gpus)} GPUs; give fewer")
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, *args.given, "--until", str(until)],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu}, stdout=subprocess.DEVNULL,
+        )
+        for gpu in gpus[:count]
+    ]  # fmt: skip
+    try:
+        for worker in workers:
+            try:
+                worker.wait(None if args.seconds is None else max(0.0, until - time.time()))
+            except subprocess.TimeoutExpired:
+                tell("what is under way is stopped, for the time is over")
+                break
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+    return sum(worker.wait() != 0 for worker in workers)
 
 
 if __name__ == "__main__":

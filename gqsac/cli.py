@@ -96,6 +96,9 @@ def cli():
 @click.option(
     "--master-dtype", help="bqpo, distill: weights that learn are float32 (default), or bfloat16 for half the memory."
 )
+@click.option(
+    "--learn-embeddings", is_flag=True, default=None, help="distill: input embedding and output head learn, too."
+)
 @click.option("--weight-lr", type=float, help="Learning rate of weights, relative to their size.")
 @click.option("--scale-lr", type=float, help="Learning rate of scales, relative to their size.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
@@ -128,6 +131,8 @@ def compress(source, output, as_json, stages, minutes, e2e_steps, widths, **opti
         raise DeviceError(
             f"writing {output} failed: {error}; free some space, then give the same command again to go on"
         ) from error
+    if not report:
+        return  # one of several processes, of which the first tells
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
@@ -158,6 +163,7 @@ _HEEDED_BY = {
     "epochs": ("bqpo",),
     **dict.fromkeys(("e2e_steps", "train_samples", "batch_tokens"), ("distill", "e2e-oqp")),
     **dict.fromkeys(("removal", "weight_lr", "master_dtype"), ("bqpo", "distill")),
+    "learn_embeddings": ("distill",),
     **dict.fromkeys(("minutes", "scale_lr"), ("bqpo", "distill", "e2e-oqp")),
     "distill": ("e2e-oqp",),
 }

@@ -8,11 +8,12 @@ import torch
 from gqsac.compress.allot_widths import Allotment
 from gqsac.compress.fake_quant import GroupLinear
 from gqsac.compress.row_costs import nearest_grids, row_costs
-from gqsac.compress.select import RAMP, scheduled_sparsity
+from gqsac.compress.select import scheduled_sparsity
 from gqsac.compress.sensitivity import fisher_of, sampled_gradient
 from gqsac.compress.trainable import autocast
 
 EVERY = 20  # steps between choices
+RAMP = 0.3  # share of a training over which the budget falls
 _MEMORY = 0.8  # of the running mean of sensitivities, a choice
 
 

@@ -34,7 +34,8 @@ class _FakeQuantize(torch.autograd.Function):
 
     weight: f32 or bf16 [rows, columns]. gains, base, zeros: f32 [rows, q_groups], s = float16(base * gains), z in
     sixteenths of the row's range. keep: bool [rows, units]. row_bits: uint8 [rows]. Removed weights get the gradient
-    they would have if they were kept, so that they go on learning and may come back.
+    they would have if they were kept, so that they go on learning and may come back. So do, where zeros may lie between
+    levels, weights beyond the ends of their grid: the best grids of few levels leave out many (docs/method.md).
     """
 
     @staticmethod
@@ -61,8 +62,10 @@ class _FakeQuantize(torch.autograd.Function):
             # Zeros of symmetric rows stay in the middle.
             moved = levels_of_step(row_bits)[:, None] * (row_bits != SYMMETRIC_BITS)[:, None]
             grad_zeros = -(kept_grad * ~inside).sum(2) * scales[..., 0] * moved
-        passed = inside.view(*keep.shape, -1) | ~keep[..., None]
-        return (grad * passed.view_as(grad)).to(weight.dtype), grad_gains, grad_zeros, None, None, None, None
+        if not ctx.between_levels:
+            passed = inside.view(*keep.shape, -1) | ~keep[..., None]
+            grad = grad * passed.view_as(grad)
+        return grad.to(weight.dtype), grad_gains, grad_zeros, None, None, None, None
 
 
 def _grid(gains, zeros, base, row_bits, between_levels):

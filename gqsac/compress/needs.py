@@ -167,6 +167,8 @@ def _end_to_end(stage: str, size: ModelSize, options: Options, device: torch.dev
     else:  # levels; scales with two moments, initial scales, zeros
         student, gradients = size.compressed + 17 * scales, 4 * scales
     student += dense + size.compressed // options.unit
+    if stage == "distill" and options.learn_embeddings:  # their gradients and two moments
+        student += 12 * size.vocabulary * size.width
     recomputed = size.blocks * size.width if gpu and size.large else 0
     at_once = end_to_end.samples_at_once(options.seq_len, size.vocabulary, device, recomputed)
     batch = max(1, options.batch_tokens // options.seq_len)

@@ -70,6 +70,7 @@ class Options:
     master_dtype: str = "float32"
     weight_lr: float | None = None
     scale_lr: float | None = None
+    learn_embeddings: bool = False
 
     @property
     def training(self) -> tuple[str, ...]:

@@ -47,12 +47,15 @@ class PartialFolder:
     """Opens or makes OUT.partial for one compression.
 
     identity: flat dict of the source's fingerprint and all options that change the result. Raises
-    InputError that names the first difference if the folder was begun with another identity.
+    InputError that names the first difference if the folder was begun with another identity. follows: whether another
+    process of the same compression has opened it; this one then reads alone, and what it is given to save is left out.
     """
 
-    def __init__(self, out: Path, identity: dict):
+    def __init__(self, out: Path, identity: dict, follows: bool = False):
         self.path = out.parent / f"{out.name}.partial"
-        self._out = out
+        self._out, self._lock, self._follows = out, None, follows
+        if follows:
+            return
         identity = json.loads(json.dumps(identity))  # as it will be read back
         state = self.path / "state.json"
         if self.path.exists() and not self.path.is_dir():
@@ -109,6 +112,8 @@ class PartialFolder:
 
     def save_block(self, stage: str, index: int, tensors: dict[str, np.ndarray]) -> None:
         """Keeps a block that a stage has finished."""
+        if self._follows:
+            return
         temporary = self._block(stage, index).with_suffix(".tmp")
         save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, str(temporary))
         sync(temporary)
@@ -127,6 +132,8 @@ class PartialFolder:
 
     def save_json(self, name: str, value: dict) -> None:
         """Keeps a JSON object."""
+        if self._follows:
+            return
         temporary = self.path / f"{name}.json.tmp"
         write_json(temporary, value)
         sync(temporary)

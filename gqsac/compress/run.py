@@ -28,7 +28,7 @@ from gqsac.compress.blocks import find_blocks
 from gqsac.compress.blockwise import BlockwiseStage
 from gqsac.compress.calibrate import BUILT_IN
 from gqsac.compress.compiled import compiles
-from gqsac.compress.end_to_end import train
+from gqsac.compress.end_to_end import state_file, train
 from gqsac.compress.failures import LOADING, explained
 from gqsac.compress.measure import measured
 from gqsac.compress.memory import check_loading, check_memory
@@ -40,7 +40,8 @@ from gqsac.compress.report import rounded_in_words, sizes, stored_counts, write_
 from gqsac.compress.self_text import PREFIX, mixed, own_samples, sampled_windows, tokens_asked_for
 from gqsac.compress.sensitivity import allocate
 from gqsac.compress.store import dense_names, from_stored, load_dense, load_linears, to_numpy
-from gqsac.compress.tune import prepare_training, store_trained
+from gqsac.compress.tune import UNCOMPRESSED, prepare_training, store_trained
+from gqsac.compress.world import World
 from gqsac.compress.write import ShardWriter, dense_tensor, write_json
 from gqsac.quantization_config import FORMAT_VERSION, QuantizationConfig
 from gqsac.source import Source, load_source
@@ -57,6 +58,7 @@ def compress(
     device: str = "auto",
     progress: bool = True,
     after_stage: Callable | None = None,
+    own_text: str | Path | None = None,
     **options,
 ) -> dict:
     """Writes the compressed checkpoint of `src` to the folder `out` and returns a report for people and tools.
@@ -66,7 +68,8 @@ def compress(
     that the model writes itself, see self_text.py.
     device: "auto", "cpu", "cuda". progress: show it on stderr: bars on a terminal, otherwise a line a minute at most.
     after_stage: called with a stage's name and a function that makes the dequantised model (f32, on the CPU) as that
-    stage left it. The options, see compress/options.py for the defaults:
+    stage left it. own_text: a folder in which the text that the model writes is kept for other runs. The options, see
+    compress/options.py for the defaults:
 
     Without any of bits, sparsity, pattern, group sizes, allocation, removal and targets: target_bpw 4.5.
     bits: 2, 3, 4 or 8 (symmetric); otherwise 4 by default. target_bpw: in their place, bits per weight of the
@@ -91,7 +94,8 @@ def compress(
     learn in bqpo and distill. weight_lr, scale_lr: learning rates in place of options.RATES.
 
     A run that was stopped goes on where it was when called again with the same arguments, and makes the same
-    weights; with `minutes` they depend on the machine's speed. Raises InputError, ModelError and their kin.
+    weights; with `minutes` they depend on the machine's speed. Of several processes that torchrun has started, see
+    world.py, the first returns the report and the others an empty one. Raises InputError, ModelError and their kin.
     """
     unknown = set(options) - set(Options.__dataclass_fields__)
     if unknown:
@@ -101,10 +105,13 @@ def compress(
     refuse_existing(out)
     texts = [calibration] if isinstance(calibration, (str, Path)) else list(calibration or [])
     where, run = choose_device(device), None
+    world = World.of(where)
+    where = world.device(where)
+    world.check(chosen)
     if not isinstance(src, Source):
         check_loading(src)
     try:
-        run = _Run(src, out, texts, chosen, where, progress, after_stage)
+        run = _Run(src, out, texts, chosen, where, progress, after_stage, own_text, world)
         return run.all()
     except (RuntimeError, MemoryError) as error:
         if run is None:
@@ -122,9 +129,15 @@ def compress(
 class _Run:
     """One compression, from the source to the finished folder."""
 
-    def __init__(self, src, out, texts, options: Options, device, progress, after_stage):
+    def __init__(
+        self, src, out, texts, options: Options, device, progress, after_stage=None, own_text=None, world=World()
+    ):
         self._src, self._out, self._options, self._device = src, out, options, device
         self._progress, self._after_stage = progress, after_stage
+        self._world = world
+        if world.rank > 0:
+            self._progress, self._after_stage = False, None
+        self._own_text = None if own_text is None else Path(own_text)
         self._started = time.monotonic()
         files, self._own_tokens = tokens_asked_for(texts)
         names = [f"{PREFIX}{self._own_tokens:,} tokens"] * bool(self._own_tokens) + [Path(file).name for file in files]
@@ -168,11 +181,13 @@ class _Run:
         identity["format_version"] = FORMAT_VERSION  # finished blocks are kept as the checkpoint stores them
         self._dense = dense_names(source.model)
         self._stages: dict[str, dict] = {}  # name -> facts for the report
-        self._partial = PartialFolder(out, identity)
+        with world.first_alone():
+            self._partial = PartialFolder(out, identity, follows=world.rank > 0)
 
     def close(self) -> None:
         """Lets another run go on with what this one left."""
         self._partial.close()
+        self._world.close()
 
     def _fresh_model(self):
         """The uncompressed model, anew; large ones are read again rather than held twice."""
@@ -189,21 +204,26 @@ class _Run:
             print(f"target: {target_in_words(self._options)}", file=sys.stderr, flush=True)
             if self._source.rounded:
                 print(f"warning: {rounded_in_words(self._source.rounded)}", file=sys.stderr, flush=True)
-        self._tokens, self._train_tokens = self._samples()
-        last = self._blockwise()
+        with self._world.first_alone():
+            self._tokens, self._train_tokens = self._samples()
+        with self._world.first_alone():
+            last = self._blockwise()
         for stage in self._options.training:
             if stage != "bqpo":
                 last = self._end_to_end(stage, last)
-        return self._write(last)
+        return self._write(last) if self._world.rank == 0 else {}
 
     def _samples(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens to calibrate and to train on end to end, int64 [samples, seq_len] each."""
         windows = self._read
         if self._own_tokens:
             self.stage, meter = "sampling", Meter(self._device)
+            count = max(self._own.values())
+            if self._own_text is not None:  # all that was asked for, whatever this run needs
+                count = max(count, -(-self._own_tokens // self.options.seq_len))
             written = sampled_windows(
-                self._source, self._fresh_model, max(self._own.values()), self.options.seq_len, self._options.seed,
-                self._device, self._partial, self._progress,
+                self._source, self._fresh_model, count, self.options.seq_len, self._options.seed,
+                self._device, self._partial, self._own_text, self._progress,
             )  # fmt: skip
             windows = {
                 purpose: mixed(written[:count], self._read.get(purpose), self._options.seed)
@@ -214,14 +234,20 @@ class _Run:
 
     def _blockwise(self) -> str:
         """Runs the stage that goes block by block. Its name: "start" is a one-shot pass that removes nothing,
-        from which `distill` begins, since it removes groups itself."""
+        from which `distill` begins, since it removes groups itself. UNCOMPRESSED where there is none: from widths that
+        `distill` brings down, it begins with the weights as they are."""
         training = self._options.training
         starts_dense = training[:1] == ("distill",) and self._options.removes_gradually("distill")
         name = "bqpo" if "bqpo" in training else "start" if starts_dense else "one-shot"
         self.stage = "allocation"
         rates = self._rates() if name != "start" else dict.fromkeys(self._shapes, 0.0)
         row_bits = self._row_bits(falling=name == "start")
+        if name == "start" and self._allotment is not None and self._allotment.falls:
+            self._model.get_submodule(self._block_path).to("meta")  # its memory is not needed any more
+            return UNCOMPRESSED
         self.stage = "one-shot" if name == "start" else name
+        if self._world.rank > 0:
+            return name  # the first process has done it
         meter = Meter(self._device)
         stage = BlockwiseStage(
             name=name,
@@ -280,7 +306,7 @@ class _Run:
             meter = Meter(self._device)
             training = prepare_training(
                 stage, previous, self._fresh_model(), self._block_path, self._train_tokens, self._options,
-                self._device, self._partial, self._batch_tokens, self._allotment,
+                self._device, self._partial, self._batch_tokens, self._allotment, self._world,
             )  # fmt: skip
             with step_bar(stage, training.steps, self._progress, meter) as on_read:
                 clock = train(training, self._partial.checkpoint(stage), on_read)
@@ -291,11 +317,13 @@ class _Run:
                 "tokens_per_step": training.batch * self._train_tokens.shape[1],
                 "train_seconds": round(clock.spent_s, 2),
                 "choosing_seconds": round(training.choosing_s, 2),
+                "captured": training.captured is not None and bool(training.captured.graph),
                 "rates": list(self._options.rates(stage)),
+                "processes": self._world.size,
                 **meter.facts(),
             }
             self._partial.save_json(f"{stage}-facts", facts)
-            self._partial.checkpoint(stage).unlink(missing_ok=True)
+            state_file(self._partial.checkpoint(stage), self._world).unlink(missing_ok=True)
         self._finish(stage, facts)
         return stage
 

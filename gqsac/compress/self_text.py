@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from gqsa_runtime.chat import ChatTemplate
 from gqsa_runtime.errors import InputError, ModelError
 from tokenizers import Tokenizer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from gqsac.compress.partial import PartialFolder
 from gqsac.compress.progress import Meter, count_bar
@@ -23,8 +26,10 @@ from gqsac.source import Source
 
 PREFIX = "self:"
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
-_CACHE_BYTES = {"cuda": 1 << 33, "cpu": 1 << 30}  # of keys and values of the samples of a batch
-_MOST_AT_ONCE = {"cuda": 512, "cpu": 32}
+# Of keys and values of the samples of a batch; on a GPU a share of its memory. A step there takes as long as its
+# launches, whatever the samples, up to some thousands.
+_CACHE_BYTES_ON_CPU, _CACHE_SHARE = 1 << 30, 0.45
+_MOST_AT_ONCE = {"cuda": 2048, "cpu": 32}
 _KEPT = "self"
 _MARK = "\u2063what the user says\u2063"
 
@@ -145,13 +150,18 @@ def sampled_windows(
     seed: int,
     device: torch.device,
     partial: PartialFolder,
+    folder: Path | None,
     shown: bool,
 ) -> np.ndarray:
     """int64 [count, seq_len]: texts that the model writes, one behind another where one ends early.
 
     make_model: the uncompressed model, anew; called only if something is left to sample. What is finished is kept in
-    `partial`, a batch at a time. shown: progress on stderr. Raises ModelError where the model's logits are not finite.
+    `partial`, a batch at a time. folder: where whole samples are kept for other runs, and taken from; or None. shown:
+    progress on stderr. Raises ModelError where the model's logits are not finite.
     """
+    file = folder and folder / f"{source.fingerprint()}-{count}x{seq_len}-seed-{seed}.npy"
+    if file and file.is_file():
+        return _read(file, count, seq_len)
     starts = Starts.of(source)
     at_once = samples_at_once(source.model.config, seq_len, device)
     batches = [min(at_once, count - first) for first in range(0, count, at_once)]
@@ -163,12 +173,60 @@ def sampled_windows(
             if kept[number] is None:
                 if model is None:
                     model = make_model().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-                windows = sample(model, starts, size, seq_len, (seed, number), on_count)
+                windows = sample(model, starts, size, seq_len, (seed, number), on_count, _cache(model, seq_len))
                 kept[number] = {"tokens": windows}
                 partial.save_block(_KEPT, number, kept[number])
     if model is not None:
         model.to("meta")  # its memory is not needed any more
-    return np.concatenate([windows["tokens"] for windows in kept])
+    tokens = np.concatenate([windows["tokens"] for windows in kept])
+    if file:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        with part.open("wb") as written:
+            np.save(written, tokens.astype(np.min_scalar_type(int(tokens.max()))))
+        part.replace(file)
+    return tokens
+
+
+def _read(file: Path, count: int, seq_len: int) -> np.ndarray:
+    """Samples as `sampled_windows` keeps them."""
+    try:
+        tokens = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{file} is damaged ({error}); delete it, and the text is sampled anew") from error
+    if tokens.shape != (count, seq_len) or tokens.dtype.kind != "u":
+        raise InputError(
+            f"{file} holds {tokens.dtype} {list(tokens.shape)}, expected tokens {[count, seq_len]}; delete it, and the "
+            "text is sampled anew"
+        )
+    return tokens.astype(np.int64)
+
+
+class _ReservedLayer(DynamicLayer):
+    """Keys and values of a layer in room for all positions, where appending to them would copy them each time."""
+
+    def __init__(self, positions: int):
+        super().__init__()
+        self._positions, self._length, self._room = positions, 0, None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """See DynamicLayer."""
+        both = (key_states, value_states)
+        if self._room is None:
+            self._room = [states.new_empty(*states.shape[:2], self._positions, states.shape[3]) for states in both]
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        first, self._length = self._length, self._length + key_states.shape[2]
+        for room, states in zip(self._room, both, strict=True):
+            room[:, :, first : self._length] = states
+        self.keys, self.values = (room[:, :, : self._length] for room in self._room)
+        return self.keys, self.values
+
+
+def _cache(model, seq_len: int) -> DynamicCache:
+    """The model's cache, for so many positions."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_ReservedLayer(seq_len) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def samples_at_once(config, seq_len: int, device: torch.device) -> int:
@@ -178,12 +236,16 @@ def samples_at_once(config, seq_len: int, device: torch.device) -> int:
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kept_heads = getattr(config, "num_key_value_heads", None) or heads
     each = 2 * config.num_hidden_layers * kept_heads * head_size * seq_len * (2 if device.type == "cuda" else 4)
-    return max(1, min(_MOST_AT_ONCE[device.type], _CACHE_BYTES[device.type] // each))
+    room = _CACHE_BYTES_ON_CPU
+    if device.type == "cuda":  # of all, not of what is free: a run that goes on must make the same batches
+        room = int(_CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    return max(1, min(_MOST_AT_ONCE[device.type], room // each))
 
 
 @torch.no_grad()
-def sample(model, starts: Starts, count: int, seq_len: int, seed: tuple[int, int], on_count=lambda n: None):
-    """int64 [count, seq_len], each row by itself. seed: of this batch. on_count: called with tokens made."""
+def sample(model, starts: Starts, count: int, seq_len: int, seed: tuple[int, int], on_count=lambda n: None, cache=None):
+    """int64 [count, seq_len], each row by itself. seed: of this batch. on_count: called with tokens made. cache: of the
+    model, empty, in place of its own."""
     device = model.device
     rng = np.random.default_rng(seed)
     generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
@@ -192,7 +254,7 @@ def sample(model, starts: Starts, count: int, seq_len: int, seed: tuple[int, int
         _force(forced[row], starts.draw(rng))
     tokens = torch.empty(count, seq_len, dtype=torch.int64, device=device)
     ends = torch.tensor(starts.ends, dtype=torch.int64, device=device)
-    cache, finite, chosen = None, torch.tensor(True, device=device), None
+    finite, chosen = torch.tensor(True, device=device), None
     for place in range(seq_len):
         given = torch.from_numpy(forced[:, place]).to(device)
         now = given if chosen is None else torch.where(given >= 0, given, chosen)

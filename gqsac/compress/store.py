@@ -68,9 +68,11 @@ def stored_block(name: str, block, matrices: dict[str, QuantizedMatrix], dense: 
     for path, matrix in matrices.items():
         tensors.update({f"{name}.{path}.{part}": array for part, array in codec.pack(matrix).items()})
     replaced = {f"{path}.weight" for path in matrices}
-    for path, tensor in block.state_dict().items():
+    # Not of its state_dict: a block that is spread over processes would give its own part alone. And copies: what has
+    # come together goes again, and numpy would hold on to it.
+    for path, tensor in (*block.named_parameters(), *block.named_buffers()):
         if path not in replaced and f"{name}.{path}" in dense:
-            tensors[f"{name}.{path}"] = dense_tensor(f"{name}.{path}", to_numpy(tensor))
+            tensors[f"{name}.{path}"] = dense_tensor(f"{name}.{path}", to_numpy(tensor.clone()))
     return tensors
 
 

@@ -12,6 +12,7 @@ from gqsac.compress.fake_quant import FrozenLinear, GroupLinear
 from gqsac.quantized_matrix import ZERO_STEPS
 
 _LARGE = 1 << 30  # parameters
+_EMBEDDINGS_RATE = 0.1
 
 
 def install(parent: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -21,11 +22,12 @@ def install(parent: nn.Module, modules: dict[str, nn.Module]) -> None:
         setattr(parent.get_submodule(owner), name, module)
 
 
-def parameter_groups(linears: dict[str, nn.Module], rates: tuple[float, float], others=()) -> list[dict]:
+def parameter_groups(linears: dict[str, nn.Module], rates: tuple[float, float], others=(), embeddings=()) -> list[dict]:
     """Groups for AdamW with their peak learning rates under "peak".
 
     rates: of the weights (relative to their initial root mean square) and of the scales (relative to each).
-    others: norm weights and biases, which learn at the weights' rate, relative to their own size.
+    others: norm weights and biases, which learn at the weights' rate, relative to their own size. embeddings: at a
+    tenth of it, since AdamW moves what a seldom word is given by as far as everything else.
     """
     weight_lr, scale_lr = rates
     by_rate: dict[float, list] = {}
@@ -36,14 +38,23 @@ def parameter_groups(linears: dict[str, nn.Module], rates: tuple[float, float], 
             by_rate.setdefault(_rounded(weight_lr * linear.initial_rms), []).append(linear.weight)
             if linear.zeros.requires_grad:
                 zeros.append(linear.zeros)
-    for parameter in others:
-        rms = float(parameter.detach().float().square().mean().sqrt())
-        by_rate.setdefault(_rounded(weight_lr * max(rms, 1e-3)), []).append(parameter)
+    for parameters, share in ((others, 1.0), (embeddings, _EMBEDDINGS_RATE)):
+        for parameter in parameters:
+            rms = float(parameter.detach().float().square().mean().sqrt())
+            by_rate.setdefault(_rounded(share * weight_lr * max(rms, 1e-3)), []).append(parameter)
     groups = [{"params": parameters, "peak": rate} for rate, parameters in by_rate.items() if rate > 0]
     groups.append({"params": gains, "peak": scale_lr})
     if zeros:
         groups.append({"params": zeros, "peak": scale_lr * ZERO_STEPS})
     return groups
+
+
+def grouped(rates) -> list[dict]:
+    """Groups for AdamW from pairs of parameter and peak learning rate, one for each rate."""
+    groups: dict[float, list] = {}
+    for parameter, rate in rates:
+        groups.setdefault(rate, []).append(parameter)
+    return [{"params": parameters, "peak": rate} for rate, parameters in groups.items()]
 
 
 def _rounded(rate: float) -> float:

@@ -22,6 +22,7 @@ from gqsac.evaluate.divergence import compare as diverge
 from gqsac.evaluate.plot import plot_sizes
 
 RESULTS, TABLE, CSV, PLOT = "sweep.json", "sweep.md", "sweep.csv", "sweep.png"
+OWN_TEXT = "own-text"  # of the model, if it is to be trained on: one for all points
 _SERIES = "widths by row"
 
 
@@ -93,7 +94,7 @@ def sweep(
             if not Path(row.path).exists():
                 compress(
                     model, row.path, calibration=list(calibration), device=device, progress=show, target_bpw=target,
-                    **options,
+                    own_text=out / OWN_TEXT, **options,
                 )  # fmt: skip
             summary = build(row.path, f"{row.path}.gqsa", BuildOptions(targets=tuple(build_targets)))
             found = diverge(row.path, model, text, window, None, max_windows, device, progress=progress)

@@ -94,7 +94,8 @@ def test_forward_is_bit_for_bit_what_export_stores(case, dtype):
 
 
 def reference_weight(linear):
-    """The same in plain autograd: rounding passes gradients, clipping stops them, removed weights pass them."""
+    """The same in plain autograd: rounding passes gradients, removed weights pass them, and clipping stops them unless
+    zeros may lie between levels."""
 
     def through(exact, rounded):
         return exact + (rounded - exact).detach()
@@ -109,10 +110,14 @@ def reference_weight(linear):
     zeros = through(linear.zeros, rounded)  # it may come back into its range
     zeros = torch.where(bits == 8, rounded.detach(), zeros)[..., None] * unit[..., None]
     ratio = linear.weight.view(*linear.base.shape, -1) / scales
-    levels = through(ratio + zeros, torch.round(ratio + zeros)).clamp(torch.zeros_like(top), top)
+    unclipped = through(ratio + zeros, torch.round(ratio + zeros))
+    levels = unclipped.clamp(torch.zeros_like(top), top)
     kept = ((levels - zeros) * scales).view(*linear.keep.shape, -1) * linear.keep[..., None]
-    removed = linear.weight.view_as(kept) * ~linear.keep[..., None]
-    return (kept + removed - removed.detach()).flatten(1)
+    passing = (~linear.keep[..., None]).expand_as(kept)
+    if linear.between_levels:
+        passing = passing | (levels != unclipped).view_as(kept)
+    passed = linear.weight.view_as(kept) * passing
+    return (kept + passed - passed.detach()).flatten(1)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -228,24 +228,41 @@ def test_a_layer_that_is_not_finite_is_named_and_the_last_good_state_goes_on(tmp
     monkeypatch.setattr(end_to_end, "_SAVE_EVERY", 10)
     options = {"sparsity": 0.5, "stages": ("distill",), **SMALL, "e2e_steps": 20}
     compress(llama, tmp_path / "whole", **options)
-    real, steps, norm = end_to_end._step, [], "model.layers.1.post_attention_layernorm"
+    real, steps, norm = end_to_end.batch_tokens, [], "model.layers.1.post_attention_layernorm"
 
-    def step(training, number, parameters):
-        steps.append(number)
-        if number == 13:
+    def batch_tokens(training, step):
+        steps.append(step)
+        if step == 13:
             training.student.get_submodule(norm).weight.data[3] = float("inf")
-        return real(training, number, parameters)
+        return real(training, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(end_to_end, "_step", step)
+        patch.setattr(end_to_end, "batch_tokens", batch_tokens)
         message = rf"^distill: .* in step 14, first in the output of {norm}; give the same"
         with pytest.raises(ModelError, match=message):
             compress(llama, tmp_path / "out", **options)
-        compress_again = []
-        patch.setattr(end_to_end, "_step", lambda t, number, p: compress_again.append(number) or real(t, number, p))
+        assert steps == [*range(14), 13]  # once more, to find the layer
+        steps.clear()
+        patch.setattr(end_to_end, "batch_tokens", lambda t, step: steps.append(step) or real(t, step))
         compress(llama, tmp_path / "out", **options)
-    assert steps == list(range(14)) and compress_again == list(range(10, 20))
+    assert steps == list(range(10, 20))
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+def test_embeddings_learn_if_asked_to_and_later_stages_keep_them(tmp_path, llama):
+    name, found = "model.embed_tokens.weight", {}
+    for label, stages, learn in (
+        ("not", ("distill",), False),
+        ("yes", ("distill",), True),
+        ("both", ("distill", "e2e-oqp"), True),
+    ):
+        options = {"sparsity": 0.25, "stages": stages, "learn_embeddings": learn, **SMALL}
+        compress(llama, tmp_path / label, **options)
+        found[label] = Checkpoint.open(tmp_path / label).read(name)
+    source = load_source(llama).model.get_input_embeddings().weight.detach().numpy().astype(np.float16)
+    np.testing.assert_array_equal(found["not"], source)
+    assert (found["yes"] != source).mean() > 0.5
+    np.testing.assert_array_equal(found["both"], found["yes"])
 
 
 def test_scales_alone_learn_in_e2e_oqp(tmp_path, llama):

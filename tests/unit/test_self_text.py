@@ -167,3 +167,19 @@ def test_a_killed_sampling_goes_on_with_what_it_has(tmp_path, llama, monkeypatch
     compress(llama, tmp_path / "out", calibration="self:1k", **SMALL)
     assert sizes == [5, 5, 5, 2]
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+def test_a_folder_keeps_text_for_other_runs(tmp_path, llama, monkeypatch):
+    folder = tmp_path / "own"
+    compress(llama, tmp_path / "first", calibration="self:320", own_text=folder, **SMALL)
+    (file,) = folder.iterdir()
+    assert np.load(file).shape == (20, 16)  # all that was asked for, where 12 samples were needed
+    monkeypatch.setattr(self_text, "sample", lambda *rest: pytest.fail("sampled again"))
+    compress(llama, tmp_path / "second", calibration="self:320", own_text=folder, **SMALL)
+    assert folder_bytes(tmp_path / "first") == folder_bytes(tmp_path / "second")
+    np.save(file, np.zeros((20, 8), np.uint8))
+    with pytest.raises(InputError, match=r"holds uint8 \[20, 8\], expected tokens \[20, 16\]; delete it"):
+        compress(llama, tmp_path / "third", calibration="self:320", own_text=folder, **SMALL)
+    file.write_bytes(b"PK")
+    with pytest.raises(InputError, match="is damaged .*; delete it, and the text is sampled anew"):
+        compress(llama, tmp_path / "third", calibration="self:320", own_text=folder, **SMALL)
