@@ -187,7 +187,6 @@ class _Run:
     def close(self) -> None:
         """Lets another run go on with what this one left."""
         self._partial.close()
-        self._world.close()
 
     def _fresh_model(self):
         """The uncompressed model, anew; large ones are read again rather than held twice."""

@@ -107,8 +107,8 @@ def prepare_training(
         embeddings = [parameter.requires_grad_(True) for parameter in embeddings_of(model) if options.learn_embeddings]
         if previous == UNCOMPRESSED:
             contexts = torch.from_numpy(tokens)
-            at_once = micro_batch(model, batch, tokens.shape[1], device, len(blocks) if large else 0)
-            chooser = WidthChooser(model, linears, allotment, contexts, at_once, options.seed)
+            at_once = micro_batch(model, batch // world.size, tokens.shape[1], device, len(blocks) if large else 0)
+            chooser = WidthChooser(model, linears, allotment, contexts, at_once, options.seed, blocks, world)
         elif allotment is None and options.removes_gradually("distill"):
             chooser = MaskChooser(linears, options, already_sparse=previous == "bqpo")
     if large:

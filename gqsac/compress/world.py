@@ -7,6 +7,7 @@ frozen linears and a block's weights while it runs.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class World:
             return cls()
         if not distributed.is_initialized():
             distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_LONGEST_WAIT)
+            atexit.register(distributed.destroy_process_group)  # a second compression needs it again
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     def device(self, device: torch.device) -> torch.device:
@@ -57,11 +59,9 @@ class World:
                 f"the master dtype is {options.master_dtype!r}, but {self.size} processes spread weights and scales "
                 "together, which must be of one type; leave it out"
             )
-        chooses = "distill" in options.stages and options.removes_gradually("distill")
-        if chooses and (options.by_rows or options.sparsity > 0):
-            raise InputError(
-                f"{self.size} processes train widths and masks that stay; give --removal at-once, or use one process"
-            )
+        removes = "distill" in options.stages and options.removes_gradually("distill") and options.sparsity > 0
+        if removes:
+            raise InputError(f"{self.size} processes train masks that stay; give --removal at-once, or use one process")
 
     @contextlib.contextmanager
     def first_alone(self):
@@ -93,6 +93,14 @@ class World:
         distributed.all_reduce(tensor)
         return float(tensor) / self.size
 
+    def first_has(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The first process's tensor, on the CPU, in all of them: what is decided must be the same everywhere."""
+        if self.size == 1:
+            return tensor
+        there = tensor.to(device)
+        distributed.broadcast(there, 0)
+        return there.cpu()
+
     def spread(self, model: nn.Module, blocks, device: torch.device) -> None:
         """Spreads a model's parameters over the processes: a block at a time comes together to run."""
         if self.size == 1:
@@ -101,11 +109,6 @@ class World:
         for block in blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-
-    def close(self) -> None:
-        """Ends what `of` began."""
-        if self.size > 1 and distributed.is_initialized():
-            distributed.destroy_process_group()
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,6 +119,24 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that may be spread; every process must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_rows(parameter: torch.Tensor) -> tuple[int, int]:
+    """(the first row, how many) of what this process has of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return 0, len(parameter)
+    each = -(-len(parameter) // parameter.device_mesh.size())  # as torch.chunk divides them
+    return min(len(parameter), parameter.device_mesh.get_rank() * each), len(parameter.to_local())
+
+
+def whole_rows(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """All rows of something that was computed of each process's rows of a parameter: part is [its rows, n]."""
+    if not isinstance(parameter, DTensor):
+        return part
+    shape = torch.Size((len(parameter), part.shape[1]))
+    return DTensor.from_local(
+        part, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=(part.shape[1], 1)
+    ).full_tensor()
 
 
 def spread_like(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
