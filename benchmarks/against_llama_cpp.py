@@ -3,11 +3,11 @@
     python benchmarks/against_llama_cpp.py --gqsa model.gqsa --gguf model.Q4_0.gguf --threads 2 \\
         --pair best=x86_64_v4_vnni,llama-bench-avx512 --pair avx2=x86_64_v3,llama-bench-avx2
 
-A pair is NAME=TARGET,BINARY[,BINARY…]: one of the file's CPU targets, and builds of llama.cpp's llama-bench, of which the
-fastest counts, each without and with flash attention. A round runs each side once, in a process of its own; a process
-loads its model, warms up and decodes --tokens tokens behind --depth others --repeats times. Other programs only take
-time, so the best of all rounds is compared, and the medians beside it. What llama.cpp's steps leave out and ours do is the choice
-of the next token. Pin both sides with `taskset -c 2,3 python …` where the machine has more cores than --threads.
+A pair is NAME=TARGET,BINARY[,BINARY…]: one of the file's CPU targets, and builds of llama.cpp's llama-bench, each run
+without and with flash attention. A round runs each side once, in a process of its own; a process loads its model, warms
+up, and decodes --tokens tokens behind --depth others, --repeats times. Other programs only take time, so the best of
+all rounds is compared, and the medians beside it. Steps of gqsac choose the next token, those of llama-bench do not.
+Pin both sides with `taskset -c 2,3 python …` where the machine has more cores than --threads.
 """
 
 import argparse
