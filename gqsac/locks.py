@@ -6,6 +6,7 @@ So what a killed process left can be told from what another one is still making.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ try:
     import fcntl
 except ModuleNotFoundError:  # Windows: nothing is locked there, and nothing swept
     fcntl = None
+
+_ATTEMPTS = 10  # at a scratch folder that is not swept before it is locked
 
 
 def lock(path: Path) -> int | None:
@@ -48,10 +51,15 @@ def sweep(paths: Iterable[Path]) -> None:
 def scratch_folder(prefix: str) -> Iterator[Path]:
     """A temporary folder for the length of a `with` block. Those that killed processes left are removed first."""
     sweep(Path(tempfile.gettempdir()).glob(f"{prefix}*"))
-    with tempfile.TemporaryDirectory(prefix=prefix) as name:
-        descriptor = lock(Path(name))
-        try:
-            yield Path(name)
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
+    for attempt in itertools.count():
+        with tempfile.TemporaryDirectory(prefix=prefix) as name:
+            descriptor = lock(Path(name))
+            try:
+                # Another process may sweep it between the two lines above. Where nothing can be locked nobody sweeps.
+                if attempt < _ATTEMPTS and (descriptor is None or not os.path.isdir(name)):
+                    continue
+                yield Path(name)
+                return
+            finally:
+                if descriptor is not None:
+                    os.close(descriptor)

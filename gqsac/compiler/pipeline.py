@@ -29,7 +29,7 @@ from gqsac.compiler.passes.compile import (
 from gqsac.compiler.passes.fuse import fuse
 from gqsac.compiler.passes.fuse_records import fuse_records
 from gqsac.compiler.passes.legalize import legalize
-from gqsac.compiler.passes.link import kv_layers, link, ropes
+from gqsac.compiler.passes.link import code_tensors, kv_layers, link, ropes
 from gqsac.compiler.passes.measure_linears import measure_linears
 from gqsac.compiler.passes.pack import Packing, pack
 from gqsac.compiler.passes.render import render
@@ -127,7 +127,9 @@ class _Planned:
         self, compiled: list[Compiled], file_bytes: int | None, seconds: float, context: int | None = None
     ) -> Summary:
         """See Summary.make."""
-        program = self.program if not compiled else replace(self.program, binaries=link(compiled, self.targets)[0])
+        program = self.program
+        if compiled:
+            program = replace(program, binaries=tuple(binary for binary, _ in link(compiled, self.targets)))
         return Summary.make(program, self.counts, self.packing, compiled, self.targets, file_bytes, seconds, context)
 
 
@@ -198,7 +200,8 @@ def _compiled(planned: _Planned, options: BuildOptions, progress) -> list[Compil
 
 def _content(planned: _Planned, compiled: list[Compiled], options: BuildOptions) -> Content:
     # One file: binaries first, so that a reader meets the code before gigabytes of weights.
-    binaries, binary_tensors = link(compiled, planned.targets)
+    linked = link(compiled, planned.targets)
+    binaries = tuple(binary for binary, _ in linked)
     return Content(
         name=planned.name,
         program_json=replace(planned.program, binaries=binaries).to_json(),
@@ -206,7 +209,7 @@ def _content(planned: _Planned, compiled: list[Compiled], options: BuildOptions)
         facts_json=facts_json(planned.counts.sparsity, planned.measured),
         tokenizer_json=planned.tokenizer,
         chat_template=planned.template,
-        tensors=(*binary_tensors, *planned.packing.tensors),
+        tensors=(*code_tensors(linked), *planned.packing.tensors),
     )
 
 

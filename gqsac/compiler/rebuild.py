@@ -36,7 +36,7 @@ _COMPILERS = {"cuda": "nvrtc", "cpu": "zig"}  # of each family
 def offered(program: Program) -> Program:
     """The program as if it had binaries for every target that can be made here of its plans, without their code."""
     targets = [target for target in (*CUDA_TARGETS, *CPU_TARGETS) if family_of(target) in program.plans]
-    return replace(program, binaries=tuple(Binary(target, kind_of(target), "", {}) for target in targets))
+    return replace(program, binaries=tuple(Binary(target, kind_of(target), "", 0, "", {}) for target in targets))
 
 
 def make(file: ArtifactFile, target: str) -> tuple[Binary, bytes]:
@@ -47,8 +47,8 @@ def make(file: ArtifactFile, target: str) -> tuple[Binary, bytes]:
     family = family_of(target)
     sources = {family: _sources(file, family)}
     compiled = compile_all(sources, (target,), cache_dir=default_cache_dir())
-    (binary,), (code,) = link(compiled, (target,))
-    return binary, code.make().tobytes()
+    ((binary, code),) = link(compiled, (target,))
+    return binary, code
 
 
 def made_by(target: str) -> str:
@@ -71,15 +71,13 @@ def compare(
         targets = targets_of(program)
         sources = {family: _sources(file, family) for family in families(targets)}
         here = toolchain(targets)
-        binaries, tensors = link(compile_all(sources, targets, progress=progress), targets)
+        linked = link(compile_all(sources, targets, progress=progress), targets)
         held = {binary.target: binary for binary in program.binaries}
         rows = []
-        for made, tensor in zip(binaries, tensors, strict=True):
+        for made, code in linked:
             names = ("gqsac", _COMPILERS[family_of(made.target)])
             same_compiler = all(recorded.get(name) == here[name] for name in names)
-            rows += _compare(
-                held[made.target], _code(file, held[made.target]), made, tensor.make().tobytes(), same_compiler
-            )
+            rows += _compare(held[made.target], file.code(held[made.target]), made, code, same_compiler)
         return Comparison(printable(_words(recorded)), _words(here), tuple(rows))
 
 
@@ -102,10 +100,6 @@ def _compare(held: Binary, held_code: bytes, made: Binary, code: bytes, same_com
 def _sources(file: ArtifactFile, family: str) -> dict[str, str]:
     specs, _ = plan_again(file.program, family, recorded_compiler(file))
     return render_all(specs, family)
-
-
-def _code(file: ArtifactFile, binary: Binary) -> bytes:
-    return file.read(binary.tensor).tobytes()
 
 
 def _words(compiler: dict) -> str:

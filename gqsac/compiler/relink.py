@@ -34,7 +34,7 @@ from gqsac.compiler.passes.compile import (
     families,
     toolchain,
 )
-from gqsac.compiler.passes.link import kind_of, link
+from gqsac.compiler.passes.link import code_tensors, kind_of, link
 from gqsac.compiler.passes.pack import PackedTensor
 from gqsac.compiler.passes.render import render
 from gqsac.compiler.passes.schedule import kernels
@@ -156,8 +156,9 @@ def _check_nothing_lost(file: ArtifactFile) -> None:
 
 
 def _content(file: ArtifactFile, program: Program, compiled: list[Compiled], targets: tuple[str, ...]) -> Content:
-    binaries, code = link(compiled, targets)
-    program = replace(program, binaries=binaries)
+    linked = link(compiled, targets)
+    program = replace(program, binaries=tuple(binary for binary, _ in linked))
+    code = code_tensors(linked)
     old_code = {binary.tensor for binary in file.program.binaries}
     weights = [
         PackedTensor(name, info.dtype, info.shape, lambda name=name: file.read(name))

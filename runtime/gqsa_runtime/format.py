@@ -10,7 +10,7 @@ from typing import Any, Final
 GGUF_MAGIC: Final = b"GGUF"
 GGUF_VERSION: Final = 3
 ARCHITECTURE: Final = "gqsa"
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 ALIGNMENT: Final = 64  # bytes; every tensor starts on a cache line and on a 16-byte load boundary
 MAX_NAME_BYTES: Final = 63  # llama.cpp refuses longer tensor names
 MAX_NAME_CHARACTERS: Final = 256  # of the names that are shown to people

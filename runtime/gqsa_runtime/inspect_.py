@@ -27,7 +27,7 @@ def describe(file: ArtifactFile, context: int | None = None) -> dict[str, Any]:
     (parameters of the dense matrix), bytes as stored, bits_per_weight from the two, sparsity, the share of weights in
     removed groups, and row_widths, bits -> share of the rows, both None where sizes do not tell them, sparsity only if
     the build has not noted it either. "measured": by the compression, see facts.MEASURES, or None. "dense_bytes":
-    embeddings, heads, norms and biases.
+    embeddings, heads, norms and biases. "targets": bytes of machine code, and stored_bytes, compressed as it is.
     """
     program = file.program
     if context is None:
@@ -53,7 +53,12 @@ def describe(file: ArtifactFile, context: int | None = None) -> dict[str, Any]:
         "measured": facts["measured"],
         "dense_bytes": memory.weight_bytes(program, file.tensors, family) - linears["bytes"],
         "targets": [
-            {"target": binary.target, "kind": binary.kind, "bytes": file.tensors[binary.tensor].size}
+            {
+                "target": binary.target,
+                "kind": binary.kind,
+                "bytes": binary.n_bytes,
+                "stored_bytes": file.tensors[binary.tensor].size,
+            }
             for binary in program.binaries
         ],
         "plans": {family: _plan(file, family, context) for family in program.plans},
@@ -171,7 +176,7 @@ def render(facts: dict[str, Any]) -> str:
         ("vocabulary", f"{facts['vocab_size']:,} tokens"),
         ("context", f"up to {facts['max_context']:,} tokens, {facts['layers']} layers of {facts['kv_dtype']} KV cache"),
         ("chat template", "yes" if facts["chat_template"] else "no"),
-        ("targets", ", ".join(f"{t['target']} ({size(t['bytes'])})" for t in facts["targets"]) or "none"),
+        ("targets", ", ".join(map(_target, facts["targets"])) or "none"),
         ("tensors", str(facts["tensors"])),
     ]
     for family, plan in facts["plans"].items():
@@ -191,6 +196,10 @@ def render(facts: dict[str, Any]) -> str:
         for row in plan["contexts"]
     ]
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows) + f"\n\n{table(costs)}"
+
+
+def _target(target: dict[str, Any]) -> str:
+    return f"{target['target']} ({size(target['bytes'])} in {size(target['stored_bytes'])})"
 
 
 def _quality(measured: dict[str, Any] | None) -> str:

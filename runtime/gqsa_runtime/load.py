@@ -71,7 +71,7 @@ def open_device(
         reason += f"; kernels made anew by {compiler.made_by(target)}, no code of the file runs"
 
     def binaries(binary: Binary) -> bytes:
-        return file.read(binary.tensor).tobytes() if code is None else code
+        return file.code(binary) if code is None else code
 
     with contextlib.ExitStack() as stack:
         # Reading begins first: making a GPU's context takes as long as much of the reading.

@@ -134,15 +134,18 @@ class Rope:
 
 @dataclass(frozen=True)
 class Binary:
-    """The compiled kernels of one target, concatenated in one I8 tensor.
+    """The compiled kernels of one target, one behind another, compressed (`machine_code.py`) in one I8 tensor.
 
     kind: "cubin" (target sm_XX), "ptx" (target compute_XX) or "shared_object" (target x86_64_v3, …).
-    kernels: kernel name -> (offset, size) in bytes. A shared object holds all kernels: key "".
+    n_bytes, sha256: of the code, not compressed; the digest in hexadecimal digits.
+    kernels: kernel name -> (offset, size) in bytes of the code. A shared object holds all kernels: key "".
     """
 
     target: str
     kind: str
     tensor: str
+    n_bytes: int
+    sha256: str
     kernels: dict[str, tuple[int, int]]
 
     @property

@@ -22,7 +22,8 @@ import numpy as np
 
 from gqsa_runtime import format as gqsa
 from gqsa_runtime.errors import FormatError, InputError, SignatureError
-from gqsa_runtime.program import Program
+from gqsa_runtime.machine_code import unpack
+from gqsa_runtime.program import Binary, Program
 from gqsa_runtime.signature import Signature, check_signature
 from gqsa_runtime.typecheck import brief
 
@@ -139,6 +140,14 @@ class ArtifactFile:
                 "copy or download the file again"
             )
         return data.view(_NUMPY_TYPES[info.dtype]).reshape(info.shape)
+
+    def code(self, binary: Binary) -> bytes:
+        """The machine code of a binary of a validated program, its kernels at the places that the binary names.
+
+        Raises FormatError as `read` does, and where the code is not of the length and digest that the program states.
+        """
+        with naming(self.path):
+            return unpack(self.read(binary.tensor).data, binary.n_bytes, binary.sha256)
 
     def _check_signature(
         self, signature: Signature, header: _Header, table: bytes, tensors: Mapping[str, TensorInfo]

@@ -15,6 +15,7 @@ from gqsa_runtime.constants import NUMBER, Params, allowed, shown
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.format import ALIGNMENT, MAX_NAME_CHARACTERS
 from gqsa_runtime.layouts import ContentRule, Layout
+from gqsa_runtime.machine_code import MAX_BYTES
 from gqsa_runtime.operators import FEW_TOKENS, OPERATORS, Operand, check_params, families_of, state_elements
 from gqsa_runtime.program import DTYPE_BYTES, PHASES, Argument, Buffer, Kernel, Launch, Plan, Program, Step
 from gqsa_runtime.reader import TensorInfo
@@ -34,6 +35,7 @@ _CHOICE, _CHOOSERS = "argmax", {"choose": "token", "log_probs": "argmax"}  # ope
 _MAX_GRID = (2**31 - 1, 65535, 65535)
 _MAX_BLOCK = 1024
 _MAX_SHARED_BYTES = 256 << 10
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 
 
@@ -115,13 +117,17 @@ def _check_binaries(program: Program, tensors: Mapping[str, TensorInfo]) -> None
             raise _error(f"{where} is no {binary.kind} target, expected the form {_TARGETS[binary.kind].pattern}")
         if binary.family not in program.plans:
             raise _error(f"{where} has no plan: there are those of {sorted(program.plans)}")
-        size = _tensor(tensors, where, binary.tensor, "i8").elements
+        _tensor(tensors, where, binary.tensor, "i8")
+        if not 1 <= binary.n_bytes <= MAX_BYTES:
+            raise _error(f"{where} has {binary.n_bytes} bytes of code, expected 1 to {MAX_BYTES}")
+        if not _SHA256.fullmatch(binary.sha256):
+            raise _error(f"{where} has the sha256 {binary.sha256[:80]!r}, expected 64 digits 0 to f")
         kernels = {kernel.name for kernel in program.plans[binary.family].kernels}
         if set(binary.kernels) != ({""} if binary.kind == "shared_object" else kernels):
             raise _error(f"{where} does not hold its plan's kernels exactly")
         for name, (offset, length) in binary.kernels.items():
-            if offset < 0 or length < 1 or offset + length > size:
-                raise _error(f"{where}: kernel {name!r} lies at {offset} + {length} of {size} bytes")
+            if offset < 0 or length < 1 or offset + length > binary.n_bytes:
+                raise _error(f"{where}: kernel {name!r} lies at {offset} + {length} of {binary.n_bytes} bytes")
     families = {binary.family for binary in program.binaries}
     if set(program.plans) != families or not families:
         raise _error(f"there are plans for {sorted(program.plans)} and binaries for {sorted(families)}")

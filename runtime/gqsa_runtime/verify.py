@@ -1,4 +1,4 @@
-"""Checks a whole file: every digest, the launch plan, all index tensors, tokenizer, chat template and facts."""
+"""Checks a whole file: digests, launch plan, index tensors, machine code, tokenizer, chat template and facts."""
 
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ def verify_open(artifact: ArtifactFile, progress: Progress | None = None) -> Ver
         names = list(artifact.tensors)
         with CheckedTensors(artifact, names) as tensors:
             n_bytes = sum(tensors[name].nbytes for name in (progress(names) if progress else names))
+        for binary in artifact.program.binaries:
+            artifact.code(binary)
         Tokenizer(artifact.text(gqsa.KEY_TOKENIZER), artifact.program.vocab_size)
         if gqsa.KEY_FACTS in artifact.metadata:
             read_facts(artifact.text(gqsa.KEY_FACTS), artifact.path)

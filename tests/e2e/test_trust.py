@@ -4,13 +4,12 @@ import pytest
 from gqsa_runtime import Model, device_cuda
 from gqsa_runtime.device_cpu import TARGET_VARIABLE, supported_targets
 from gqsa_runtime.errors import DeviceError
-from gqsa_runtime.reader import ArtifactFile
 
 from gqsac.compiler.passes.compile import CUDA_TARGETS
 from tests.e2e.checkpoints import save_checkpoint
 from tests.e2e.command import gqsac, refusal, succeed
 from tests.e2e.reference import greedy
-from tests.format import gguf_bytes
+from tests.format.other_code import with_code
 
 pytestmark = pytest.mark.skipif(not supported_targets(), reason="this CPU runs none of gqsac's kernels")
 
@@ -43,11 +42,7 @@ def test_a_file_for_another_cpu_gives_the_same_tokens(built, tmp_path):
 
 
 def test_no_code_of_the_file_runs(built, tmp_path, monkeypatch):
-    with ArtifactFile.open(built) as file:
-        arrays = {name: file.read(name) for name in file.tensors}
-        arrays[f"binary.{TARGET}"] = arrays[f"binary.{TARGET}"] * 0  # and digests that agree with it
-        hostile = tmp_path / "hostile.gqsa"
-        hostile.write_bytes(gguf_bytes.gguf(file.metadata, arrays))
+    hostile = with_code(built, tmp_path / "hostile.gqsa", TARGET, lambda code: bytes(len(code)))
     monkeypatch.setenv(TARGET_VARIABLE, TARGET)
     run = ("run", hostile, "--raw", "--prompt", PROMPT, "--max-new-tokens", 8, "--device", "cpu")
     assert refusal(gqsac(*run))

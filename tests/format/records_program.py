@@ -7,7 +7,7 @@ import numpy as np
 from gqsa_runtime.layouts import RECORDS
 from gqsa_runtime.layouts.records import make_plan
 from gqsa_runtime.operators import OPERATORS, state_elements
-from gqsa_runtime.program import Argument, Binary, Buffer, Kernel, Plan, Program, Step
+from gqsa_runtime.program import Argument, Buffer, Kernel, Plan, Program, Step
 from gqsa_runtime.reader import TensorInfo
 
 from tests.format import tiny
@@ -40,7 +40,7 @@ SOURCES = {"embed": _table(), "gate": _gated(), "bare": _bare()}
 
 
 def tensors() -> dict[str, np.ndarray]:
-    arrays = {"norm": np.ones(K, np.float32), "binary.cpu": np.arange(100, dtype=np.int8)}
+    arrays = {"norm": np.ones(K, np.float32), "binary.cpu": tiny.packed(tiny.CODE)}
     for name, source in SOURCES.items():
         params = {"k": source[1].columns, **source[1].constants}
         arrays |= {f"{name}.{part}": RECORDS.pack(part, source, params).copy() for part in PARTS}
@@ -128,7 +128,7 @@ def plan(**changes) -> Plan:
 def program(made: Plan | None = None) -> Program:
     return tiny.program(
         plans={"cpu": made or plan()}, ropes={}, kv_layers=(),
-        binaries=(Binary("x86_64_v3", "shared_object", "binary.cpu", {"": (0, 100)}),),
+        binaries=(tiny.binary("x86_64_v3", "shared_object", {"": (0, 100)}),),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from gqsa_runtime import chat, patterns, reader, session, tokenizer, tokenizer_schema
+from gqsa_runtime import chat, machine_code, patterns, reader, session, tokenizer, tokenizer_schema
 from gqsa_runtime import format as gqsa
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.layouts import GROUP_WORDS, RECORDS, group_words, records
@@ -68,6 +68,9 @@ STATEMENTS = {
     "group sizes": f"group size `G` ({listed(GROUP_WORDS.constants['group_size'])})",
     "columns": f"limits a row to {group_words.MAX_COLUMNS} groups",
     "fixed zero": f"8-bit groups have the fixed zero {group_words.ZERO_OF_8_BIT}",
+    "machine code": f"one LZMA2 stream with a dictionary of {machine_code.DICTIONARY_BYTES // MI} MiB",
+    "code of a target": f"at most {machine_code.MAX_BYTES // MI} MiB. The stream",
+    "piece of code": f"{machine_code._PIECE_BYTES // MI} MiB beyond `n_bytes`",
     "tokenizer": f"JSON of at most {tokenizer_schema.MAX_CHARACTERS // MI} Mi characters, "
     f"{tokenizer_schema._MAX_CONTAINERS // MI} Mi lists and objects and {tokenizer_schema._MAX_VALUES // MI} Mi values",
     "token": f"tokens of at most {tokenizer_schema._MAX_TOKEN_CHARACTERS} characters",
@@ -117,14 +120,14 @@ def golden(tmp_path, name: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["version-3", "version-3-records"])
+@pytest.mark.parametrize("name", ["version-4", "version-4-records"])
 def test_a_file_of_this_version_opens(tmp_path, name):
     assert verify_file(golden(tmp_path, name)).n_tensors > 5
 
 
-@pytest.mark.parametrize("name", ["version-1", "version-2", "version-2-records"])
+@pytest.mark.parametrize("name", ["version-1", "version-2", "version-2-records", "version-3", "version-3-records"])
 def test_a_file_of_an_older_version_is_told_how_to_be_made_anew(tmp_path, name):
-    message = f"version {name[8]}, this runtime reads version 3; rebuild it with `gqsac build`"
+    message = f"version {name[8]}, this runtime reads version 4; rebuild it with `gqsac build`"
     with pytest.raises(FormatError, match=message):
         verify_file(golden(tmp_path, name))
 

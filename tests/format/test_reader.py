@@ -37,7 +37,7 @@ def raw(pairs=None, infos=(), data=b"", **options) -> bytes:
 def test_sound_file_reads_back(tmp_path):
     with ArtifactFile.open(write(tmp_path, SOUND)) as file:
         assert file.program == tiny.program()
-        assert file.metadata["gqsa.format_version"] == 3
+        assert file.metadata["gqsa.format_version"] == 4
         assert list(file.tensors) == list(tiny.tensors())
         for name, expected in tiny.tensors().items():
             array = file.read(name)
@@ -45,6 +45,7 @@ def test_sound_file_reads_back(tmp_path):
             assert array.ctypes.data % 64 == 0
             np.testing.assert_array_equal(array, expected)
         validate(file.program, file.tensors)
+        assert file.code(file.program.binaries[0]) == tiny.CODE
 
 
 def test_what_the_gguf_package_writes_is_read(tmp_path):
@@ -105,11 +106,11 @@ def test_other_architecture(tmp_path):
 
 
 def test_newer_format_version(tmp_path):
-    refuse(tmp_path, tiny.file_bytes(**{"gqsa.format_version": 4}), "format version 4.*pip install ./runtime")
+    refuse(tmp_path, tiny.file_bytes(**{"gqsa.format_version": 5}), "format version 5.*pip install ./runtime")
 
 
 def test_older_format_version(tmp_path):
-    for version in (1, 2):
+    for version in (1, 2, 3):
         message = f"format version {version}, .*rebuild it with `gqsac build`"
         refuse(tmp_path, tiny.file_bytes(**{"gqsa.format_version": version}), message)
 
@@ -210,7 +211,7 @@ def test_trailing_data(tmp_path):
 
 def test_padding_between_tensors(tmp_path):
     data = bytearray(SOUND)
-    start = SOUND.index(tiny.tensors()["binary.cpu"].tobytes()) + 100
+    start = SOUND.index(tiny.tensors()["binary.cpu"].tobytes()) + tiny.tensors()["binary.cpu"].nbytes
     assert data[start] == 0
     data[start] = 7
     refuse(tmp_path, bytes(data), "padding after tensor 'binary.cpu'")

@@ -26,7 +26,7 @@ PLAN_FIELDS = {field.name for field in dataclasses.fields(Plan)}
 
 
 def cubin(plan: Plan) -> Binary:
-    return Binary("sm_90", "cubin", "binary.cpu", dict.fromkeys([kernel.name for kernel in plan.kernels], (0, 10)))
+    return tiny.binary("sm_90", "cubin", dict.fromkeys([kernel.name for kernel in plan.kernels], (0, 10)))
 
 
 def cuda_program(plan: Plan | None = None) -> dict:
@@ -326,6 +326,10 @@ def test_binaries():
     refuse_binary("exactly", kernels={"": (0, 1), "x": (0, 1)})
     for place in ((0, 101), (-1, 5), (100, 1), (0, 0), (1 << 60, 1)):
         refuse_binary("lies at", kernels={"": place})
+    for n_bytes in (0, -1, (64 << 20) + 1):
+        refuse_binary(f"has {n_bytes} bytes of code, expected 1 to 67108864", n_bytes=n_bytes)
+    for sha256 in ("", "0" * 63, "0" * 65, "A" * 64, "0" * 64 + "\n"):
+        refuse_binary("has the sha256", sha256=sha256)
     twice = tiny.program().binaries * 2
     refuse("same target", binaries=twice)
     validate(tiny.program(**cuda_program()), infos())

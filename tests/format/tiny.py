@@ -1,9 +1,11 @@
 """A tiny sound program, its tensors and its file: one layer, a byte tokenizer, every operator kind that matters."""
 
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
+from gqsa_runtime import machine_code
 from gqsa_runtime.format import FORMAT_VERSION
 from gqsa_runtime.operators import CHOOSE_PARTIAL, state_elements
 from gqsa_runtime.program import Argument, Binary, Buffer, Kernel, KVLayer, Launch, Plan, Program, Rope, Step
@@ -13,6 +15,7 @@ from tests.format import gguf_bytes
 
 WIDTH, CHUNK, CONTEXT, GROUP, ROWS = 32, 4, 32, 16, 32
 BOS, EOS = 256, 257
+CODE = bytes(range(100))
 VOCAB = 258
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content }}\n{% endfor %}"
@@ -46,8 +49,19 @@ def tensors() -> dict[str, np.ndarray]:
         "q.groups": words.view(np.int32),
         "q.crow_indices": crow,
         "q.tasks": np.array([0, 5, ROWS], np.int32),
-        "binary.cpu": np.arange(100, dtype=np.int8),
+        "binary.cpu": packed(CODE),
     }
+
+
+def packed(code: bytes) -> np.ndarray:
+    """Machine code as a file holds it."""
+    return np.frombuffer(machine_code.pack(code), np.int8)
+
+
+def binary(target: str, kind: str, kernels: dict, tensor: str = "binary.cpu", code: bytes | None = None) -> Binary:
+    """Of code whose bytes mean nothing."""
+    code = CODE if code is None else code
+    return Binary(target, kind, tensor, len(code), hashlib.sha256(code).hexdigest(), kernels)
 
 
 def _kernels(suffix: str, tokens: int) -> list[Kernel]:
@@ -130,7 +144,7 @@ def program(**changes) -> Program:
         "name": "tiny", "model_class": "TinyForCausalLM", "vocab_size": VOCAB, "max_context": CONTEXT,
         "bos_token_id": BOS, "eos_token_ids": (EOS,), "kv_dtype": "f32",
         "kv_layers": (KVLayer(1, 16),), "ropes": {"main": Rope("inv_freq", 4, 1.0)}, "plans": {"cpu": plan()},
-        "binaries": (Binary("x86_64_v3", "shared_object", "binary.cpu", {"": (0, 100)}),),
+        "binaries": (binary("x86_64_v3", "shared_object", {"": (0, 100)}),),
     }  # fmt: skip
     return Program(**{**fields, **changes})
 

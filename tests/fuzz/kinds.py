@@ -18,7 +18,6 @@ import numpy as np
 from gqsa_runtime import device_cuda, inspect_
 from gqsa_runtime.chat import ChatTemplate
 from gqsa_runtime.check import check_file
-from gqsa_runtime.program import Binary
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.verify import verify_open
 
@@ -49,13 +48,14 @@ class Kind:
 @functools.cache
 def _bases() -> list[tuple[str, dict[str, np.ndarray]]]:
     """(program, tensors) of small sound files: groups with a word each on two families of targets, and records."""
-    cubin = Binary("sm_90", "cubin", "binary.cuda", {kernel.name: (0, 10) for kernel in tiny.cuda_plan().kernels})
+    kernels = {kernel.name: (0, 10) for kernel in tiny.cuda_plan().kernels}
+    cubin = tiny.binary("sm_90", "cubin", kernels, "binary.cuda", bytes(100))
     both = tiny.program(
         plans={"cpu": tiny.plan(), "cuda": tiny.cuda_plan()}, binaries=(*tiny.program().binaries, cubin)
     )
     return [
         (tiny.program().to_json(), tiny.tensors()),
-        (both.to_json(), tiny.tensors() | {"binary.cuda": np.zeros(100, np.int8)}),
+        (both.to_json(), tiny.tensors() | {"binary.cuda": tiny.packed(bytes(100))}),
         (records_program.program().to_json(), records_program.tensors()),
     ]
 

@@ -67,7 +67,7 @@ def make_program(targets=("x86_64_v4", "x86_64_v3", "aarch64")):
         name="test", model_class="Test", vocab_size=VOCAB, max_context=CONTEXT, bos_token_id=None,
         eos_token_ids=(), kv_dtype="f16", kv_layers=(KVLayer(HEADS, HEAD_DIM),),
         ropes={"main": Rope("inv_freq", HEAD_DIM, 1.0)}, plans={"cpu": plan},
-        binaries=tuple(Binary(target, "shared_object", f"so.{target}", {"": (0, 0)}) for target in targets),
+        binaries=tuple(Binary(target, "shared_object", f"so.{target}", 0, "", {"": (0, 0)}) for target in targets),
     )  # fmt: skip
 
 

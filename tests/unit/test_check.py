@@ -18,7 +18,7 @@ PLANS = {"cpu": tiny.plan(), "cuda": tiny.cuda_plan()}
 def both(tmp_path):
     """A file with plans for CPUs and GPUs."""
     kernels = {kernel.name: (0, 10) for kernel in PLANS["cuda"].kernels}
-    binaries = (*tiny.program().binaries, tiny.Binary("sm_90", "cubin", "binary.cpu", kernels))
+    binaries = (*tiny.program().binaries, tiny.binary("sm_90", "cubin", kernels))
     file = tmp_path / "both.gqsa"
     file.write_bytes(tiny.file_bytes(tiny.program(plans=PLANS, binaries=binaries)))
     return str(file)

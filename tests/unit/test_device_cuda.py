@@ -14,7 +14,7 @@ from gqsa_runtime.engine import launch_state
 from gqsa_runtime.errors import DeviceError, FormatError
 from gqsa_runtime.model import Model
 from gqsa_runtime.operators import state_elements
-from gqsa_runtime.program import NUMPY_DTYPES, Binary, Rope
+from gqsa_runtime.program import NUMPY_DTYPES, Rope
 from gqsa_runtime.reader import ArtifactFile
 from gqsa_runtime.rope import rope_table
 from gqsa_runtime.sampling import GREEDY, SamplingOptions, first_draw, next_draw
@@ -129,7 +129,7 @@ def host(monkeypatch):
 def open_file(tmp_path, change=lambda data: None, arrays=None, **changes) -> ArtifactFile:
     plan = tiny.cuda_plan()
     kernels = {kernel.name: (index, 1) for index, kernel in enumerate(plan.kernels)}
-    program = tiny.program(plans={"cuda": plan}, binaries=(Binary("sm_90", "cubin", "binary.cpu", kernels),), **changes)
+    program = tiny.program(plans={"cuda": plan}, binaries=(tiny.binary("sm_90", "cubin", kernels),), **changes)
     data = bytearray(tiny.file_bytes(program, arrays))
     change(data)
     path = tmp_path / "cuda.gqsa"
@@ -139,8 +139,7 @@ def open_file(tmp_path, change=lambda data: None, arrays=None, **changes) -> Art
 
 def make_device(file: ArtifactFile, slots: int = 1) -> device_cuda.CudaDevice:
     with CheckedTensors(file, [name for name in file.tensors if name != "binary.cpu"]) as tensors:
-        code = file.read("binary.cpu").tobytes()
-        return device_cuda.CudaDevice(file.program, tensors, lambda binary: code, CONTEXT, slots=slots)
+        return device_cuda.CudaDevice(file.program, tensors, file.code, CONTEXT, slots=slots)
 
 
 def captured_steps(program):

@@ -59,6 +59,22 @@ def test_scratch_folders_of_killed_processes_are_removed(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_scratch_folder_that_is_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    locked = []
+
+    def late(path):
+        if not locked:
+            path.rmdir()  # another process, in between
+        locked.append(path)
+        return lock(path)
+
+    monkeypatch.setattr("gqsac.locks.lock", late)
+    with scratch_folder("gqsac-build-") as folder:
+        assert folder.is_dir() and len(set(locked)) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_temporary_folder_is_named(tmp_path, monkeypatch):
     def full(self, text):
         raise OSError(28, "No space left on device")

@@ -202,7 +202,7 @@ def opened(monkeypatch):
     def open_fake(kind, ordinal, program, tensors, binaries, context, threads, clock):
         calls.append((kind, ordinal, context, threads))
         arrays = {name: tensors[name] for name in tensors}
-        assert binaries(program.binaries[0]) == tiny.tensors()["binary.cpu"].tobytes()
+        assert binaries(program.binaries[0]) == tiny.CODE
         assert all(tensors[name] is array for name, array in arrays.items()), "an array in use was read twice"
         assert tensors.nbytes("embed") == arrays["embed"].nbytes and not arrays["embed"].flags.writeable
         return fake_device.FakeDevice(program, context)

@@ -1,8 +1,11 @@
 """The small decisions of the pipeline: targets, what may be stacked, how far the context reaches."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from gqsa_runtime.tokenizer import Tokenizer
 
 from gqsac.checkpoint import StreamHeader
 from gqsac.compiler import ir
@@ -12,7 +15,9 @@ from gqsac.compiler.passes.compile import CPU_TARGETS, CUDA_TARGETS, check_targe
 from gqsac.compiler.pipeline import BuildOptions, build, can_stack, compiler_identity, limit_context
 from gqsac.compiler.plan_family import PREFILL_CHUNK
 from gqsac.errors import InputError
+from gqsac.model_info import tokenizer_json
 from gqsac.rounding import Rounding
+from tests.format import tiny
 
 
 @pytest.mark.parametrize(
@@ -117,3 +122,12 @@ def test_progress_of_a_dry_run_is_told(tmp_path, monkeypatch):
     assert summary.file_bytes is None and summary.program.max_context == 20
     assert summary.program.plans["cpu"].prefill_chunk == PREFILL_CHUNK["cpu"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_tokenizer_is_stored_without_white_space():
+    said = tiny.tokenizer_json()
+    text = json.dumps(json.loads(said), indent=2)  # with escapes for what is no ASCII
+    checkpoint = SimpleNamespace(tokenizer_json=lambda: text, config={"vocab_size": tiny.VOCAB}, path=Path("model"))
+    made = tokenizer_json(checkpoint)
+    assert json.loads(made) == json.loads(said) and len(made) < len(text) / 2 and "Ġ" in made
+    assert Tokenizer(made).encode("a déjà vu <s>") == Tokenizer(text).encode("a déjà vu <s>")

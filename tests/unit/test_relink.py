@@ -28,6 +28,7 @@ from gqsac.rounding import Rounding
 from gqsac.sign import Signer
 from tests.e2e.command import gqsac, refusal, succeed
 from tests.format import gguf_bytes, tiny
+from tests.format.other_code import with_code
 from tests.format.signing import save_key
 from tests.unit.compress_models import save_model
 
@@ -246,11 +247,10 @@ def test_every_kernel_is_compared(built):
     assert all(row.verdict == asked.SAME and row.in_file == row.made_here for row in found.kernels)
 
 
-def flip(tensor, place):
-    def change(arrays):
-        array = arrays[tensor].copy()
-        array[place] ^= 1
-        return {**arrays, tensor: array}
+def flip(place):
+    def change(code):
+        code[place] ^= 1
+        return code
 
     return change
 
@@ -259,7 +259,7 @@ def test_changed_code_is_found(built, tmp_path):
     with ArtifactFile.open(built) as file:
         binary = next(binary for binary in file.program.binaries if binary.target == "sm_90")
     name, (offset, _) = sorted(binary.kernels.items())[2]
-    changed = edited(built, tmp_path / "changed.gqsa", arrays=flip("binary.sm_90", offset))
+    changed = with_code(built, tmp_path / "changed.gqsa", "sm_90", flip(offset))
     found = _compare(changed)
     differing = [row for row in found.kernels if row.verdict != asked.SAME]
     assert [(row.target, row.kernel, row.verdict) for row in differing] == [("sm_90", name, asked.DIFFERENT)]
@@ -276,7 +276,7 @@ def test_changed_code_is_found(built, tmp_path):
 def test_what_is_compared_is_what_is_signed(built, tmp_path, monkeypatch):
     """Another file takes the name of the signed one as soon as that is verified."""
     _, public = save_key(tmp_path / "maker.pem")
-    file, other = tmp_path / "file.gqsa", edited(built, tmp_path / "other.gqsa", arrays=flip("binary.sm_90", 0))
+    file, other = tmp_path / "file.gqsa", with_code(built, tmp_path / "other.gqsa", "sm_90", flip(0))
     shutil.copy(built, file)
     Signer(tmp_path / "maker.pem").sign(file)
     verify_open = verify.verify_open
@@ -319,11 +319,7 @@ def test_a_signature_is_asked_for_and_made_anew(built, tmp_path):
 
 
 def test_code_between_the_kernels_is_found(built, tmp_path):
-    longer = edited(
-        built,
-        tmp_path / "longer.gqsa",
-        arrays=lambda held: {**held, "binary.aarch64": np.append(held["binary.aarch64"], np.int8(1))},
-    )
+    longer = with_code(built, tmp_path / "longer.gqsa", "aarch64", lambda code: code + b"\1")
     found = _compare(longer)
     differing = [(row.target, row.kernel, row.verdict) for row in found.kernels if row.verdict != asked.SAME]
     assert differing == [("aarch64", "(between kernels)", asked.DIFFERENT)]
@@ -398,7 +394,7 @@ def opened(monkeypatch):
 
 def test_no_code_of_the_file_is_read(built, tmp_path, opened, monkeypatch):
     with ArtifactFile.open(built) as file:
-        expected = file.read("binary.x86_64_v4").tobytes()
+        expected = file.code(next(held for held in file.program.binaries if held.target == "x86_64_v4"))
     foreign = relinked(built, tmp_path, "aarch64")  # has kernels for another machine alone: they are not asked for
     read = ArtifactFile.read
     monkeypatch.setattr(
@@ -421,7 +417,7 @@ def test_a_gpu_gets_the_best_kernels_that_can_be_made_for_it(built, tmp_path, op
     binary, code = opened.pop()
     with ArtifactFile.open(built) as file:
         (expected,) = (held for held in file.program.binaries if held.target == target)
-        assert binary == expected and code == file.read(expected.tensor).tobytes()
+        assert binary == expected and code == file.code(expected)
 
 
 def test_what_rebuilding_refuses(built, tmp_path, opened, monkeypatch):

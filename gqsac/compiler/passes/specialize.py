@@ -108,15 +108,6 @@ def specialize(
         for op in body:
             if not isinstance(op, ir.Slice):
                 storages[views[op.output].storage] = Storage("f32", per_token=ir.width(op))
-    for op in graph.ops:
-        if isinstance(op, ir.Linear) and stored_parts.linears[op.output][0].layout is RECORDS:
-            for value in (op.output, f"few.{op.output}"):
-                if family == "cuda":
-                    storages[f"{value}.halves"] = Storage("f16", per_token=op.k)
-                    storages[f"{value}.scales"] = Storage("f32", per_token=1)
-                else:
-                    storages[f"{value}.planes"] = Storage("i8", per_token=2 * op.k)
-                    storages[f"{value}.ranges"] = Storage("f32", per_token=op.k // TILE * 2)
 
     def lower(ops, tokens: int, views: dict[str, ValueRef], scratch: str = "", **renamed: ValueRef) -> tuple[Call, ...]:
         views = views | {graph.logits: ValueRef("logits")} | renamed
@@ -295,16 +286,28 @@ class _Specializer:
         if self.tokens <= FUSED_TOKENS:
             return [self.call("linear_records", (op.x, NULL, NULL, weight, bias, *own), **x, **constants)]
         if self.family == "cuda":
-            made = ValueRef(f"{self.scratch}{op.output}.halves"), ValueRef(f"{self.scratch}{op.output}.scales")
+            made = (
+                self.between(op, "halves", Storage("f16", per_token=op.k)),
+                self.between(op, "scales", Storage("f32", per_token=1)),
+            )
             return [
                 self.call("halves", (op.x, weight, bias, *made), k=op.k, **x),
                 self.call("matmul_records", (*made, *own), **{**constants, "tokens": MATMUL_TOKENS}),
             ]
-        made = ValueRef(f"{self.scratch}{op.output}.planes"), ValueRef(f"{self.scratch}{op.output}.ranges")
+        made = (
+            self.between(op, "planes", Storage("i8", per_token=2 * op.k)),
+            self.between(op, "ranges", Storage("f32", per_token=op.k // TILE * 2)),
+        )
         return [
             self.call("quantize", (op.x, weight, bias, *made), k=op.k, **x),
             self.call("linear_records", (NULL, *made, NULL, NULL, *own), **x, **constants),
         ]
+
+    def between(self, op: ir.Op, name: str, storage: Storage) -> ValueRef:
+        """What one call of an operator leaves for the next."""
+        name = f"{self.scratch}{op.output}.{name}"
+        self.storages[name] = storage
+        return ValueRef(name)
 
     def attention(self, op: ir.Attention) -> list[Call]:
         heads = {"heads": op.heads, "kv_heads": op.kv_heads, "head_dim": op.head_dim, "kv_dtype": self.kv_dtype}
