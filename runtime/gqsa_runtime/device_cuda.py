@@ -265,8 +265,7 @@ class CudaDevice:
 
     def download_rows(self, cache: str, layer: int, count: int) -> np.ndarray:
         """See engine.Device."""
-        kv = self._program.kv_layers[layer]
-        rows = np.empty((count, kv.kv_heads * kv.head_dim), NUMPY_DTYPES[self._program.kv_dtype])
+        rows = np.empty((count, self._program.kv_row(layer)), NUMPY_DTYPES[self._program.kv_element])
         if rows.size:
             self._set_current()
             call("cuMemcpyDtoHAsync", rows.ctypes.data, self._addresses[cache, layer], rows.nbytes, self._stream)
@@ -382,8 +381,8 @@ class CudaDevice:
         self._buffers = {b.name: (arena + b.offset, b.dtype, b.elements) for b in plan.buffers}
         self._pin({**{name: self._buffers[name][2] for name in _HOST_BUFFERS}, "logits": program.vocab_size})
         self._addresses: dict[Place, int] = {}
-        for layer, kv in enumerate(program.kv_layers):
-            size = slots * context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
+        for layer in range(len(program.kv_layers)):
+            size = slots * context * program.kv_row_bytes(layer)
             self._addresses["k_cache", layer] = take(size)
             self._addresses["v_cache", layer] = take(size)
         for name, size in rope_bytes.items():

@@ -72,7 +72,7 @@ class Device(Protocol):
         """Seconds of each step of a phase, each kind of kernel by itself; leaves no sound activations behind."""
 
     def download_rows(self, cache: str, layer: int, count: int) -> np.ndarray:
-        """The first `count` positions of slot 0 of a layer's "k_cache" or "v_cache", [count, kv_heads * head_dim]."""
+        """The first `count` positions of slot 0 of a layer's "k_cache" or "v_cache", [count, Program.kv_row]."""
 
     def upload_rows(self, cache: str, layer: int, rows: np.ndarray) -> None:
         """Copies rows, as download_rows gives them, to the first positions of slot 0."""

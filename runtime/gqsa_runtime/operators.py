@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gqsa_runtime.constants import COUNT, FLAG, NUMBER, SIZE, Params, Rule, allowed, shown
+from gqsa_runtime.kv_cache import KV_ELEMENTS, row_elements
 from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS, Layout
 from gqsa_runtime.sampling import DRAW, OCTAVES
 
@@ -29,7 +30,7 @@ C_TYPES = {
 class Operand:
     """One pointer that an operator's kernels take.
 
-    dtype: of the memory pointed to, or "param:NAME" where the constant NAME gives it.
+    dtype: of the memory pointed to, or "kv_dtype" where that constant says what a KV cache holds.
     elements: fewest elements the memory must hold, from (params, max_tokens, context); of a KV cache, those of a slot.
     access: "in", "out", "inout", "weight", or "scratch": what is left there is of no use to anyone.
     present: whether the pointer is non-null for these params.
@@ -43,7 +44,7 @@ class Operand:
 
     def dtype_of(self, params: Params) -> str:
         """The dtype for these constants."""
-        return str(params[self.dtype[len("param:") :]]) if self.dtype.startswith("param:") else self.dtype
+        return KV_ELEMENTS[str(params["kv_dtype"])] if self.dtype == "kv_dtype" else self.dtype
 
 
 # In `state`: how the token after the last one is chosen (sampling.DRAW), and where the tokens begin.
@@ -150,17 +151,17 @@ _HEADS: dict[str, Rule] = {
     "heads": SIZE,
     "kv_heads": SIZE,
     "head_dim": SIZE,
-    "kv_dtype": ("f16", "f32"),
+    "kv_dtype": tuple(KV_ELEMENTS),
 }
 _STATE = Operand("state", "i32", lambda p, t, c: state_elements(1 if p.get("tokens") == 1 else t))
 _IDS: Elements = lambda p, t, c: 1 if p["tokens"] == 1 else t  # noqa: E731
-_KV: Elements = lambda p, t, c: c * p["kv_heads"] * p["head_dim"]  # noqa: E731  [slots, context, kv_heads, head_dim]
+_KV: Elements = lambda p, t, c: c * row_elements(p["kv_dtype"], p["kv_heads"], p["head_dim"])  # noqa: E731
 _WIDTH: Elements = lambda p, t, c: p["width"]  # noqa: E731
 
 _ATTENTION = (
     Operand("q", "f32", _rows("q_stride", "head_dim", "heads")),
-    Operand("k_cache", "param:kv_dtype", _KV),
-    Operand("v_cache", "param:kv_dtype", _KV),
+    Operand("k_cache", "kv_dtype", _KV),
+    Operand("v_cache", "kv_dtype", _KV),
     Operand("out", "f32", _rows("out_stride", "head_dim", "heads"), "out"),
     _STATE,
 )
@@ -369,8 +370,8 @@ OPERATORS: dict[str, Operator] = {
             Operand("k", "f32", _rows("k_stride", "head_dim", "kv_heads")),
             Operand("v", "f32", _rows("v_stride", "head_dim", "kv_heads")),
             Operand("rope", "f32", lambda p, t, c: c * p["rotary_dim"], "in", lambda p: p["rotary_dim"] > 0),
-            Operand("k_cache", "param:kv_dtype", _KV, "out"),
-            Operand("v_cache", "param:kv_dtype", _KV, "out"),
+            Operand("k_cache", "kv_dtype", _KV, "out"),
+            Operand("v_cache", "kv_dtype", _KV, "out"),
             _STATE,
         ),
         _check_heads,
@@ -384,7 +385,7 @@ OPERATORS: dict[str, Operator] = {
     ),
     "attention_halves": Operator(
         "attention of many tokens with products of halves: q, weights and the cache",
-        {**_HEADS, "kv_dtype": ("f16",), "scale": NUMBER, "window": COUNT, "q_stride": SIZE, "out_stride": SIZE},
+        {**_HEADS, "kv_dtype": ("f16", "int8"), "scale": NUMBER, "window": COUNT, "q_stride": SIZE, "out_stride": SIZE},
         _ATTENTION,
         _check_attention_halves,
         families=("cuda",),
@@ -402,8 +403,8 @@ OPERATORS: dict[str, Operator] = {
             Operand("k", "f32", _rows("k_stride", "head_dim", "kv_heads")),
             Operand("v", "f32", _rows("v_stride", "head_dim", "kv_heads")),
             Operand("rope", "f32", lambda p, t, c: c * p["rotary_dim"], "in", lambda p: p["rotary_dim"] > 0),
-            Operand("k_cache", "param:kv_dtype", _KV, "inout"),
-            Operand("v_cache", "param:kv_dtype", _KV, "inout"),
+            Operand("k_cache", "kv_dtype", _KV, "inout"),
+            Operand("v_cache", "kv_dtype", _KV, "inout"),
             Operand("partials", "f32", lambda p, t, c: partials_elements(p), "out"),
             Operand("counters", "i32", lambda p, t, c: tokens_held(p) * p["heads"], "inout"),
             Operand("out", "f32", _rows("out_stride", "head_dim", "heads"), "out"),

@@ -6,7 +6,7 @@
     32 B      digest of the .gqsa file that made it, see `ArtifactFile.digest`
     32 B      SHA-256 of all that follows
     i32 [n]   the tokens
-    for each layer its keys, then its values: [n, kv_heads, head_dim] in the program's kv_dtype
+    for each layer its keys, then its values: n rows as the cache holds them, see kv_cache.py
 
 Numbers are little-endian. The rows belong to the weights and to the order of every sum, so another file's session is
 refused; the device may be another.
@@ -35,7 +35,7 @@ _HEADER = struct.Struct("<8sII32s32s")
 
 @dataclass(frozen=True)
 class Session:
-    """tokens: int32 [n]. rows: of each layer its keys and its values, [n, kv_heads * head_dim] each."""
+    """tokens: int32 [n]. rows: of each layer its keys and its values, [n, Program.kv_row] each."""
 
     tokens: np.ndarray
     rows: list[np.ndarray]
@@ -43,7 +43,7 @@ class Session:
 
 def cache_shapes(program: Program) -> list[tuple[str, int, int]]:
     """(cache, layer, elements of a row) in the order of the file."""
-    return [(cache, layer, kv.kv_heads * kv.head_dim) for layer, kv in enumerate(program.kv_layers) for cache in CACHES]
+    return [(cache, layer, program.kv_row(layer)) for layer in range(len(program.kv_layers)) for cache in CACHES]
 
 
 def check_session_path(path: str | os.PathLike[str]) -> None:
@@ -86,7 +86,7 @@ def read_session(path: str | os.PathLike[str], digest: bytes, program: Program, 
     Raises InputError where it cannot be read or does not fit, FormatError where it is damaged or another model's.
     """
     where = os.fspath(path)
-    shapes, dtype = cache_shapes(program), np.dtype(NUMPY_DTYPES[program.kv_dtype])
+    shapes, dtype = cache_shapes(program), np.dtype(NUMPY_DTYPES[program.kv_element])
     try:
         with open(path, "rb") as file:
             header = file.read(_HEADER.size)

@@ -14,6 +14,7 @@ import numpy as np
 from gqsa_runtime.constants import NUMBER, Params, allowed, shown
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.format import ALIGNMENT, MAX_NAME_CHARACTERS
+from gqsa_runtime.kv_cache import KV_ELEMENTS
 from gqsa_runtime.layouts import ContentRule, Layout
 from gqsa_runtime.operators import FEW_TOKENS, OPERATORS, Operand, check_params, families_of, state_elements
 from gqsa_runtime.program import DTYPE_BYTES, PHASES, Argument, Buffer, Kernel, Launch, Plan, Program, Step
@@ -73,8 +74,8 @@ def _check_numbers(program: Program) -> None:
         value = getattr(program, name)
         if not 1 <= value < 2**31:
             raise _error(f"{name} is {value}, expected 1 to {2**31 - 1}")
-    if program.kv_dtype not in ("f16", "f32"):
-        raise _error(f"kv_dtype is {program.kv_dtype!r}, expected 'f16' or 'f32'")
+    if program.kv_dtype not in KV_ELEMENTS:
+        raise _error(f"kv_dtype is {shown(program.kv_dtype)}, expected one of {', '.join(KV_ELEMENTS)}")
     for layer in program.kv_layers:
         if not (1 <= layer.kv_heads < 2**16 and 1 <= layer.head_dim < 2**16):
             raise _error(f"a KV cache has {layer.kv_heads} heads of {layer.head_dim}")

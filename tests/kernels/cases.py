@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from gqsa_runtime.engine import launch_state
+from gqsa_runtime.kv_cache import KV_ELEMENTS, row_elements, scales_at
 from gqsa_runtime.layouts import GROUP_WORDS
 from gqsa_runtime.operators import (
     CHOOSE_PARTIAL,
@@ -30,6 +31,7 @@ from gqsa_runtime.operators import (
     state_elements,
     tokens_held,
 )
+from gqsa_runtime.program import NUMPY_DTYPES
 from gqsa_runtime.sampling import GREEDY, SamplingOptions, first_draw
 
 from gqsac.bsr import BsrStream, pack_values
@@ -287,21 +289,31 @@ def _kv_append(rng, p, case):
     if p["rotary_dim"]:
         angles = rng.random((case.context, p["rotary_dim"] // 2)) * 6.3
         rope = _array(np.concatenate([np.cos(angles), np.sin(angles)], 1), np.float32)
-    cache = np.float16 if p["kv_dtype"] == "f16" else np.float32
-    caches = [_output(case.slots * case.context * kv_width, cache) for _ in range(2)]
+    row, dtype = _cache_row(p)
+    caches = [_output(case.slots * case.context * row, dtype) for _ in range(2)]
     return {"q": q, "k": k, "v": v, "rope": rope, "k_cache": caches[0], "v_cache": caches[1]}
 
 
+def _cache_row(p):
+    """(elements of a row of a cache, their dtype)."""
+    return row_elements(p["kv_dtype"], p["kv_heads"], p["head_dim"]), NUMPY_DTYPES[KV_ELEMENTS[p["kv_dtype"]]]
+
+
 def _attention(rng, p, case):
-    width = p["kv_heads"] * p["head_dim"]
-    dtype = np.float16 if p["kv_dtype"] == "f16" else np.float32
+    width, dtype = _cache_row(p)
     seen = np.zeros((case.slots, case.context), bool)  # all other rows must not be used
     for slot, position in case.token_places():
         seen[slot, max(0, position + 1 - p["window"]) if p["window"] else 0 : position + 1] = True
     caches = []
     for _ in range(2):
         cache = _empty(seen.size * width, dtype)
-        cache[: seen.size * width].reshape(-1, width)[seen.ravel()] = rng.standard_normal((seen.sum(), width))
+        rows = cache[: seen.size * width].reshape(-1, width)
+        if p["kv_dtype"] == "int8":  # tokens differ in how large they are
+            rows[:, scales_at(p["kv_heads"], p["head_dim"]) :].view(np.float16)[:] = np.nan
+            values = rng.standard_normal((seen.sum(), p["kv_heads"], p["head_dim"]))
+            rows[seen.ravel()] = oracles.scaled_rows(p, values * np.exp(rng.normal(size=(seen.sum(), 1, 1))))
+        else:
+            rows[seen.ravel()] = rng.standard_normal((seen.sum(), width))
         caches.append(cache)
     return {
         "q": _activations(rng, case, p, p["q_stride"], p["heads"] * p["head_dim"], scale=2.0),
@@ -489,7 +501,7 @@ def _simple_cases():
         yield case(f"rms_norm/heads{heads}_n{width}", _norm, tokens=1, heads=heads, width=width, **strides)
         yield case(f"rms_norm/heads{heads}_n{width}_in_place", _norm, 5, tokens=8, heads=heads, width=width, **strides)
 
-    for kv_dtype in ("f16", "f32"):
+    for kv_dtype in KV_ELEMENTS:
         for heads, kv_heads, head_dim, rotary_dim in ((9, 3, 64, 64), (4, 4, 80, 32), (2, 1, 128, 0), (2, 1, 256, 256)):
             shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
             row = (heads + 2 * kv_heads) * head_dim
@@ -505,7 +517,7 @@ def _simple_cases():
             }
             yield case(f"kv_append/{name}", _kv_append, 5, 0, tokens=8, rotary_dim=rotary_dim, **shape, **strides)
 
-    for kv_dtype in ("f16", "f32"):
+    for kv_dtype in KV_ELEMENTS:
         shape = {"heads": 4, "kv_heads": 2, "head_dim": 40, "rotary_dim": 16, "kv_dtype": kv_dtype}
         strides = {"q_stride": 160, "k_stride": 80, "v_stride": 80}
         yield case(f"kv_append/slot_2_{kv_dtype}", _kv_append, places=((2, 11),), tokens=1, **shape, **strides)
@@ -607,7 +619,7 @@ def _attention_cases():
         spec = KernelSpec.make("attention", **params)
         return Case(f"attention/{name}", spec, _attention, n_tokens, position, 80, context, atol=5e-5, places=places)
 
-    for kv_dtype in ("f16", "f32"):
+    for kv_dtype in KV_ELEMENTS:
         for heads, kv_heads, head_dim in ((9, 3, 64), (2, 2, 80), (4, 1, 128), (2, 1, 256), (2, 1, 20)):
             shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "kv_dtype": kv_dtype}
             name = f"h{heads}_kv{kv_heads}_d{head_dim}_{kv_dtype}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from gqsa_runtime.errors import ModelError
+from gqsa_runtime.kv_cache import row_elements, scales_at
 from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS
 from gqsa_runtime.operators import FUSED_TOKENS, STATE_DRAW, STATE_TOKENS, state_elements
 from gqsa_runtime.sampling import choose
@@ -205,15 +206,59 @@ def _kv_append(p, a, n, places, write):
         rope = table[places.positions].astype(np.float64)
         q, k = _rotate(q, rope, p["rotary_dim"]), _rotate(k, rope, p["rotary_dim"])
     write("q", q.reshape(n, -1), p["q_stride"])
+    v = v.reshape(n, p["kv_heads"], -1)
+    if p["kv_dtype"] == "int8":
+        return {name: _check_scaled_rows(p, a[name], rows, places) for name, rows in (("k_cache", k), ("v_cache", v))}
     width = p["kv_heads"] * p["head_dim"]
     write("k_cache", k.reshape(n, -1), width, places.rows)
-    write("v_cache", v, width, places.rows)
+    write("v_cache", v.reshape(n, -1), width, places.rows)
+
+
+def scaled_rows(p, rows):
+    """Rows [n, kv_heads, head_dim] as a cache of int8 holds them, i8 [n, row_elements], filled up with 0x5A."""
+    made = np.full((len(rows), row_elements("int8", p["kv_heads"], p["head_dim"])), 0x5A, np.int8)
+    scales = np.maximum((np.abs(rows).max(2) / 127).astype(np.float16), np.float16(2**-24))
+    q = np.clip(np.rint(rows / scales[..., None].astype(np.float64)), -127, 127)
+    made[:, : rows[0].size] = q.reshape(len(rows), -1)
+    first = scales_at(p["kv_heads"], p["head_dim"])
+    made[:, first : first + 2 * p["kv_heads"]] = scales.view(np.int8)
+    return made
+
+
+def _split_rows(p, made):
+    """(q int8 [n, kv_heads, head_dim], scales f16 [n, kv_heads, 1]) of rows of a cache of int8."""
+    first, values = scales_at(p["kv_heads"], p["head_dim"]), p["kv_heads"] * p["head_dim"]
+    scales = np.ascontiguousarray(made[:, first : first + 2 * p["kv_heads"]]).view(np.float16)
+    return made[:, :values].reshape(len(made), p["kv_heads"], -1), scales[..., None]
+
+
+def _check_scaled_rows(p, before, rows, places):
+    """That each value is the nearest that the row's scale allows, the scale takes the largest to 127, and no byte else
+    was written."""
+    width, first = row_elements("int8", p["kv_heads"], p["head_dim"]), scales_at(p["kv_heads"], p["head_dim"])
+    written = np.concatenate([np.arange(rows[0].size), first + np.arange(2 * p["kv_heads"])])
+    at = places.rows[:, None] * width + written
+
+    def check(actual):
+        q, scales = _split_rows(p, actual[places.rows[:, None] * width + np.arange(width)])
+        largest, step = np.abs(rows).max(2, keepdims=True), scales.astype(np.float64)
+        np.testing.assert_allclose(step, largest / 127, rtol=2**-10, atol=2**-24)
+        assert (np.abs(q * step - rows) <= 0.501 * step + np.maximum(largest - 127 * step, 0)).all()
+        others = actual.copy()
+        others[at] = before[at]
+        np.testing.assert_array_equal(others, before)
+
+    return check
 
 
 def _cache_rows(cache, first, end, p):
     """[end - first, heads, head_dim] of a KV cache."""
-    width = p["kv_heads"] * p["head_dim"]
-    rows = cache[first * width : end * width].astype(np.float64).reshape(end - first, p["kv_heads"], -1)
+    width = row_elements(p["kv_dtype"], p["kv_heads"], p["head_dim"])
+    rows = cache[first * width : end * width].reshape(end - first, width)
+    if p["kv_dtype"] == "int8":
+        q, scales = _split_rows(p, rows)
+        rows = q * scales.astype(np.float64)
+    rows = rows.astype(np.float64).reshape(end - first, p["kv_heads"], -1)
     return np.repeat(rows, p["heads"] // p["kv_heads"], axis=1)
 
 

@@ -87,7 +87,7 @@ def specialize(
 ) -> Calls:
     """Calls for the phases of gqsa_runtime.program.PHASES.
 
-    family: "cuda" or "cpu". kv_dtype: "f16" or "f32". exact: products are of f32 activations.
+    family: "cuda" or "cpu". kv_dtype: of gqsa_runtime.kv_cache.KV_ELEMENTS. exact: products are of f32 activations.
     """
     body, head = graph.ops[:-1], graph.ops[-1]
     # Decode never runs between the phases that pass on a prefill's values: it has storages of its own, which may lie
