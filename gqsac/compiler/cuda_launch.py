@@ -180,10 +180,17 @@ def _attention(p):
 
 def _attention_halves(p):
     warps, keys, row_bytes = 4, 64, 2 * p["head_dim"] + 16
-    constants = {"WARPS": warps, "KEYS": keys, "ROW_BYTES": row_bytes}
-    return Geometry(
-        lambda n_tokens: (p["heads"], ceil_div(n_tokens, 16 * warps)), warps * WARP, 4 * keys * row_bytes, constants
-    )
+    tile_bytes = stage_bytes = 2 * keys * row_bytes  # keys and values
+    tile_at, end = 0, 2 * stage_bytes
+    if p["kv_dtype"] == "int8":  # stages as they come, with 16 bytes of scales a row, and one tile of halves
+        stage_bytes = 2 * keys * (p["head_dim"] + 16)
+        tile_at = 2 * stage_bytes
+        end = tile_at + tile_bytes + 3 * keys * 4
+    constants = {
+        "WARPS": warps, "KEYS": keys, "ROW_BYTES": row_bytes, "STAGE_BYTES": stage_bytes, "TILE_AT": tile_at,
+        "SCALES_AT": tile_at + tile_bytes,
+    }  # fmt: skip
+    return Geometry(lambda n_tokens: (p["heads"], ceil_div(n_tokens, 16 * warps)), warps * WARP, end, constants)
 
 
 def splits_of(heads: int, kv_heads: int) -> int:
@@ -224,8 +231,13 @@ def _pointwise(p):
 
 
 def _kv_append(p):
-    # A thread per rotated pair of q, then per pair or other element of k, then per element of v.
     half = p["rotary_dim"] // 2
+    if p["kv_dtype"] == "int8":  # a warp per head, that of q only where it rotates
+        q_end = p["heads"] if half else 0
+        constants = {"Q_END": q_end, "K_END": q_end + p["kv_heads"], "END": q_end + 2 * p["kv_heads"]}
+        blocks = ceil_div(constants["END"], _POINTWISE_BLOCK // WARP)
+        return Geometry(lambda n_tokens: (blocks, n_tokens), _POINTWISE_BLOCK, constants=constants)
+    # A thread per rotated pair of q, then per pair or other element of k, then per element of v.
     q_end = p["heads"] * half
     k_end = q_end + p["kv_heads"] * (p["head_dim"] - half)
     end = k_end + p["kv_heads"] * p["head_dim"]

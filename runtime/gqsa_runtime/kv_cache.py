@@ -1,8 +1,8 @@
 """What a row of the KV cache is: the keys, or the values, of one token in one layer.
 
     f16, f32   [kv_heads, head_dim] of them
-    int8       [kv_heads, head_dim] int8, filled up to 16 bytes; then [kv_heads] f16, filled up likewise: the scale of each
-               head's values, which are q * scale with |q| <= 127. Of the last bytes of either part nothing is read.
+    int8       [kv_heads, head_dim] int8, filled up to 16 bytes; then [kv_heads] f16, filled up likewise: the scale of
+               each head's values, which are q * scale with |q| <= 127
 
 Kernels get a row's size and the place of its scales from here; so do devices, session files and every count of memory.
 """
@@ -32,6 +32,6 @@ def scales_at(kv_heads: int, head_dim: int) -> int:
 
 
 def row_constants(params: Params) -> dict[str, int]:
-    """What a kernel with these constants must know of a row: {"kv_row": its elements, "kv_scales": place of the scales}."""
+    """What a kernel with these constants must know of a row: its elements, and where its scales begin."""
     heads, head_dim = int(params["kv_heads"]), int(params["head_dim"])
     return {"kv_row": row_elements(str(params["kv_dtype"]), heads, head_dim), "kv_scales": scales_at(heads, head_dim)}

@@ -305,13 +305,13 @@ def _attention(rng, p, case):
     for slot, position in case.token_places():
         seen[slot, max(0, position + 1 - p["window"]) if p["window"] else 0 : position + 1] = True
     caches = []
-    for _ in range(2):
+    for factor in (1.0, case.extra or 1.0):
         cache = _empty(seen.size * width, dtype)
         rows = cache[: seen.size * width].reshape(-1, width)
         if p["kv_dtype"] == "int8":  # tokens differ in how large they are
             rows[:, scales_at(p["kv_heads"], p["head_dim"]) :].view(np.float16)[:] = np.nan
-            values = rng.standard_normal((seen.sum(), p["kv_heads"], p["head_dim"]))
-            rows[seen.ravel()] = oracles.scaled_rows(p, values * np.exp(rng.normal(size=(seen.sum(), 1, 1))))
+            values = rng.standard_normal((seen.sum(), p["kv_heads"], p["head_dim"])) * factor
+            rows[seen.ravel()] = oracles.scaled_rows(p, values * rng.uniform(0.1, 1.2, (seen.sum(), 1, 1)))
         else:
             rows[seen.ravel()] = rng.standard_normal((seen.sum(), width))
         caches.append(cache)
@@ -609,7 +609,7 @@ def _drawn_cases(case):
 def _attention_cases():
     def case(
         name, n_tokens, position, context=96, heads=4, kv_heads=2, head_dim=64, kv_dtype="f16", window=0, places=(),
-        **changes,
+        extra=None, **changes,
     ):  # fmt: skip
         width = heads * head_dim
         params = {
@@ -617,7 +617,19 @@ def _attention_cases():
             "window": window, "kv_dtype": kv_dtype, "q_stride": width, "out_stride": width, **changes,
         }  # fmt: skip
         spec = KernelSpec.make("attention", **params)
-        return Case(f"attention/{name}", spec, _attention, n_tokens, position, 80, context, atol=5e-5, places=places)
+        atol = 5e-5 * (extra or 1.0)
+        return Case(
+            f"attention/{name}",
+            spec,
+            _attention,
+            n_tokens,
+            position,
+            80,
+            context,
+            atol=atol,
+            extra=extra,
+            places=places,
+        )
 
     for kv_dtype in KV_ELEMENTS:
         for heads, kv_heads, head_dim in ((9, 3, 64), (2, 2, 80), (4, 1, 128), (2, 1, 256), (2, 1, 20)):
@@ -639,23 +651,37 @@ def _attention_cases():
         for window in (0, 4):
             yield case(f"{mix}_window_{window}", len(places), 0, places=places, window=window, tokens=8)
         yield case(f"{mix}_d256_f32", len(places), 0, places=places, head_dim=256, kv_dtype="f32", tokens=8)
+    for name, tokens, n_tokens in (("", 1, 1), ("_tile", 8, 13)):
+        yield case(f"small_values{name}", n_tokens, 40, kv_dtype="int8", extra=1e-5, tokens=tokens)
     strides = {"q_stride": 300, "out_stride": 261}
     yield case("strides", 1, 5, **strides)
     yield case("strides_tile", 70, 5, tokens=8, **strides)
 
 
-def _attention_halves_cases():
-    def case(name, n_tokens, position, context=96, heads=4, kv_heads=2, head_dim=64, window=0, places=(), **changes):
+def _attention_halves_cases(kv_dtype):
+    def case(
+        name,
+        n_tokens,
+        position,
+        context=96,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        window=0,
+        places=(),
+        extra=None,
+        **changes,
+    ):
         width = heads * head_dim
         params = {
             "tokens": 128, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": head_dim**-0.5,
-            "window": window, "kv_dtype": "f16", "q_stride": width, "out_stride": width, **changes,
+            "window": window, "kv_dtype": kv_dtype, "q_stride": width, "out_stride": width, **changes,
         }  # fmt: skip
         spec = KernelSpec.make("attention_halves", **params)
         # Queries and weights are rounded to 11 bits.
         return Case(
-            f"attention_halves/{name}", spec, _attention, n_tokens, position, max(80, n_tokens), context, 1e-3, 4e-3,
-            places=places,
+            f"attention_halves/{kv_dtype}_{name}", spec, _attention, n_tokens, position, max(80, n_tokens), context,
+            1e-3, 4e-3 * (extra or 1.0), extra, places=places,
         )  # fmt: skip
 
     for heads, kv_heads, head_dim in ((9, 3, 64), (2, 2, 80), (2, 1, 96), (2, 2, 112), (4, 1, 128), (2, 1, 16)):
@@ -670,6 +696,9 @@ def _attention_halves_cases():
         for window in (0, 4):
             yield case(f"{mix}_window_{window}", len(places), 0, places=places, window=window)
     yield case("strides", 70, 5, q_stride=300, out_stride=261)
+    if kv_dtype == "int8":
+        yield case("small_values", 70, 5, extra=1e-5)
+        yield case("large_values", 70, 5, extra=1e5)
 
 
 def _append_attention(rng, p, case):
@@ -734,7 +763,8 @@ CASES: tuple[Case, ...] = (
     *_dense_cases(),
     *_simple_cases(),
     *_attention_cases(),
-    *_attention_halves_cases(),
+    *_attention_halves_cases("f16"),
+    *_attention_halves_cases("int8"),
     *_append_attention_cases(),
     *cases_records.make_cases(Case, _HELPERS),
 )
