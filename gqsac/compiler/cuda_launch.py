@@ -208,8 +208,11 @@ def _append_attention(p, target: str):
     head_dim, queries = p["head_dim"], _queries(p["heads"], p["kv_heads"])
     own = target == "sm_90"
     tokens, row_bytes = tokens_held(p), 2 * head_dim + 16
-    own_at, own_bytes = 16 * row_bytes, 2 * 2 * head_dim  # behind the queries a key and a value of each token
-    ring_at, stage_bytes = own_at + tokens * own_bytes, 2 * 16 * row_bytes
+    # A row of the cache in shared memory: its elements and, of int8, 16 bytes of scales.
+    cached_bytes = head_dim + 16 if p["kv_dtype"] == "int8" else 2 * head_dim
+    tile_row_bytes = cached_bytes + 16 - cached_bytes % 32  # an odd number of 16 bytes
+    own_at, own_bytes = 16 * row_bytes, 2 * cached_bytes  # behind the queries a key and a value of each token
+    ring_at, stage_bytes = own_at + tokens * own_bytes, 2 * 16 * tile_row_bytes
     budget = SM_90_HALF_BYTES if own else MAX_SHARED_BYTES
     # The same number for one token and for a few, or sums would have another order.
     room = budget - own_at - FEW_TOKENS * own_bytes
@@ -217,7 +220,7 @@ def _append_attention(p, target: str):
     stages = min(_ATTENTION_STAGES, (budget - ring_at) // (warps * stage_bytes))
     constants = {
         "TOKENS": tokens, "QUERIES": queries, "KEYS": _RUN_KEYS, "WARPS": warps, "STAGES": stages,
-        "ROW_BYTES": row_bytes, "OWN_AT": own_at, "RING_AT": ring_at,
+        "ROW_BYTES": row_bytes, "TILE_ROW_BYTES": tile_row_bytes, "OWN_AT": own_at, "RING_AT": ring_at,
     }  # fmt: skip
     blocks, shared_bytes = p["heads"] // queries * p["splits"], ring_at + warps * stages * stage_bytes
     if own and tokens == 1:

@@ -395,7 +395,7 @@ OPERATORS: dict[str, Operator] = {
         "kv_append and attention of one token, or of each of a few, in one kernel, the context in up to `splits` runs; "
         "q stays as it is; counters are 0 before and after",
         {
-            **_HEADS, "tokens": (1, FUSED_TOKENS), "kv_dtype": ("f16",), "rotary_dim": COUNT, "scale": NUMBER,
+            **_HEADS, "tokens": (1, FUSED_TOKENS), "kv_dtype": ("f16", "int8"), "rotary_dim": COUNT, "scale": NUMBER,
             "window": COUNT, "splits": SIZE, "q_stride": SIZE, "k_stride": SIZE, "v_stride": SIZE, "out_stride": SIZE,
         },
         (

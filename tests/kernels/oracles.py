@@ -286,9 +286,24 @@ def _append_attention(p, a, n, places, write):
         else:
             caches[name] = rows.reshape(-1)
 
-    _kv_append(p, a, n, places, append)
-    _attention({**p, "q_stride": p["heads"] * p["head_dim"]}, {**a, **caches}, n, places, write)
-    return {"counters": a["counters"].copy()}
+    checks = _kv_append(p, a, n, places, append) or {}
+    packed = {**p, "q_stride": p["heads"] * p["head_dim"]}
+    if p["kv_dtype"] == "int8":  # what the kernel has appended, within a step of the right value, is what it attends to
+        empty = a["out"].astype(np.float64)
+
+        def expected_out(actual):
+            made = empty.copy()
+
+            def put(name, rows, stride):
+                _rows(made, n, stride, rows.shape[1])[:] = rows
+
+            _attention(packed, {**a, **caches}, n, places, put)
+            return made
+
+        checks["out"] = expected_out
+    else:
+        _attention(packed, {**a, **caches}, n, places, write)
+    return {**checks, "counters": a["counters"].copy()}
 
 
 def _gated_activation(p, a, n, places, write):
@@ -353,7 +368,9 @@ _ORACLES = {
 
 
 def run(op, params, arguments):
-    """Contents of each output after the kernel ran: argument name -> array like the argument.
+    """Contents of each output after the kernel ran: argument name -> array like the argument, or what checks it.
+
+    A check takes what the argument became, and raises AssertionError, or returns what is to be expected of it.
 
     op: key of OPERATORS. params: its constants. arguments: name -> flat array or None, `state` too;
     they are not changed. Float outputs come back as float64, integers as they are.

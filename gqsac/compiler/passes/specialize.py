@@ -312,12 +312,7 @@ class _Specializer:
         rope = Argument("rope", op.rope) if op.rope is not None else NULL
         rotary_dim = self.graph.ropes[op.rope].rotary_dim if op.rope is not None else 0
         in_halves = self.family == "cuda" and self.kv_dtype != "f32"
-        if (
-            in_halves
-            and self.kv_dtype == "f16"
-            and self.tokens <= FUSED_TOKENS
-            and OPERATORS["append_attention"].check(heads) is None
-        ):
+        if in_halves and self.tokens <= FUSED_TOKENS and OPERATORS["append_attention"].check(heads) is None:
             return [self.append_attention(op, rope, caches, rotary_dim, heads)]
         q_stride = self.stride(op.q)
         append = self.call(

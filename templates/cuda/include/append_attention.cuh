@@ -9,26 +9,35 @@
 // maximum, sum and weighted values); warps and at last runs are merged in a fixed order, the runs by whichever block is
 // done last. How many runs there are, the position alone decides.
 //
+// A cache of int8 goes through the rings as it is, and becomes halves, which hold its integers exactly, in the registers.
+// There a lane finds four bytes that lie side by side: so the columns of queries are in another order (`column`), and so
+// are those of the results. The scale of a row's key multiplies its scores, that of its value its weights.
+//
 // Rows of earlier steps are in the cache, so the first are on their way before the inputs are waited for. Rows of this
 // launch, the token's own and those of the tokens before it in its sequence, never come from the cache: each block makes
 // them itself, and the same bits as a step for each of them would.
 #pragma once
 #include "kv_cache.cuh"
 
-// C: TOKENS (most of a launch: blockIdx.y), HEADS, KV_HEADS, HEAD_DIM (a multiple of 16), ROTARY_DIM, SCALE, WINDOW,
+// C: TOKENS (most of a launch: blockIdx.y), HEADS, KV_HEADS, HEAD_DIM (a multiple of 16), ROTARY_DIM, SCALE, WINDOW, Cache,
+// KV_ROW, KV_SCALES,
 // QUERIES (at most 8), SPLITS (most runs), KEYS (fewest rows worth a run), Q_STRIDE, K_STRIDE, V_STRIDE, OUT_STRIDE, WARPS,
-// STAGES (of a ring), ROW_BYTES (from row to row in shared memory: an odd number of 16 bytes, so that eight rows share no
-// banks), places in shared memory (OWN_AT, RING_AT).
+// STAGES (of a ring), ROW_BYTES and TILE_ROW_BYTES (from row to row of the queries and of a tile in shared memory: an odd
+// number of 16 bytes, so that eight rows share no banks), places in shared memory (OWN_AT, RING_AT).
 // partials: values [TOKENS, HEADS / QUERIES, SPLITS, QUERIES, HEAD_DIM], then {largest score, sum} [TOKENS, HEADS /
 // QUERIES, SPLITS, QUERIES]. counters: [TOKENS, HEADS / QUERIES], 0 before and after.
 template <class C>
 struct AppendAttention {
-    using Element = CacheF16::Element;
+    using Element = typename C::Cache::Element;
+    static constexpr bool SCALED = C::Cache::SCALED;
     static constexpr int HALF = C::ROTARY_DIM / 2, ROWS = 16, STEPS = C::HEAD_DIM / 16, DIMS = C::HEAD_DIM / 8;
-    static constexpr int TILE_BYTES = ROWS * C::ROW_BYTES, STAGE_BYTES = 2 * TILE_BYTES;  // keys, then values
+    static constexpr int TILE_BYTES = ROWS * C::TILE_ROW_BYTES, STAGE_BYTES = 2 * TILE_BYTES;  // keys, then values
+    // Pieces of 16 bytes of a row in shared memory: its elements, and where there are scales those of eight heads.
+    static constexpr int ELEMENTS_OF_PIECE = 16 / sizeof(Element), PIECES = C::HEAD_DIM / ELEMENTS_OF_PIECE + SCALED;
     static constexpr int RING_BYTES = C::STAGES * STAGE_BYTES;
     static constexpr int THREADS = C::WARPS * WARP, GROUPS = C::HEADS / C::QUERIES;
-    static_assert(C::HEAD_DIM % 16 == 0 && C::QUERIES <= 8 && C::ROW_BYTES % 32 == 16, "whole fragments, odd strides");
+    static_assert(C::HEAD_DIM % 16 == 0 && C::QUERIES <= 8 && C::ROW_BYTES % 32 == 16 && C::TILE_ROW_BYTES % 32 == 16,
+                  "whole fragments, odd strides");
 
     // What runs hand over.
     struct Partials {
@@ -69,7 +78,7 @@ struct AppendAttention {
                 ++n_own;
         const int end = min(begin + per_run, length), first_own = length - n_own, cached = min(end, first_own);
         const int head = place * C::QUERIES, kv_head = head / (C::HEADS / C::KV_HEADS);
-        const KvSlot<C::KV_HEADS * C::HEAD_DIM> slot(state, token);
+        const KvSlot<C::KV_ROW> slot(state, token);
         const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, pair = lane / 4, quarter = lane % 4;
         k_cache += kv_head * C::HEAD_DIM;
         v_cache += kv_head * C::HEAD_DIM;
@@ -78,10 +87,12 @@ struct AppendAttention {
         unsigned char* const ring = shared + C::RING_AT + warp * RING_BYTES;
         const auto fetch = [&](int stage, int start) {
             if (start < end)
-                for (int i = lane; i < ROWS * DIMS; i += WARP) {
-                    const int row = i / DIMS, piece = i % DIMS;
-                    const size_t from = slot.row(start + row) + piece * 8;
-                    unsigned char* const to = ring + stage * STAGE_BYTES + row * C::ROW_BYTES + piece * 16;
+                for (int i = lane; i < ROWS * PIECES; i += WARP) {
+                    const int row = i / PIECES, piece = i % PIECES;
+                    const size_t from = slot.row(start + row) +
+                                        (SCALED && piece == PIECES - 1 ? scales_of(kv_head) - kv_head % 8 * 2
+                                                                       : piece * ELEMENTS_OF_PIECE);
+                    unsigned char* const to = ring + stage * STAGE_BYTES + row * C::TILE_ROW_BYTES + piece * 16;
                     copy_16_or_zeros(to, k_cache + from, start + row < cached);
                     copy_16_or_zeros(to + TILE_BYTES, v_cache + from, start + row < cached);
                 }
@@ -92,10 +103,10 @@ struct AppendAttention {
 #pragma unroll
         for (int s = 0; s < C::STAGES; ++s) fetch(s, start + s * TURN);
         // What comes next is at least on its way to the L2.
-        constexpr int LINES = ceil_div(C::HEAD_DIM, 64);
+        constexpr int LINE = 128 / sizeof(Element), LINES = ceil_div(C::HEAD_DIM, LINE);
         const int ahead = begin + C::STAGES * TURN, behind = min(cached, ahead + 2 * C::STAGES * TURN);
         for (int i = threadIdx.x; i < (behind - ahead) * LINES; i += THREADS) {
-            const size_t at = slot.row(ahead + i / LINES) + i % LINES * 64;
+            const size_t at = slot.row(ahead + i / LINES) + i % LINES * LINE;
             prefetch_l2(k_cache + at);
             prefetch_l2(v_cache + at);
         }
@@ -131,19 +142,19 @@ struct AppendAttention {
             constexpr float FACTOR = C::SCALE * 1.4426950408889634f;
             const float turned = rotations[j].of(elements[j], partners[j]) * FACTOR;
             const unsigned short high = float_to_half(turned);
-            unsigned short* const to = reinterpret_cast<unsigned short*>(shared + which * C::ROW_BYTES) + d;
+            unsigned short* const to = reinterpret_cast<unsigned short*>(shared + which * C::ROW_BYTES) + column(d);
             to[0] = high;
             to[8 * C::ROW_BYTES / 2] = float_to_half(turned - half_to_float(high));
         }
         // Heads of one KV head in several blocks all append the same.
         Element* const k_row = run == n_runs - 1 ? k_cache + slot.row(position) : nullptr;
         Element* const v_row = v_cache + slot.row(position);
-        unsigned short* const own_rows = reinterpret_cast<unsigned short*>(shared + C::OWN_AT);
-        own.store(0, own_rows, k_row, v_row);
+        unsigned char* const own_rows = shared + C::OWN_AT;
+        own.store(0, own_rows, k_row, v_row, kv_head);
         for (int begin = OwnRows::BATCH; begin < n_own; begin += OwnRows::BATCH) {
             own.prefetch(begin);
             own.load(begin);
-            own.store(begin, own_rows, k_row, v_row);
+            own.store(begin, own_rows, k_row, v_row, kv_head);
         }
         __syncthreads();
 
@@ -156,31 +167,52 @@ struct AppendAttention {
             unsigned char* const tile = ring + stage * STAGE_BYTES;
             if (start + ROWS > first_own) {
                 const int from = max(start, first_own), n_rows = min(start + ROWS, end) - from;
-                for (int i = lane; i < n_rows * 2 * DIMS; i += WARP) {
-                    const int row = from + i / (2 * DIMS), part = i / DIMS % 2, piece = i % DIMS;
-                    *reinterpret_cast<uint4*>(tile + part * TILE_BYTES + (row - start) * C::ROW_BYTES + piece * 16) =
-                        *reinterpret_cast<const uint4*>(own_rows + ((row - first_own) * 2 + part) * C::HEAD_DIM + piece * 8);
+                for (int i = lane; i < n_rows * 2 * PIECES; i += WARP) {
+                    const int row = from + i / (2 * PIECES), part = i / PIECES % 2, piece = i % PIECES;
+                    *reinterpret_cast<uint4*>(tile + part * TILE_BYTES + (row - start) * C::TILE_ROW_BYTES + piece * 16) =
+                        *reinterpret_cast<const uint4*>(own_rows + (((row - first_own) * 2 + part) * PIECES + piece) * 16);
                 }
                 __syncwarp();
             }
             float score[2][4] = {};
-            const unsigned char* const keys = tile + (matrix / 2 * 8 + matrix_row) * C::ROW_BYTES + matrix % 2 * 16;
+            // Matrices are 8 keys by 16 bytes; of elements that are bytes they last for two steps.
+            const unsigned char* const keys =
+                SCALED ? tile + (matrix % 2 * 8 + matrix_row) * C::TILE_ROW_BYTES + matrix / 2 * 16
+                       : tile + (matrix / 2 * 8 + matrix_row) * C::TILE_ROW_BYTES + matrix % 2 * 16;
+            unsigned bytes[4];
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
                 unsigned a[4], b[4];
                 load_matrices(a, queries + step * 32);
-                load_matrices(b, keys + step * 32);
+                if constexpr (SCALED) {
+                    if (step % 2 == 0) load_matrices(bytes, keys + step * 16);
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const unsigned word = bytes[step % 2 * 2 + i] ^ 0x80808080;
+                        b[2 * i] = bytes_to_halves<0x4140>(word), b[2 * i + 1] = bytes_to_halves<0x4342>(word);
+                    }
+                } else {
+                    load_matrices(b, keys + step * 32);
+                }
                 mma_halves(score[0], a, b[0], b[1]);
                 mma_halves(score[1], a, b[2], b[3]);
             }
-            float weight[2][2], top = largest;
+            float weight[2][2], value_scale[2][2], top = largest;
 #pragma unroll
             for (int c = 0; c < 2; ++c)
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const bool counts = start + c * 8 + 2 * quarter + e < end;
                     weight[c][e] = counts ? score[c][e] + score[c][2 + e] : LOWEST;
-                    top = fmaxf(top, weight[c][e]);
+                    if constexpr (SCALED) {
+                        const unsigned char* const at =
+                            tile + (c * 8 + 2 * quarter + e) * C::TILE_ROW_BYTES + C::HEAD_DIM + kv_head % 8 * 2;
+                        if (counts) weight[c][e] *= half_to_float(*reinterpret_cast<const unsigned short*>(at));
+                        value_scale[c][e] = half_to_float(*reinterpret_cast<const unsigned short*>(at + TILE_BYTES));
+                        top = fmaxf(top, weight[c][e] + exponent_of(value_scale[c][e]));
+                    } else {
+                        top = fmaxf(top, weight[c][e]);
+                    }
                 }
             top = segment_max<4>(top);
             if (top > largest) {  // seldom, after the first tiles
@@ -199,17 +231,27 @@ struct AppendAttention {
                     float& one = weight[c][e];
                     one = one == LOWEST ? 0.0f : exp2f(one - top);
                     sum += one;
+                    if constexpr (SCALED) one *= value_scale[c][e];
                 }
                 a[2 * c] = to_halves(weight[c][0], weight[c][1]);
                 a[2 * c + 1] = to_halves(weight[c][0] - half_to_float(a[2 * c] & 0xffff),
                                          weight[c][1] - half_to_float(a[2 * c] >> 16));
             }
             const unsigned char* const rows =
-                tile + TILE_BYTES + (matrix % 2 * 8 + matrix_row) * C::ROW_BYTES + matrix / 2 * 16;
+                tile + TILE_BYTES + (matrix % 2 * 8 + matrix_row) * C::TILE_ROW_BYTES + matrix / 2 * 16;
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
                 unsigned b[4];
-                load_matrices_transposed(b, rows + step * 32);
+                if constexpr (SCALED) {  // even dims, then odd ones
+                    if (step % 2 == 0) load_matrices_transposed(bytes, rows + step * 16);
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const unsigned word = bytes[step % 2 * 2 + i] ^ 0x80808080;
+                        b[i] = bytes_to_halves<0x4240>(word), b[2 + i] = bytes_to_halves<0x4341>(word);
+                    }
+                } else {
+                    load_matrices_transposed(b, rows + step * 32);
+                }
                 mma_halves(values[2 * step], a, b[0], b[1]);
                 mma_halves(values[2 * step + 1], a, b[2], b[3]);
             }
@@ -226,9 +268,15 @@ struct AppendAttention {
         if (pair < C::QUERIES) {
             float* const to = reinterpret_cast<float*>(ring) + pair * PARTIAL;
 #pragma unroll
-            for (int d = 0; d < DIMS; ++d)
-                *reinterpret_cast<float2*>(to + d * 8 + 2 * quarter) = {values[d][0] + values[d][2],
-                                                                        values[d][1] + values[d][3]};
+            for (int d = 0; d < DIMS; ++d) {
+                const float low = values[d][0] + values[d][2], high = values[d][1] + values[d][3];
+                if constexpr (SCALED) {
+                    float* const at = to + d / 2 * 16 + 4 * quarter + d % 2;
+                    at[0] = low, at[2] = high;
+                } else {
+                    *reinterpret_cast<float2*>(to + d * 8 + 2 * quarter) = {low, high};
+                }
+            }
             if (quarter == 0) to[C::HEAD_DIM] = largest, to[C::HEAD_DIM + 1] = sum;
         }
         __syncthreads();
@@ -267,6 +315,14 @@ struct AppendAttention {
 
 private:
     static __device__ __forceinline__ int element(int j) { return threadIdx.x + j * THREADS; }
+
+    // Where element d of a query stands.
+    static __device__ __forceinline__ int column(int d) {
+        return SCALED ? (d & ~15) + (d & 2) * 4 + (d >> 1 & 6) + (d & 1) : d;
+    }
+
+    // Where a head's scale is, from the head's elements on.
+    static __device__ __forceinline__ int scales_of(int kv_head) { return C::KV_SCALES + kv_head * (2 - C::HEAD_DIM); }
 
     // How element d of a head vector turns, in pairs (i, i + HALF).
     struct Rotation {
@@ -318,16 +374,66 @@ private:
             }
         }
 
-        // to: [rows, key and value, HEAD_DIM]. The last row goes to the cache too, where k_row is not null.
-        __device__ __forceinline__ void store(int begin, unsigned short* to, Element* k_row, Element* v_row) const {
+        // to: [rows, key and value, PIECES of 16 bytes]. The last row goes to the cache too, where k_row is not null.
+        __device__ __forceinline__ void store(int begin, unsigned char* to, Element* k_row, Element* v_row,
+                                              int kv_head) const {
+            if constexpr (SCALED) {
+                store_scaled(begin, to, k_row, v_row, kv_head);
+            } else {
+#pragma unroll
+                for (int j = 0; j < EACH; ++j) {
+                    if (!has(j, begin)) continue;
+                    const unsigned short key = float_to_half(rotations[j].of(keys[j], partners[j]));
+                    const unsigned short value = float_to_half(values[j]);
+                    unsigned short* const place =
+                        reinterpret_cast<unsigned short*>(to) + row(j, begin) * (2 * C::HEAD_DIM) + dim(j);
+                    place[0] = key, place[C::HEAD_DIM] = value;
+                    if (k_row && row(j, begin) == n_rows - 1) k_row[dim(j)] = key, v_row[dim(j)] = value;
+                }
+            }
+        }
+
+        // The largest of 16 elements is found by as many lanes, that of a head by each of its threads.
+        __device__ __forceinline__ void store_scaled(int begin, unsigned char* to, Element* k_row, Element* v_row,
+                                                     int kv_head) const {
+            __shared__ int largest[EACH * THREADS / 16][2];
+            if (begin > 0) __syncthreads();
+            float turned[EACH];
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) {
+                turned[j] = has(j, begin) ? rotations[j].of(keys[j], partners[j]) : 0.0f;
+                int most[2] = {magnitude(turned[j]), has(j, begin) ? magnitude(values[j]) : 0};
+#pragma unroll
+                for (int offset = 8; offset > 0; offset /= 2)
+#pragma unroll
+                    for (int part = 0; part < 2; ++part)
+                        most[part] = max(most[part], __shfl_xor_sync(ALL_LANES, most[part], offset));
+                if (threadIdx.x % 16 == 0) largest[element(j) / 16][0] = most[0], largest[element(j) / 16][1] = most[1];
+            }
+            __syncthreads();
 #pragma unroll
             for (int j = 0; j < EACH; ++j) {
                 if (!has(j, begin)) continue;
-                const unsigned short key = float_to_half(rotations[j].of(keys[j], partners[j]));
-                const unsigned short value = float_to_half(values[j]);
-                unsigned short* const place = to + row(j, begin) * (2 * C::HEAD_DIM) + dim(j);
-                place[0] = key, place[C::HEAD_DIM] = value;
-                if (k_row && row(j, begin) == n_rows - 1) k_row[dim(j)] = key, v_row[dim(j)] = value;
+                int most[2] = {};
+#pragma unroll
+                for (int i = 0; i < STEPS; ++i)
+#pragma unroll
+                    for (int part = 0; part < 2; ++part)
+                        most[part] = max(most[part], largest[element(j) / C::HEAD_DIM * STEPS + i][part]);
+                const bool is_last = k_row && row(j, begin) == n_rows - 1;
+#pragma unroll
+                for (int part = 0; part < 2; ++part) {
+                    const HeadScale scale(most[part]);
+                    const signed char q = scale.quantized(part ? values[j] : turned[j]);
+                    unsigned char* const own = to + (row(j, begin) * 2 + part) * (PIECES * 16);
+                    Element* const cached = part ? v_row : k_row;
+                    reinterpret_cast<signed char*>(own)[dim(j)] = q;
+                    if (is_last) cached[dim(j)] = q;
+                    if (dim(j) == 0) {
+                        *reinterpret_cast<unsigned short*>(own + C::HEAD_DIM + kv_head % 8 * 2) = scale.bits;
+                        if (is_last) *reinterpret_cast<unsigned short*>(cached + scales_of(kv_head)) = scale.bits;
+                    }
+                }
             }
         }
     };

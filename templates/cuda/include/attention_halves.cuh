@@ -122,16 +122,17 @@ private:
     static __device__ __forceinline__ void unpack(const unsigned char* stage, unsigned char* tile, int kv_head) {
         for (int i = threadIdx.x; i < 2 * C::KEYS * DIMS; i += THREADS) {
             const uint2 bytes = *reinterpret_cast<const uint2*>(stage + i * 8);
-            const uint2 low = bytes_to_halves(bytes.x), high = bytes_to_halves(bytes.y);
-            *reinterpret_cast<uint4*>(tile + i / DIMS * C::ROW_BYTES + i % DIMS * 16) = uint4{low.x, low.y, high.x, high.y};
+            const unsigned low = bytes.x ^ 0x80808080, high = bytes.y ^ 0x80808080;
+            *reinterpret_cast<uint4*>(tile + i / DIMS * C::ROW_BYTES + i % DIMS * 16) =
+                uint4{bytes_to_halves<0x4140>(low), bytes_to_halves<0x4342>(low), bytes_to_halves<0x4140>(high),
+                      bytes_to_halves<0x4342>(high)};
         }
         float* const scales = reinterpret_cast<float*>(tile + 2 * TILE_BYTES);
         for (int i = threadIdx.x; i < 2 * C::KEYS; i += THREADS) {
             const float scale = half_to_float(
                 *reinterpret_cast<const unsigned short*>(stage + SCALES_OF_STAGE + i * 16 + kv_head % 8 * 2));
             scales[i] = scale;
-            // So that the largest weight times its scale is near 1, whatever scales are.
-            if (i >= C::KEYS) scales[i + C::KEYS] = static_cast<float>(static_cast<int>(__float_as_uint(scale) >> 23) - 127);
+            if (i >= C::KEYS) scales[i + C::KEYS] = exponent_of(scale);
         }
     }
 

@@ -89,10 +89,14 @@ struct HeadScale {
 
 __device__ __forceinline__ int magnitude(float value) { return __float_as_uint(value) & 0x7fffffff; }
 
-// Four elements of int8 as halves, exactly, in order.
-__device__ __forceinline__ uint2 bytes_to_halves(unsigned word) {
-    word ^= 0x80808080;
+// So that values relative to the largest, times their scales, are near 1 whatever the scales are.
+__device__ __forceinline__ float exponent_of(float scale) {
+    return static_cast<float>(static_cast<int>(__float_as_uint(scale) >> 23) - 127);
+}
+
+// Two bytes of a word as halves, exactly: elements of int8 plus 128, 4 in their places in SELECTOR.
+template <unsigned SELECTOR>
+__device__ __forceinline__ unsigned bytes_to_halves(unsigned word) {
     // 1024 + 128 + element, then less 1152.
-    return {multiply_add_halves(__byte_perm(word, 0x64646464, 0x4140), 0x3c003c00, 0xe480e480),
-            multiply_add_halves(__byte_perm(word, 0x64646464, 0x4342), 0x3c003c00, 0xe480e480)};
+    return multiply_add_halves(__byte_perm(word, 0x64646464, SELECTOR), 0x3c003c00, 0xe480e480);
 }
