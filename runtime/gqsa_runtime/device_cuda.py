@@ -363,7 +363,7 @@ class CudaDevice:
         names = [name for name in tensors if name in used]
         weight_bytes = sum(_align(tensors.nbytes(name)) for name in names)
         rope_bytes = {name: context * rope.rotary_dim * DTYPE_BYTES["f32"] for name, rope in program.ropes.items()}
-        total = weight_bytes + plan.arena_bytes + slots * context * program.kv_bytes_per_token()
+        total = weight_bytes + plan.arena_bytes + slots * program.kv_bytes(context)
         total += sum(rope_bytes.values())
         total += ALIGNMENT * (2 * len(program.kv_layers) + len(program.ropes) + 1)
         self._memory = call("cuMemAlloc", total)
@@ -382,7 +382,7 @@ class CudaDevice:
         self._pin({**{name: self._buffers[name][2] for name in _HOST_BUFFERS}, "logits": program.vocab_size})
         self._addresses: dict[Place, int] = {}
         for layer in range(len(program.kv_layers)):
-            size = slots * context * program.kv_row_bytes(layer)
+            size = slots * program.slot_rows(layer, context) * program.kv_row_bytes(layer)
             self._addresses["k_cache", layer] = take(size)
             self._addresses["v_cache", layer] = take(size)
         for name, size in rope_bytes.items():

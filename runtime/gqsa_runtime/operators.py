@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gqsa_runtime.constants import COUNT, FLAG, NUMBER, SIZE, Params, Rule, allowed, shown
-from gqsa_runtime.kv_cache import KV_ELEMENTS, row_elements
+from gqsa_runtime.kv_cache import KV_ELEMENTS, row_elements, slot_rows
 from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS, Layout
 from gqsa_runtime.sampling import DRAW, OCTAVES
 
@@ -152,10 +152,13 @@ _HEADS: dict[str, Rule] = {
     "kv_heads": SIZE,
     "head_dim": SIZE,
     "kv_dtype": tuple(KV_ELEMENTS),
+    "window": COUNT,
 }
 _STATE = Operand("state", "i32", lambda p, t, c: state_elements(1 if p.get("tokens") == 1 else t))
 _IDS: Elements = lambda p, t, c: 1 if p["tokens"] == 1 else t  # noqa: E731
-_KV: Elements = lambda p, t, c: c * row_elements(p["kv_dtype"], p["kv_heads"], p["head_dim"])  # noqa: E731
+_KV: Elements = lambda p, t, c: (  # noqa: E731
+    slot_rows(p["window"], c) * row_elements(p["kv_dtype"], p["kv_heads"], p["head_dim"])
+)
 _WIDTH: Elements = lambda p, t, c: p["width"]  # noqa: E731
 
 _ATTENTION = (
@@ -363,7 +366,7 @@ OPERATORS: dict[str, Operator] = {
     # rope: [context, rotary_dim] f32, a row is cos[rotary_dim / 2] then sin[rotary_dim / 2].
     "kv_append": Operator(
         "rotates q in place and k on its way into the cache, in pairs (i, i + rotary_dim / 2), rotary_dim 0: neither; "
-        "stores k and v at cache row position[t] of slot[t]",
+        "stores k and v at the cache row of position[t] in slot[t]; window: of the layer's attention",
         {**_HEADS, "rotary_dim": COUNT, "q_stride": SIZE, "k_stride": SIZE, "v_stride": SIZE},
         (
             Operand("q", "f32", _rows("q_stride", "head_dim", "heads"), "inout"),
@@ -377,15 +380,15 @@ OPERATORS: dict[str, Operator] = {
         _check_heads,
     ),
     "attention": Operator(
-        "causal softmax(scale * q k^T) v over cache rows 0 .. position[t] of slot[t], with a window > 0 the last "
+        "causal softmax(scale * q k^T) v over cached positions 0 .. position[t] of slot[t], with a window > 0 the last "
         "`window` of them; head h reads KV head h // (heads / kv_heads)",
-        {**_HEADS, "scale": NUMBER, "window": COUNT, "q_stride": SIZE, "out_stride": SIZE},
+        {**_HEADS, "scale": NUMBER, "q_stride": SIZE, "out_stride": SIZE},
         _ATTENTION,
         _check_heads,
     ),
     "attention_halves": Operator(
         "attention of many tokens with products of halves: q, weights and the cache",
-        {**_HEADS, "kv_dtype": ("f16", "int8"), "scale": NUMBER, "window": COUNT, "q_stride": SIZE, "out_stride": SIZE},
+        {**_HEADS, "kv_dtype": ("f16", "int8"), "scale": NUMBER, "q_stride": SIZE, "out_stride": SIZE},
         _ATTENTION,
         _check_attention_halves,
         families=("cuda",),
@@ -396,7 +399,7 @@ OPERATORS: dict[str, Operator] = {
         "q stays as it is; counters are 0 before and after",
         {
             **_HEADS, "tokens": (1, FUSED_TOKENS), "kv_dtype": ("f16", "int8"), "rotary_dim": COUNT, "scale": NUMBER,
-            "window": COUNT, "splits": SIZE, "q_stride": SIZE, "k_stride": SIZE, "v_stride": SIZE, "out_stride": SIZE,
+            "splits": SIZE, "q_stride": SIZE, "k_stride": SIZE, "v_stride": SIZE, "out_stride": SIZE,
         },
         (
             Operand("q", "f32", _rows("q_stride", "head_dim", "heads")),

@@ -24,7 +24,7 @@ import numpy as np
 
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.format import MAX_PROGRAM_CHARACTERS, canonical_json
-from gqsa_runtime.kv_cache import KV_ELEMENTS, row_elements
+from gqsa_runtime.kv_cache import KV_ELEMENTS, row_elements, slot_rows
 
 NUMPY_DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i16": np.int16, "i8": np.int8}
 DTYPE_BYTES = {"f32": 4, "f16": 2, "i32": 4, "i16": 2, "i8": 1}
@@ -107,10 +107,14 @@ class Step:
 
 @dataclass(frozen=True)
 class KVLayer:
-    """The KV cache of one attention layer: k and v are each [slots, context] rows, see kv_cache.py."""
+    """The KV cache of one attention layer: k and v are each [slots, slot_rows(window, context)] rows, see kv_cache.py.
+
+    window: how many positions a token sees, itself among them; 0: all.
+    """
 
     kv_heads: int
     head_dim: int
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -236,9 +240,14 @@ class Program:
         """Bytes of such a row."""
         return self.kv_row(layer) * DTYPE_BYTES[self.kv_element]
 
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of KV cache that one position of a slot takes over all layers."""
-        return sum(2 * self.kv_row_bytes(layer) for layer in range(len(self.kv_layers)))
+    def slot_rows(self, layer: int, context: int) -> int:
+        """Rows of a slot of a layer's k or v cache."""
+        return slot_rows(self.kv_layers[layer].window, context)
+
+    def kv_bytes(self, context: int) -> int:
+        """Bytes of KV cache that a slot takes over all layers."""
+        layers = range(len(self.kv_layers))
+        return sum(2 * self.kv_row_bytes(layer) * self.slot_rows(layer, context) for layer in layers)
 
     def to_json(self) -> str:
         """Canonical JSON: the same program always gives the same bytes."""

@@ -197,7 +197,7 @@ def test_a_smaller_kv_cache_stays_close(built, tmp_path, kv_dtype, tolerance):
         log_probs = best - np.log(np.exp(best).sum(1, keepdims=True))
         assert np.abs(log_probs[np.arange(11), ids[150:161]] - expected[149:160]).max() < tolerance
         model.save_session(tmp_path / "s")
-        n_bytes = 160 * (4 + model.program.kv_bytes_per_token())
+        n_bytes = 160 * (4 + model.program.kv_bytes(1))
         assert (tmp_path / "s").stat().st_size == 80 + n_bytes
         following = model.engine.decode(ids[160])
     with Model.open(file, device="cpu", threads=2) as model:

@@ -185,7 +185,7 @@ def allocate_apart() -> None:
             elif kind == "rope":
                 size = context * program.ropes[name].rotary_dim * DTYPE_BYTES["f32"]
             else:
-                size = slots * context * program.kv_row_bytes(name)
+                size = slots * program.slot_rows(name, context) * program.kv_row_bytes(name)
             self._addresses[kind, name] = take(size)
 
     def close_apart(self):

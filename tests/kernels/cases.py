@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from gqsa_runtime.engine import launch_state
-from gqsa_runtime.kv_cache import KV_ELEMENTS, row_elements, scales_at
+from gqsa_runtime.kv_cache import KV_ELEMENTS, held_rows, row_elements, scales_at, slot_rows
 from gqsa_runtime.layouts import GROUP_WORDS
 from gqsa_runtime.operators import (
     CHOOSE_PARTIAL,
@@ -291,7 +291,7 @@ def _kv_append(rng, p, case):
         angles = rng.random((case.context, p["rotary_dim"] // 2)) * 6.3
         rope = _array(np.concatenate([np.cos(angles), np.sin(angles)], 1), np.float32)
     row, dtype = _cache_row(p)
-    caches = [_output(case.slots * case.context * row, dtype) for _ in range(2)]
+    caches = [_output(case.slots * slot_rows(p["window"], case.context) * row, dtype) for _ in range(2)]
     return {"q": q, "k": k, "v": v, "rope": rope, "k_cache": caches[0], "v_cache": caches[1]}
 
 
@@ -302,9 +302,10 @@ def _cache_row(p):
 
 def _attention(rng, p, case):
     width, dtype = _cache_row(p)
-    seen = np.zeros((case.slots, case.context), bool)  # all other rows must not be used
+    seen = np.zeros((case.slots, slot_rows(p["window"], case.context)), bool)  # all other rows must not be used
     for slot, position in case.token_places():
-        seen[slot, max(0, position + 1 - p["window"]) if p["window"] else 0 : position + 1] = True
+        positions = np.arange(max(0, position + 1 - p["window"]) if p["window"] else 0, position + 1)
+        seen[slot, positions % seen.shape[1]] = True
     caches = []
     for factor in (1.0, case.extra or 1.0):
         cache = _empty(seen.size * width, dtype)
@@ -504,7 +505,7 @@ def _simple_cases():
 
     for kv_dtype in KV_ELEMENTS:
         for heads, kv_heads, head_dim, rotary_dim in ((9, 3, 64, 64), (4, 4, 80, 32), (2, 1, 128, 0), (2, 1, 256, 256)):
-            shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+            shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": 0}
             row = (heads + 2 * kv_heads) * head_dim
             strides = {"q_stride": row, "k_stride": row, "v_stride": row, "rotary_dim": rotary_dim}
             name = f"h{heads}_kv{kv_heads}_d{head_dim}_rotary{rotary_dim}_{kv_dtype}"
@@ -519,11 +520,16 @@ def _simple_cases():
             yield case(f"kv_append/{name}", _kv_append, 5, 0, tokens=8, rotary_dim=rotary_dim, **shape, **strides)
 
     for kv_dtype in KV_ELEMENTS:
-        shape = {"heads": 4, "kv_heads": 2, "head_dim": 40, "rotary_dim": 16, "kv_dtype": kv_dtype}
+        shape = {"heads": 4, "kv_heads": 2, "head_dim": 40, "rotary_dim": 16, "kv_dtype": kv_dtype, "window": 0}
         strides = {"q_stride": 160, "k_stride": 80, "v_stride": 80}
         yield case(f"kv_append/slot_2_{kv_dtype}", _kv_append, places=((2, 11),), tokens=1, **shape, **strides)
         for mix, places in MIXED_PLACES.items():
             yield case(f"kv_append/{mix}_{kv_dtype}", _kv_append, places=places, tokens=8, **shape, **strides)
+        # Past the rows that a layer with a window has: the places of the first ones again.
+        shape |= {"window": 16}
+        far = {"context": 700, **shape, **strides}
+        yield case(f"kv_append/far_{kv_dtype}", _kv_append, places=((1, held_rows(16) + 3),), tokens=1, **far)
+        yield case(f"kv_append/far_{kv_dtype}_tile", _kv_append, 9, held_rows(16) - 5, tokens=8, **far)
 
     for function in ("relu", "silu", "gelu", "gelu_tanh"):
         gated = {"width": 200, "activation": function, "gate_stride": 400, "up_stride": 400, "out_stride": 200}
@@ -647,6 +653,11 @@ def _attention_cases():
         yield case(f"window_{window}_tile", 13, 70, window=window, tokens=8)
     yield case("slot_2", 1, 37, places=((2, 37),))
     yield case("slot_2_window_16", 1, 37, window=16, places=((2, 37),))
+    far = held_rows(40) + 11  # within the window of the last row that a slot has
+    for kv_dtype in ("f16", "int8"):
+        beyond = {"context": 640, "window": 40, "kv_dtype": kv_dtype}
+        yield case(f"far_{kv_dtype}", 1, 0, places=((1, far),), **beyond)
+        yield case(f"far_{kv_dtype}_tile", 70, far - 40, tokens=8, **beyond)
     wide = tuple((token // 30, 7 + token % 30) for token in range(80))  # runs that cross tiles of queries
     for mix, places in {**MIXED_PLACES, "wide": wide}.items():
         for window in (0, 4):
@@ -694,6 +705,8 @@ def _attention_halves_cases(kv_dtype):
         for window in (1, 16, 4096):
             yield case(f"window_{window}", 70, 20, window=window)
         yield case("strides", 70, 5, q_stride=300, out_stride=261)
+    far = tuple((1, held_rows(40) - 30 + token) for token in range(70))  # beyond the last row that a slot has
+    yield case("far", 70, 0, context=640, window=40, places=far)
     wide = tuple((token // 30, 7 + token % 30) for token in range(80))  # runs that cross tiles of queries
     for mix, places in {**MIXED_PLACES, "wide": wide}.items():
         for window in (0, 4) if kv_dtype == "f16" else (4,):
@@ -729,7 +742,7 @@ def _append_attention_cases(kv_dtype):
             "k_stride": kv_heads * head_dim, "v_stride": kv_heads * head_dim, "out_stride": heads * head_dim, **changes,
         }  # fmt: skip
         spec = KernelSpec.make("append_attention", **params)
-        context = 704 if position > 90 else 96
+        context = 704 if position > 90 or max(places, default=(0, 0))[1] > 90 else 96
         return Case(
             f"append_attention/{kv_dtype}_{name}", spec, _append_attention, n_tokens, position, n_tokens, context,
             atol=5e-5, places=places,
@@ -745,6 +758,8 @@ def _append_attention_cases(kv_dtype):
     for rotary_dim in (0, 32) if f16 else (32,):
         yield case(f"rotary_{rotary_dim}", 40, rotary_dim=rotary_dim)
     yield case("slot_2", 37, places=((2, 37),))
+    far = held_rows(40) + 11  # within the window of the last row that a slot has
+    yield case("far", 0, window=40, places=((1, far),))
     few = {"tokens": FUSED_TOKENS}
     for position, n_tokens in ((0, 1), (0, 8), (13, 5), (60, 8), (255, 4), (381, 3), (692, 8))[: 7 if f16 else 4]:
         yield case(f"few_{position}_{n_tokens}", position, n_tokens=n_tokens, **few)
@@ -756,6 +771,7 @@ def _append_attention_cases(kv_dtype):
         yield case("few_window", 80, window=4, n_tokens=7, **few)
         yield case("few_without_rope", 40, rotary_dim=0, n_tokens=3, **few)
         yield case("few_strides", 40, n_tokens=5, q_stride=300, k_stride=140, v_stride=131, out_stride=261, **few)
+    yield case("few_far", 0, window=40, places=tuple((1, far - 13 + i) for i in range(8)), n_tokens=8, **few)
     mixed = ((2, 37), (2, 38), (0, 8), (0, 9), (1, 0), (1, 1), (1, 2), (3, 12))
     yield case("few_slots", 0, places=mixed, n_tokens=8, **few)
 

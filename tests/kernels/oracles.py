@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from gqsa_runtime.errors import ModelError
-from gqsa_runtime.kv_cache import row_elements, scales_at
+from gqsa_runtime.kv_cache import held_rows, row_elements, scales_at
 from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS
 from gqsa_runtime.operators import FUSED_TOKENS, STATE_DRAW, STATE_TOKENS, state_elements
 from gqsa_runtime.sampling import choose
@@ -35,9 +35,13 @@ def activate(name, x):
 
 @dataclass(frozen=True)
 class Places:
-    """Where in the KV cache the tokens of a launch belong: slots and positions, int [n_tokens]."""
+    """Where in the KV cache the tokens of a launch belong: slots and positions, int [n_tokens].
+
+    held: rows of a slot of a layer with a window, 0: as many as the context.
+    """
 
     context: int
+    held: int
     slots: np.ndarray
     positions: np.ndarray
 
@@ -46,12 +50,18 @@ class Places:
         """From `state`; the decode variant ignores its count of tokens."""
         n_tokens = 1 if params.get("tokens") == 1 else int(state[0])
         slots, positions = state[STATE_TOKENS : state_elements(n_tokens)].reshape(n_tokens, 2).astype(np.int64).T
-        return cls(int(state[1]), slots, positions)
+        return cls(int(state[1]), held_rows(params.get("window", 0)), slots, positions)
 
     @property
     def rows(self):
         """Each token's row of the cache, int [n_tokens]."""
-        return self.slots * self.context + self.positions
+        return self.rows_of(self.slots, self.positions)
+
+    def rows_of(self, slots, positions):
+        """Rows of positions of slots."""
+        if not self.held:
+            return slots * self.context + positions
+        return slots * min(self.context, self.held) + positions % self.held
 
 
 def _rows(array, n_tokens, stride, width):
@@ -251,14 +261,14 @@ def _check_scaled_rows(p, before, rows, places):
     return check
 
 
-def _cache_rows(cache, first, end, p):
-    """[end - first, heads, head_dim] of a KV cache."""
+def _cache_rows(cache, at, p):
+    """[rows, heads, head_dim] of a KV cache. at: which rows, int [rows]."""
     width = row_elements(p["kv_dtype"], p["kv_heads"], p["head_dim"])
-    rows = cache[first * width : end * width].reshape(end - first, width)
+    rows = cache[at[:, None] * width + np.arange(width)]
     if p["kv_dtype"] == "int8":
         q, scales = _split_rows(p, rows)
         rows = q * scales.astype(np.float64)
-    rows = rows.astype(np.float64).reshape(end - first, p["kv_heads"], -1)
+    rows = rows.astype(np.float64).reshape(len(at), p["kv_heads"], -1)
     return np.repeat(rows, p["heads"] // p["kv_heads"], axis=1)
 
 
@@ -266,9 +276,9 @@ def _attention(p, a, n, places, write):
     head_dim = p["head_dim"]
     q = _read(a["q"], n, p["q_stride"], p["heads"] * head_dim).reshape(n, p["heads"], head_dim)
     out = np.empty_like(q)
-    for token, (position, row) in enumerate(zip(places.positions, places.rows, strict=True)):
-        first = row - min(position, p["window"] - 1 if p["window"] else position)
-        keys, vals = (_cache_rows(a[name], first, row + 1, p) for name in ("k_cache", "v_cache"))
+    for token, (slot, position) in enumerate(zip(places.slots, places.positions, strict=True)):
+        seen = np.arange(max(0, position + 1 - p["window"]) if p["window"] else 0, position + 1)
+        keys, vals = (_cache_rows(a[name], places.rows_of(slot, seen), p) for name in ("k_cache", "v_cache"))
         scores = p["scale"] * np.einsum("hd,shd->hs", q[token], keys)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         out[token] = np.einsum("hs,shd->hd", weights / weights.sum(-1, keepdims=True), vals)

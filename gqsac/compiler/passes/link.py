@@ -29,7 +29,7 @@ def link(compiled: list[Compiled], targets: tuple[str, ...]) -> tuple[tuple[Bina
 def kv_layers(graph: ir.Graph) -> tuple[KVLayer, ...]:
     """The KV caches in the order of their layer numbers."""
     attentions = sorted((op for op in graph.ops if isinstance(op, ir.Attention)), key=lambda op: op.layer)
-    return tuple(KVLayer(op.kv_heads, op.head_dim) for op in attentions)
+    return tuple(KVLayer(op.kv_heads, op.head_dim, op.window) for op in attentions)
 
 
 def ropes(graph: ir.Graph, packing: Packing) -> dict[str, Rope]:

@@ -1,5 +1,6 @@
 // The KV cache, [slots, context] rows, see kv_cache.py: where they lie, and their elements. The kernel defines KV_HEADS,
-// HEAD_DIM, one of KV_F16, KV_F32 and KV_INT8, KV_ROW (elements of a row) and KV_SCALES (place of the scales in a row).
+// HEAD_DIM, one of KV_F16, KV_F32 and KV_INT8, KV_ROW (elements of a row), KV_SCALES (place of the scales in a row) and
+// KV_HELD (rows of a slot, 0: as many as the context).
 #ifndef GQSA_KV_CACHE_H
 #define GQSA_KV_CACHE_H
 
@@ -13,10 +14,17 @@ struct kv_slot {
 };
 
 INLINE struct kv_slot kv_slot(const int32_t *state, int token) {
-    return (struct kv_slot){(size_t)slot_of(state, token) * context_of(state) * KV_ROW};
+    size_t rows = context_of(state);
+    if (KV_HELD && rows > KV_HELD) rows = KV_HELD;
+    return (struct kv_slot){slot_of(state, token) * rows * KV_ROW};
 }
 
-INLINE size_t kv_row(struct kv_slot slot, size_t position) { return slot.first + position * KV_ROW; }
+INLINE size_t kv_row(struct kv_slot slot, size_t position) {
+#if KV_HELD
+    position %= KV_HELD;
+#endif
+    return slot.first + position * KV_ROW;
+}
 
 // Elements of a KV head, values + i from the start of a row on: load_kv_n gives the first n as floats, store_kv writes a
 // head of floats. They are to be multiplied by kv_scale(row, head).

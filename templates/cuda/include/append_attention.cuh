@@ -20,7 +20,7 @@
 #include "kv_cache.cuh"
 
 // C: TOKENS (most of a launch: blockIdx.y), HEADS, KV_HEADS, HEAD_DIM (a multiple of 16), ROTARY_DIM, SCALE, WINDOW, Cache,
-// KV_ROW, KV_SCALES,
+// KV_ROW, KV_SCALES, KV_HELD,
 // QUERIES (at most 8), SPLITS (most runs), KEYS (fewest rows worth a run), Q_STRIDE, K_STRIDE, V_STRIDE, OUT_STRIDE, WARPS,
 // STAGES (of a ring), ROW_BYTES and TILE_ROW_BYTES (from row to row of the queries and of a tile in shared memory: an odd
 // number of 16 bytes, so that eight rows share no banks), places in shared memory (OWN_AT, RING_AT).
@@ -78,7 +78,7 @@ struct AppendAttention {
                 ++n_own;
         const int end = min(begin + per_run, length), first_own = length - n_own, cached = min(end, first_own);
         const int head = place * C::QUERIES, kv_head = head / (C::HEADS / C::KV_HEADS);
-        const KvSlot<C::KV_ROW> slot(state, token);
+        const KvSlot<C> slot(state, token);
         const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, pair = lane / 4, quarter = lane % 4;
         k_cache += kv_head * C::HEAD_DIM;
         v_cache += kv_head * C::HEAD_DIM;

@@ -6,7 +6,7 @@
 #pragma once
 #include "kv_cache.cuh"
 
-// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache, KV_ROW, KV_SCALES. Shared memory: [warps, PARTIAL] floats, of each warp its
+// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache, KV_ROW, KV_SCALES, KV_HELD. Shared memory: [warps, PARTIAL] floats, of each warp its
 // values [HEAD_DIM], largest score and sum.
 template <class C>
 __device__ __forceinline__ void attention_decode(const float* q, const typename C::Cache::Element* k_cache,
@@ -25,7 +25,7 @@ __device__ __forceinline__ void attention_decode(const float* q, const typename 
     const int head = blockIdx.x, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const int lane = threadIdx.x % LANES, group = threadIdx.x % WARP / LANES;
     const int length = position_of(state, 0) + 1;
-    const KvSlot<C::KV_ROW> slot(state, 0);
+    const KvSlot<C> slot(state, 0);
     const int kv_head = head / (C::HEADS / C::KV_HEADS);
     const int first = C::WINDOW > 0 ? max(0, length - C::WINDOW) : 0;
 

@@ -9,7 +9,7 @@
 #pragma once
 #include "attention_runs.cuh"
 
-// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache, KV_ROW, KV_SCALES, Q_STRIDE, OUT_STRIDE, WARPS, KEYS, ROW_BYTES (from
+// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache, KV_ROW, KV_SCALES, KV_HELD, Q_STRIDE, OUT_STRIDE, WARPS, KEYS, ROW_BYTES (from
 // row to row of a tile in shared memory: an odd number of 16 bytes, so that eight rows share no banks), STAGE_BYTES; for a
 // cache with scales also places in shared memory, TILE_AT and SCALES_AT.
 template <class C>
@@ -32,7 +32,7 @@ struct AttentionHalves {
         const int lane = threadIdx.x % WARP, pair = lane / 4, quarter = lane % 4, head = blockIdx.x;
         const int own = threadIdx.x / WARP * 16;  // the warp's first query, from the run's
         const int position = position_of(state, first), count = last - first + 1;
-        const KvSlot<C::KV_ROW> slot(state, first);
+        const KvSlot<C> slot(state, first);
         const int kv_head = head / (C::HEADS / C::KV_HEADS);
         // Rows that some query of this run sees; no others are read.
         const int end = position + count, begin = C::WINDOW > 0 ? max(0, position + 1 - C::WINDOW) : 0;

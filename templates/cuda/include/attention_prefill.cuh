@@ -16,7 +16,7 @@ struct AttentionTile {
     static constexpr int PIECES = ceil_div(DIMS / 4, 16);  // float4 pieces of the output per query and thread
 };
 
-// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache, KV_ROW, KV_SCALES, Q_STRIDE, OUT_STRIDE and what AttentionTile needs.
+// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache, KV_ROW, KV_SCALES, KV_HELD, Q_STRIDE, OUT_STRIDE and what AttentionTile needs.
 // Shared memory, floats: queries [QUERIES, STRIDE], keys and values [KEYS, STRIDE], weights [QUERIES, WEIGHT_STRIDE].
 // Queries first_query .. last_query are a run.
 template <class C>
@@ -32,7 +32,7 @@ __device__ __forceinline__ void attend_run(const float* q, const typename C::Cac
 
     const int head = blockIdx.x, kv_head = head / (C::HEADS / C::KV_HEADS);
     const int position = position_of(state, first_query);
-    const KvSlot<C::KV_ROW> slot(state, first_query);
+    const KvSlot<C> slot(state, first_query);
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
 
     for (int i = threadIdx.x; i < C::QUERIES * T::DIMS; i += blockDim.x) {

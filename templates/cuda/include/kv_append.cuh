@@ -2,7 +2,7 @@
 #pragma once
 #include "kv_cache.cuh"
 
-// C: HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, Cache, KV_ROW, Q_STRIDE, K_STRIDE, V_STRIDE; Q_END, K_END and END: where the
+// C: HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, Cache, KV_ROW, KV_HELD, Q_STRIDE, K_STRIDE, V_STRIDE; Q_END, K_END and END: where the
 // threads of q, k and v end.
 // One thread per rotated pair of q and k, per other element of k and per element of v; blockIdx.y: token.
 // rope: [context, ROTARY_DIM], a row is cos[ROTARY_DIM / 2] then sin[ROTARY_DIM / 2].
@@ -20,7 +20,7 @@ __device__ __forceinline__ void kv_append(float* q, const float* k, const float*
     if (token >= count_tokens<TOKENS>(state) || item >= C::END) return;
     const int position = position_of(state, token);
     const float* angles = rope + (size_t)position * C::ROTARY_DIM;
-    const size_t row = KvSlot<C::KV_ROW>(state, token).row(position);
+    const size_t row = KvSlot<C>(state, token).row(position);
     k_cache += row;
     v_cache += row;
 
@@ -90,7 +90,7 @@ __device__ __forceinline__ void kv_append_scaled(float* q, const float* k, const
 #pragma unroll
     for (int offset = WARP / 2; offset > 0; offset /= 2) largest = max(largest, __shfl_xor_sync(ALL_LANES, largest, offset));
     const HeadScale scale(largest);
-    typename C::Cache::Element* const row = (is_key ? k_cache : v_cache) + KvSlot<C::KV_ROW>(state, token).row(position);
+    typename C::Cache::Element* const row = (is_key ? k_cache : v_cache) + KvSlot<C>(state, token).row(position);
 #pragma unroll
     for (int j = 0; j < EACH; ++j)
         if (lane + j * WARP < C::HEAD_DIM) row[head * C::HEAD_DIM + lane + j * WARP] = scale.quantized(values[j]);

@@ -2,16 +2,21 @@
 #pragma once
 #include "common.cuh"
 
-// Where the rows of a token's slot lie, in elements from the start of a cache. Nothing else knows it. ROW: elements
-// of a row. What all rows of the slot share is worked out once.
-template <int ROW>
+// Where the rows of a token's slot lie, in elements from the start of a cache. Nothing else knows it. C: KV_ROW,
+// elements of a row; KV_HELD, rows of a slot, 0: as many as the context. What all rows of the slot share is worked out once.
+template <class C>
 struct KvSlot {
     size_t first;
 
-    __device__ __forceinline__ KvSlot(const int* state, int token)
-        : first((size_t)slot_of(state, token) * context_of(state) * ROW) {}
+    __device__ __forceinline__ KvSlot(const int* state, int token) {
+        const int context = context_of(state), rows = C::KV_HELD > 0 ? min(context, C::KV_HELD) : context;
+        first = (size_t)slot_of(state, token) * rows * C::KV_ROW;
+    }
 
-    __device__ __forceinline__ size_t row(int position) const { return first + (size_t)position * ROW; }
+    __device__ __forceinline__ size_t row(int position) const {
+        if constexpr (C::KV_HELD > 0) position %= C::KV_HELD;
+        return first + (size_t)position * C::KV_ROW;
+    }
 };
 
 // What caches hold. SCALED: elements are to be multiplied by kv_scale of their row.
