@@ -1,6 +1,8 @@
 """Every kernel case: the rendered CUDA source, run on the CPU, against the oracle."""
 
+import numpy as np
 import pytest
+from gqsa_runtime.engine import launch_state
 from gqsa_runtime.operators import OPERATORS
 from gqsa_runtime.program import Launch
 
@@ -37,6 +39,23 @@ def kernels_of_sm_90(request):
 @pytest.mark.parametrize("case", OWN_CASES, ids=lambda case: case.name)
 def test_a_cut_of_its_own_matches_the_oracle(kernels_of_sm_90, case):
     cuda_emulation.run_both_ways(kernels_of_sm_90, case)
+
+
+@pytest.mark.parametrize("kv_dtype", ["f16", "int8"])
+def test_a_few_tokens_attend_and_append_as_one_by_one(kernels, kv_dtype):
+    case = next(case for case in CUDA_CASES if case.name == f"append_attention/{kv_dtype}_few_60_8")
+    together, apart = case.build(), case.build()
+    kernels.run(case.spec, together.arguments, case.max_tokens)
+    params = {**dict(case.spec.params), "tokens": 1}
+    names = [operand.name for operand in OPERATORS["append_attention"].operands]
+    named = dict(zip(names, apart.arguments, strict=True))
+    for token, (slot, position) in enumerate(case.token_places()):
+        own = {name: named[name][token * params[f"{name}_stride"] :] for name in ("q", "k", "v", "out")}
+        state = launch_state(case.context, slot, np.array([position]))
+        kernels.run(KernelSpec.make("append_attention", **params), list({**named, **own, "state": state}.values()), 1)
+    for name, one, other in zip(names, together.arguments, apart.arguments, strict=True):
+        if name in ("out", "k_cache", "v_cache", "counters"):
+            np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8), err_msg=name)
 
 
 def test_every_operator_has_cases_of_both_variants():
