@@ -207,7 +207,8 @@ struct AppendAttention {
                     if constexpr (SCALED) {
                         const unsigned char* const at =
                             tile + (c * 8 + 2 * quarter + e) * C::TILE_ROW_BYTES + C::HEAD_DIM + kv_head % 8 * 2;
-                        if (counts) weight[c][e] *= half_to_float(*reinterpret_cast<const unsigned short*>(at));
+                        const float key_scale = half_to_float(*reinterpret_cast<const unsigned short*>(at));
+                        if (counts) weight[c][e] = __fmul_rn(weight[c][e], key_scale);
                         value_scale[c][e] = half_to_float(*reinterpret_cast<const unsigned short*>(at + TILE_BYTES));
                         top = fmaxf(top, weight[c][e] + exponent_of(value_scale[c][e]));
                     } else {
@@ -231,7 +232,7 @@ struct AppendAttention {
                     float& one = weight[c][e];
                     one = one == LOWEST ? 0.0f : exp2f(one - top);
                     sum += one;
-                    if constexpr (SCALED) one *= value_scale[c][e];
+                    if constexpr (SCALED) one = __fmul_rn(one, value_scale[c][e]);
                 }
                 a[2 * c] = to_halves(weight[c][0], weight[c][1]);
                 a[2 * c + 1] = to_halves(weight[c][0] - half_to_float(a[2 * c] & 0xffff),
