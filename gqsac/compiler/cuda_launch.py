@@ -216,7 +216,9 @@ def _append_attention(p, target: str):
     budget = SM_90_HALF_BYTES if own else MAX_SHARED_BYTES
     # The same number for one token and for a few, or sums would have another order.
     room = budget - own_at - FEW_TOKENS * own_bytes
-    warps = next(n for n in _ATTENTION_WARPS if n == 1 or 2 * n * stage_bytes <= room)
+    # Wide heads want 200 registers a thread, of which two blocks of 8 warps on sm_90 have 128.
+    most = 8 if head_dim < 128 else 4
+    warps = next(n for n in _ATTENTION_WARPS if n == 1 or (n <= most and 2 * n * stage_bytes <= room))
     stages = min(_ATTENTION_STAGES, (budget - ring_at) // (warps * stage_bytes))
     constants = {
         "TOKENS": tokens, "QUERIES": queries, "KEYS": _RUN_KEYS, "WARPS": warps, "STAGES": stages,
