@@ -105,7 +105,7 @@ def _real_shapes() -> list[KernelSpec]:
             for head_dim in (64, 80, 128)
         ),
         KernelSpec.make("attention_halves", **{**dict(_attention(kv_dtype="int8").params), "tokens": 128}),
-        *(_append_attention(kv_dtype="int8", head_dim=d, rotary_dim=d) for d in (64, 80, 128, 256)),
+        *(_append_attention(kv_dtype="int8", head_dim=d, rotary_dim=d) for d in (128, 256)),
         _append_attention(kv_dtype="int8", tokens=FUSED_TOKENS),
         *(_append_attention(head_dim=head_dim, rotary_dim=head_dim) for head_dim in (64, 80, 128, 256)),
         *(_append_attention(heads=heads, kv_heads=kv_heads) for heads, kv_heads in ((32, 32), (14, 2), (64, 8))),
