@@ -208,7 +208,9 @@ def _numbers(option: str, text: str, kind=float):
     "cuda or cpu; repeatable. Default: all CUDA targets and this machine's CPU.",
 )  # fmt: skip
 @click.option("-j", "--jobs", type=click.IntRange(min=0), default=0, help="Compile threads; 0: one a core.")
-@click.option("--kv-dtype", type=click.Choice(["f16", "f32"]), default="f16", show_default=True, help="KV cache.")
+@click.option(
+    "--kv-dtype", type=click.Choice(["f16", "f32", "int8"]), default="f16", show_default=True, help="KV cache."
+)
 @click.option("--head-bits", type=int, help="Round head and embeddings to 4 or 8 bits, or keep 16. [default: 8]")
 @click.option("--exact", is_flag=True, help="f32 activations and 16-bit heads: slower and larger, for comparisons.")
 @click.option("--max-context", type=click.IntRange(min=1), help="Longest context to allow; default: the model's own.")

@@ -175,10 +175,17 @@ def _attention(p):
 
 def _attention_halves(p):
     warps, keys, row_bytes = 4, 64, 2 * p["head_dim"] + 16
-    constants = {"WARPS": warps, "KEYS": keys, "ROW_BYTES": row_bytes}
-    return Geometry(
-        lambda n_tokens: (p["heads"], ceil_div(n_tokens, 16 * warps)), warps * WARP, 4 * keys * row_bytes, constants
-    )
+    tile_bytes = stage_bytes = 2 * keys * row_bytes  # keys and values
+    tile_at, end = 0, 2 * stage_bytes
+    if p["kv_dtype"] == "int8":  # stages as they come, with 16 bytes of scales a row, and one tile of halves
+        stage_bytes = 2 * keys * (p["head_dim"] + 16)
+        tile_at = 2 * stage_bytes
+        end = tile_at + tile_bytes + 3 * keys * 4
+    constants = {
+        "WARPS": warps, "KEYS": keys, "ROW_BYTES": row_bytes, "STAGE_BYTES": stage_bytes, "TILE_AT": tile_at,
+        "SCALES_AT": tile_at + tile_bytes,
+    }  # fmt: skip
+    return Geometry(lambda n_tokens: (p["heads"], ceil_div(n_tokens, 16 * warps)), warps * WARP, end, constants)
 
 
 def splits_of(heads: int, kv_heads: int) -> int:
@@ -196,12 +203,17 @@ def _append_attention(p, target: str):
     head_dim, queries = p["head_dim"], _queries(p["heads"], p["kv_heads"])
     own = target == "sm_90"
     tokens, row_bytes = tokens_held(p), 2 * head_dim + 16
-    own_at, own_bytes = 16 * row_bytes, 2 * 2 * head_dim  # behind the queries a key and a value of each token
-    ring_at, stage_bytes = own_at + tokens * own_bytes, 2 * 16 * row_bytes
+    # A row of the cache in shared memory: its elements and, of int8, 16 bytes of scales.
+    cached_bytes = head_dim + 16 if p["kv_dtype"] == "int8" else 2 * head_dim
+    tile_row_bytes = cached_bytes + 16 - cached_bytes % 32  # an odd number of 16 bytes
+    own_at, own_bytes = 16 * row_bytes, 2 * cached_bytes  # behind the queries a key and a value of each token
+    ring_at, stage_bytes = own_at + tokens * own_bytes, 2 * 16 * tile_row_bytes
     budget = SM_90_HALF_BYTES if own else MAX_SHARED_BYTES
     # The same number for one token and for a few, or sums would have another order.
     room = budget - own_at - FEW_TOKENS * own_bytes
-    warps = next(n for n in _ATTENTION_WARPS if n == 1 or 2 * n * stage_bytes <= room)
+    # Wide heads want 200 registers a thread, of which two blocks of 8 warps on sm_90 have 128.
+    most = 8 if head_dim < 128 else 4
+    warps = next(n for n in _ATTENTION_WARPS if n == 1 or (n <= most and 2 * n * stage_bytes <= room))
     stages = min(_ATTENTION_STAGES, (budget - ring_at) // (warps * stage_bytes))
     blocks, shared_bytes = p["heads"] // queries * p["splits"], ring_at + warps * stages * stage_bytes
     if own:
@@ -210,7 +222,7 @@ def _append_attention(p, target: str):
     constants = {
         "TOKENS": tokens, "AT_ONCE": min(tokens, _ATTENTION_TOKENS, 8 // queries), "QUERIES": queries,
         "KEYS": _RUN_KEYS, "BLOCKS": blocks, "WARPS": warps, "STAGES": stages, "ROW_BYTES": row_bytes,
-        "OWN_AT": own_at, "RING_AT": ring_at,
+        "TILE_ROW_BYTES": tile_row_bytes, "OWN_AT": own_at, "RING_AT": ring_at,
     }  # fmt: skip
     return Geometry(lambda n_tokens: (blocks, 1), warps * WARP, shared_bytes, constants)
 
@@ -220,8 +232,13 @@ def _pointwise(p):
 
 
 def _kv_append(p):
-    # A thread per rotated pair of q, then per pair or other element of k, then per element of v.
     half = p["rotary_dim"] // 2
+    if p["kv_dtype"] == "int8":  # a warp per head, that of q only where it rotates
+        q_end = p["heads"] if half else 0
+        constants = {"Q_END": q_end, "K_END": q_end + p["kv_heads"], "END": q_end + 2 * p["kv_heads"]}
+        blocks = ceil_div(constants["END"], _POINTWISE_BLOCK // WARP)
+        return Geometry(lambda n_tokens: (blocks, n_tokens), _POINTWISE_BLOCK, constants=constants)
+    # A thread per rotated pair of q, then per pair or other element of k, then per element of v.
     q_end = p["heads"] * half
     k_end = q_end + p["kv_heads"] * (p["head_dim"] - half)
     end = k_end + p["kv_heads"] * p["head_dim"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gqsa_runtime.facts import facts_json
 from gqsa_runtime.format import canonical_json
+from gqsa_runtime.kv_cache import KV_ELEMENTS
 from gqsa_runtime.layouts import GROUP_WORDS, RECORDS
 from gqsa_runtime.program import Program
 
@@ -41,7 +42,7 @@ from gqsac.errors import InputError
 from gqsac.model_info import bos_token_id, chat_template, eos_token_ids, measured, model_name, tokenizer_json
 from gqsac.rounding import RoundedCheckpoint, Rounding
 
-KV_DTYPES = ("f16", "f32")
+KV_DTYPES = tuple(KV_ELEMENTS)
 HEAD_BITS = (4, 8, 16)
 
 

@@ -14,7 +14,7 @@ from gqsa_runtime.errors import InputError
 from gqsa_runtime.model import Model
 from gqsa_runtime.operators import OPERATORS
 from gqsa_runtime.perplexity import Progress
-from gqsa_runtime.program import DTYPE_BYTES, Kernel, Step
+from gqsa_runtime.program import Kernel, Step
 from gqsa_runtime.sequence import Sequence as TokenSequence
 
 DEFAULT_CONTEXTS = (128, 1024, 2048)
@@ -211,8 +211,9 @@ def _step_bytes(model: Model, kernel: Kernel, step: Step, context: int) -> int:
     n_bytes = sum(model.tensors[name].size for name in tensors)
     if kernel.op in _ATTENTION:
         p = kernel.params
-        row_bytes = p["kv_heads"] * p["head_dim"] * DTYPE_BYTES[p["kv_dtype"]]
-        n_bytes += 2 * min(context, p["window"] or context) * row_bytes
+        cache = next(arg.name for arg in step.args if arg.kind == "k_cache")
+        assert isinstance(cache, int)
+        n_bytes += 2 * min(context, p["window"] or context) * model.program.kv_row_bytes(cache)
     return n_bytes
 
 

@@ -230,8 +230,8 @@ class CpuDevice:
         """One arena: activations, KV caches, rope tables."""
         context = self._context
         sizes: dict[Place, int] = {("arena", None): plan.arena_bytes}
-        for layer, kv in enumerate(program.kv_layers):
-            size = self._slots * context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
+        for layer in range(len(program.kv_layers)):
+            size = self._slots * program.slot_rows(layer, context) * program.kv_row_bytes(layer)
             sizes["k_cache", layer] = sizes["v_cache", layer] = size
         for name, rope in program.ropes.items():
             sizes["rope", name] = context * rope.rotary_dim * DTYPE_BYTES["f32"]
@@ -254,7 +254,9 @@ class CpuDevice:
         self._tables = {name: places["rope", name].view(np.float32) for name in program.ropes}
         self.fill_ropes(frozenset())
         self._caches = {  # of slot 0
-            (cache, layer): places[cache, layer].view(NUMPY_DTYPES[program.kv_dtype]).reshape(-1, width)[:context]
+            (cache, layer): places[cache, layer]
+            .view(NUMPY_DTYPES[program.kv_element])
+            .reshape(-1, width)[: program.slot_rows(layer, context)]
             for cache, layer, width in cache_shapes(program)
         }
         arena = places["arena", None]

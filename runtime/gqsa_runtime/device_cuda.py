@@ -273,8 +273,7 @@ class CudaDevice:
 
     def download_rows(self, cache: str, layer: int, count: int) -> np.ndarray:
         """See engine.Device."""
-        kv = self._program.kv_layers[layer]
-        rows = np.empty((count, kv.kv_heads * kv.head_dim), NUMPY_DTYPES[self._program.kv_dtype])
+        rows = np.empty((count, self._program.kv_row(layer)), NUMPY_DTYPES[self._program.kv_element])
         if rows.size:
             self._set_current()
             call("cuMemcpyDtoHAsync", rows.ctypes.data, self._addresses[cache, layer], rows.nbytes, self._stream)
@@ -372,7 +371,7 @@ class CudaDevice:
         names = [name for name in tensors if name in used]
         weight_bytes = sum(_align(tensors.nbytes(name)) for name in names)
         rope_bytes = {name: context * rope.rotary_dim * DTYPE_BYTES["f32"] for name, rope in program.ropes.items()}
-        total = weight_bytes + plan.arena_bytes + slots * context * program.kv_bytes_per_token()
+        total = weight_bytes + plan.arena_bytes + slots * program.kv_bytes(context)
         total += sum(rope_bytes.values())
         total += ALIGNMENT * (2 * len(program.kv_layers) + len(program.ropes) + 1)
         self._memory = call("cuMemAlloc", total)
@@ -390,8 +389,8 @@ class CudaDevice:
         self._buffers = {b.name: (arena + b.offset, b.dtype, b.elements) for b in plan.buffers}
         self._pin({**{name: self._buffers[name][2] for name in _HOST_BUFFERS}, "logits": program.vocab_size})
         self._addresses: dict[Place, int] = {}
-        for layer, kv in enumerate(program.kv_layers):
-            size = slots * context * kv.kv_heads * kv.head_dim * DTYPE_BYTES[program.kv_dtype]
+        for layer in range(len(program.kv_layers)):
+            size = slots * program.slot_rows(layer, context) * program.kv_row_bytes(layer)
             self._addresses["k_cache", layer] = take(size)
             self._addresses["v_cache", layer] = take(size)
         for name, size in rope_bytes.items():

@@ -21,6 +21,7 @@ from gqsa_runtime.rope import long_ropes
 from gqsa_runtime.sampling import GREEDY, choose, not_finite
 from gqsa_runtime.sequence import Sequence
 from gqsa_runtime.session import Session, cache_shapes
+from gqsa_runtime.window_rows import WindowRows, kept_positions, places
 
 _Read = TypeVar("_Read")
 
@@ -72,10 +73,10 @@ class Device(Protocol):
         """Seconds of each step of a phase, each kind of kernel by itself; leaves no sound activations behind."""
 
     def download_rows(self, cache: str, layer: int, count: int) -> np.ndarray:
-        """The first `count` positions of slot 0 of a layer's "k_cache" or "v_cache", [count, kv_heads * head_dim]."""
+        """The first `count` rows of slot 0 of a layer's "k_cache" or "v_cache", [count, Program.kv_row]."""
 
     def upload_rows(self, cache: str, layer: int, rows: np.ndarray) -> None:
-        """Copies rows, as download_rows gives them, to the first positions of slot 0."""
+        """Copies rows, as download_rows gives them, to the first of slot 0."""
 
     def fill_ropes(self, long: frozenset[str]) -> None:
         """Makes the rotary tables anew, those named with their long frequencies. It opens with none of them long."""
@@ -105,6 +106,7 @@ class Engine:
     def __init__(self, program: Program, device: Device, context: int) -> None:
         self.program, self.device, self.context = program, device, context
         self._tokens: list[int] = []
+        self._window_rows = WindowRows(program)
         self._long_ropes: frozenset[str] | None = frozenset()  # of the device's tables; None: unknown
         self._resident: Sequence | None = None  # the sequence that the KV cache holds, if it is any
         self._lock = threading.Lock()
@@ -127,7 +129,10 @@ class Engine:
             self._tokens.clear()
 
     def rewind(self, n_tokens: int) -> None:
-        """Keeps the first n_tokens only; their rows of the cache stay valid. Raises InputError."""
+        """Keeps the first n_tokens only. Raises InputError.
+
+        Where layers with a window have lost what the next token sees of them, they run again before it.
+        """
         with self._alone():
             if not 0 <= n_tokens <= len(self._tokens):
                 raise InputError(f"cannot rewind to {n_tokens} tokens: the cache holds {len(self._tokens)}")
@@ -194,6 +199,7 @@ class Engine:
             ids = self._checked(tokens, min(self.context - self.position, self.device.plan.prefill_chunk))
             phase = "decode" if len(ids) == 1 else _body(ids)
             self._upload(ids)
+            self._window_rows.append(self.position + len(ids))
             return phase, self.device.step_seconds(phase, repeats)
 
     def score(self, tokens: Tokens, first: int = 1) -> ScoreResult:
@@ -227,19 +233,30 @@ class Engine:
         """What the KV cache holds, copied."""
         with self._alone():
             n_tokens = len(self._tokens)
-            if stale := self._use_ropes(n_tokens):  # whoever restores it knows its length alone
+            if stale := self._forget_stale(n_tokens):  # whoever restores it knows its length alone
                 self._append(np.array(stale, np.int32))
-            rows = [self.device.download_rows(cache, layer, n_tokens) for cache, layer, _ in cache_shapes(self.program)]
+            rows = []
+            for cache, layer, _ in cache_shapes(self.program):
+                window = self.program.kv_layers[layer].window
+                count = min(n_tokens, self.program.slot_rows(layer, self.context))
+                held = self.device.download_rows(cache, layer, count)
+                rows.append(held[places(window, kept_positions(window, n_tokens))] if window else held)
             return Session(np.array(self._tokens, np.int32), rows)
 
     def restore(self, session: Session) -> None:
         """Makes the KV cache hold a session that was read for this program and context."""
         with self._alone():
             self._tokens.clear()
-            self._use_ropes(len(session.tokens))
-            for (cache, layer, _), rows in zip(cache_shapes(self.program), session.rows, strict=True):
-                self.device.upload_rows(cache, layer, rows)
+            n_tokens = len(session.tokens)
+            self._use_ropes(n_tokens)
+            for (cache, layer, width), rows in zip(cache_shapes(self.program), session.rows, strict=True):
+                window, slot = self.program.kv_layers[layer].window, rows
+                if window:
+                    slot = np.zeros((min(n_tokens, self.program.slot_rows(layer, self.context)), width), rows.dtype)
+                    slot[places(window, kept_positions(window, n_tokens))] = rows
+                self.device.upload_rows(cache, layer, slot)
             self._tokens.extend(session.tokens.tolist())
+            self._window_rows.restore(n_tokens)
 
     def close(self) -> None:
         """Closes the device, once it has finished what it runs: a long prompt ends after its next chunk."""
@@ -266,10 +283,15 @@ class Engine:
             raise ClosedError("the model is closed")
 
     def _keep_shared(self, ids: np.ndarray) -> int:
-        """Forgets all but the beginning that the cache shares with ids; returns its length."""
+        """Forgets all but the beginning that the cache shares with ids; returns its length.
+
+        It is 0 where layers with a window have lost what comes next sees of it.
+        """
         held = np.array(self._tokens[: len(ids)], np.int32)
         differs = held != ids[: len(held)]
         n_shared = int(differs.argmax()) if differs.any() else len(held)
+        if not self._window_rows.hold(n_shared):
+            n_shared = 0
         del self._tokens[n_shared:]
         return n_shared
 
@@ -286,9 +308,21 @@ class Engine:
         self._long_ropes = long
         return stale
 
+    def _forget_stale(self, n_tokens: int) -> list[int]:
+        """Makes the cache fit for a sequence of n_tokens.
+
+        Where its rows are of no use, because of rotary tables or of windows, returns the tokens that it held, and
+        forgets them.
+        """
+        if stale := self._use_ropes(n_tokens):
+            return stale
+        if not self._window_rows.hold(len(self._tokens)):
+            stale, self._tokens = self._tokens, []
+        return stale
+
     def _append(self, ids: np.ndarray, draw: np.ndarray = GREEDY, cancelled: Callable[[], bool] = _never) -> int:
-        """Runs tokens; returns how many that the cache held ran again, because a sequence so long turns differently."""
-        stale = self._use_ropes(self.position + len(ids))
+        """Runs tokens; returns how many that the cache held ran again, see `_forget_stale`."""
+        stale = self._forget_stale(self.position + len(ids))
         ids = np.concatenate([np.array(stale, np.int32), ids]) if stale else ids
         if len(ids) == 1:
             self._launch(ids, "decode", draw=draw)
@@ -305,7 +339,10 @@ class Engine:
         self._check_open()
         self._upload(ids, draw)
         self.device.launch(*phases)
+        if not self._tokens:
+            self._window_rows.clear()
         self._tokens.extend(ids.tolist())
+        self._window_rows.append(len(self._tokens))
 
     def _upload(self, ids: np.ndarray, draw: np.ndarray = GREEDY) -> None:
         """Tokens and the state of a launch that appends them."""

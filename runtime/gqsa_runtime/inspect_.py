@@ -75,7 +75,7 @@ def _plan(file: ArtifactFile, family: str, context: int) -> dict[str, Any]:
             "context": context,
             "weights": memory.weight_bytes(program, file.tensors, family),
             "activations": plan.arena_bytes,
-            "context_bytes": context * memory.context_bytes_per_token(program),
+            "context_bytes": memory.context_bytes(program, context),
             "total": memory.needed_bytes(program, file.tensors, family, context),
         },
         "contexts": [asdict(row) for row in memory.context_costs(program, file.tensors, family)],

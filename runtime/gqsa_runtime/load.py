@@ -188,7 +188,7 @@ def _why(file: ArtifactFile, family: str, context: int, free: int) -> str:
     if context == program.max_context:
         return f"context {context}: all that the model is made for"
     left_gb = (free - memory.needed_bytes(program, file.tensors, family, 0)) / 1e9
-    each_kb = memory.context_bytes_per_token(program) / 1e3
+    each_kb = memory.context_bytes(program, context) / context / 1e3
     share = memory.AUTO_SHARE[family]
     of = "" if share == 1 else f"{share:.0%} of "
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,33 +45,33 @@ def weight_bytes(program: Program, tensors: Mapping[str, Sized], family: str) ->
     return sum(tensors[name].size for name in program.plans[family].tensors(program.ropes))
 
 
-def context_bytes_per_token(program: Program) -> int:
-    """Bytes that one more position of context takes: its KV cache rows and its rows of rotary tables."""
-    return program.kv_bytes_per_token() + sum(4 * rope.rotary_dim for rope in program.ropes.values())
+def context_bytes(program: Program, context: int) -> int:
+    """Bytes that a context takes: its KV cache and its rotary tables. Layers with a window take no more beyond it."""
+    return program.kv_bytes(context) + context * sum(4 * rope.rotary_dim for rope in program.ropes.values())
 
 
 def needed_bytes(program: Program, tensors: Mapping[str, Sized], family: str, context: int) -> int:
     """Bytes of device memory for weights, activations and a KV cache of one slot of `context` positions."""
     fixed = weight_bytes(program, tensors, family) + program.plans[family].arena_bytes
-    return fixed + context * context_bytes_per_token(program)
+    return fixed + context_bytes(program, context)
 
 
 def largest_context(program: Program, tensors: Mapping[str, Sized], family: str, available_bytes: int) -> int:
     """Most positions that fit in available_bytes, at most the program's max_context; 0 where none fits."""
     rest = available_bytes - needed_bytes(program, tensors, family, 0)
-    per_token = context_bytes_per_token(program)
     if rest <= 0:
         return 0
-    return min(program.max_context, rest // per_token) if per_token else program.max_context
+    lengths = range(program.max_context + 1)
+    return bisect.bisect_right(lengths, rest, key=lambda context: context_bytes(program, context)) - 1
 
 
 def context_costs(program: Program, tensors: Mapping[str, Sized], family: str) -> list[ContextCost]:
     """What a family needs at a context of 2k, 8k and 32k, as far as the program has them, and at its longest."""
-    weights, per_token = weight_bytes(program, tensors, family), program.kv_bytes_per_token()
+    weights = weight_bytes(program, tensors, family)
     rows = []
     for context in sorted({min(context, program.max_context) for context in (*SHOWN_CONTEXTS, program.max_context)}):
-        kv_cache = context * per_token
-        scratch = program.plans[family].arena_bytes + context * (context_bytes_per_token(program) - per_token)
+        kv_cache = program.kv_bytes(context)
+        scratch = program.plans[family].arena_bytes + context_bytes(program, context) - kv_cache
         rows.append(ContextCost(context, weights, kv_cache, scratch, weights + kv_cache + scratch))
     return rows
 

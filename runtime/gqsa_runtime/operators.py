@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gqsa_runtime.constants import COUNT, FLAG, NUMBER, SIZE, Params, Rule, allowed, shown
+from gqsa_runtime.kv_cache import KV_ELEMENTS, row_elements, slot_rows
 from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS, Layout
 from gqsa_runtime.sampling import DRAW, OCTAVES
 
@@ -29,7 +30,7 @@ C_TYPES = {
 class Operand:
     """One pointer that an operator's kernels take.
 
-    dtype: of the memory pointed to, or "param:NAME" where the constant NAME gives it.
+    dtype: of the memory pointed to, or "kv_dtype" where that constant says what a KV cache holds.
     elements: fewest elements the memory must hold, from (params, max_tokens, context); of a KV cache, those of a slot.
     access: "in", "out", "inout", "weight", or "scratch": what is left there is of no use to anyone.
     present: whether the pointer is non-null for these params.
@@ -43,7 +44,7 @@ class Operand:
 
     def dtype_of(self, params: Params) -> str:
         """The dtype for these constants."""
-        return str(params[self.dtype[len("param:") :]]) if self.dtype.startswith("param:") else self.dtype
+        return KV_ELEMENTS[str(params["kv_dtype"])] if self.dtype == "kv_dtype" else self.dtype
 
 
 # In `state`: how the token after the last one is chosen (sampling.DRAW), and where the tokens begin.
@@ -150,17 +151,20 @@ _HEADS: dict[str, Rule] = {
     "heads": SIZE,
     "kv_heads": SIZE,
     "head_dim": SIZE,
-    "kv_dtype": ("f16", "f32"),
+    "kv_dtype": tuple(KV_ELEMENTS),
+    "window": COUNT,
 }
 _STATE = Operand("state", "i32", lambda p, t, c: state_elements(1 if p.get("tokens") == 1 else t))
 _IDS: Elements = lambda p, t, c: 1 if p["tokens"] == 1 else t  # noqa: E731
-_KV: Elements = lambda p, t, c: c * p["kv_heads"] * p["head_dim"]  # noqa: E731  [slots, context, kv_heads, head_dim]
+_KV: Elements = lambda p, t, c: (  # noqa: E731
+    slot_rows(p["window"], c) * row_elements(p["kv_dtype"], p["kv_heads"], p["head_dim"])
+)
 _WIDTH: Elements = lambda p, t, c: p["width"]  # noqa: E731
 
 _ATTENTION = (
     Operand("q", "f32", _rows("q_stride", "head_dim", "heads")),
-    Operand("k_cache", "param:kv_dtype", _KV),
-    Operand("v_cache", "param:kv_dtype", _KV),
+    Operand("k_cache", "kv_dtype", _KV),
+    Operand("v_cache", "kv_dtype", _KV),
     Operand("out", "f32", _rows("out_stride", "head_dim", "heads"), "out"),
     _STATE,
 )
@@ -362,29 +366,29 @@ OPERATORS: dict[str, Operator] = {
     # rope: [context, rotary_dim] f32, a row is cos[rotary_dim / 2] then sin[rotary_dim / 2].
     "kv_append": Operator(
         "rotates q in place and k on its way into the cache, in pairs (i, i + rotary_dim / 2), rotary_dim 0: neither; "
-        "stores k and v at cache row position[t] of slot[t]",
+        "stores k and v at the cache row of position[t] in slot[t]; window: of the layer's attention",
         {**_HEADS, "rotary_dim": COUNT, "q_stride": SIZE, "k_stride": SIZE, "v_stride": SIZE},
         (
             Operand("q", "f32", _rows("q_stride", "head_dim", "heads"), "inout"),
             Operand("k", "f32", _rows("k_stride", "head_dim", "kv_heads")),
             Operand("v", "f32", _rows("v_stride", "head_dim", "kv_heads")),
             Operand("rope", "f32", lambda p, t, c: c * p["rotary_dim"], "in", lambda p: p["rotary_dim"] > 0),
-            Operand("k_cache", "param:kv_dtype", _KV, "out"),
-            Operand("v_cache", "param:kv_dtype", _KV, "out"),
+            Operand("k_cache", "kv_dtype", _KV, "out"),
+            Operand("v_cache", "kv_dtype", _KV, "out"),
             _STATE,
         ),
         _check_heads,
     ),
     "attention": Operator(
-        "causal softmax(scale * q k^T) v over cache rows 0 .. position[t] of slot[t], with a window > 0 the last "
+        "causal softmax(scale * q k^T) v over cached positions 0 .. position[t] of slot[t], with a window > 0 the last "
         "`window` of them; head h reads KV head h // (heads / kv_heads)",
-        {**_HEADS, "scale": NUMBER, "window": COUNT, "q_stride": SIZE, "out_stride": SIZE},
+        {**_HEADS, "scale": NUMBER, "q_stride": SIZE, "out_stride": SIZE},
         _ATTENTION,
         _check_heads,
     ),
     "attention_halves": Operator(
         "attention of many tokens with products of halves: q, weights and the cache",
-        {**_HEADS, "kv_dtype": ("f16",), "scale": NUMBER, "window": COUNT, "q_stride": SIZE, "out_stride": SIZE},
+        {**_HEADS, "kv_dtype": ("f16", "int8"), "scale": NUMBER, "q_stride": SIZE, "out_stride": SIZE},
         _ATTENTION,
         _check_attention_halves,
         families=("cuda",),
@@ -394,16 +398,16 @@ OPERATORS: dict[str, Operator] = {
         "kv_append and attention of one token, or of each of a few, in one kernel, the context in up to `splits` runs; "
         "q stays as it is; counters are 0 before and after",
         {
-            **_HEADS, "tokens": (1, FUSED_TOKENS), "kv_dtype": ("f16",), "rotary_dim": COUNT, "scale": NUMBER,
-            "window": COUNT, "splits": SIZE, "q_stride": SIZE, "k_stride": SIZE, "v_stride": SIZE, "out_stride": SIZE,
+            **_HEADS, "tokens": (1, FUSED_TOKENS), "kv_dtype": ("f16", "int8"), "rotary_dim": COUNT, "scale": NUMBER,
+            "splits": SIZE, "q_stride": SIZE, "k_stride": SIZE, "v_stride": SIZE, "out_stride": SIZE,
         },
         (
             Operand("q", "f32", _rows("q_stride", "head_dim", "heads")),
             Operand("k", "f32", _rows("k_stride", "head_dim", "kv_heads")),
             Operand("v", "f32", _rows("v_stride", "head_dim", "kv_heads")),
             Operand("rope", "f32", lambda p, t, c: c * p["rotary_dim"], "in", lambda p: p["rotary_dim"] > 0),
-            Operand("k_cache", "param:kv_dtype", _KV, "inout"),
-            Operand("v_cache", "param:kv_dtype", _KV, "inout"),
+            Operand("k_cache", "kv_dtype", _KV, "inout"),
+            Operand("v_cache", "kv_dtype", _KV, "inout"),
             Operand("partials", "f32", lambda p, t, c: partials_elements(p), "out"),
             Operand("counters", "i32", lambda p, t, c: tokens_held(p) * p["heads"], "inout"),
             Operand("out", "f32", _rows("out_stride", "head_dim", "heads"), "out"),

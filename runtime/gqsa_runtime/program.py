@@ -24,6 +24,7 @@ import numpy as np
 
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.format import MAX_PROGRAM_CHARACTERS, canonical_json
+from gqsa_runtime.kv_cache import KV_ELEMENTS, row_elements, slot_rows
 
 NUMPY_DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i16": np.int16, "i8": np.int8}
 DTYPE_BYTES = {"f32": 4, "f16": 2, "i32": 4, "i16": 2, "i8": 1}
@@ -106,10 +107,14 @@ class Step:
 
 @dataclass(frozen=True)
 class KVLayer:
-    """The KV cache of one attention layer: k and v are each [slots, context, kv_heads, head_dim]."""
+    """The KV cache of one attention layer: k and v are each [slots, slot_rows(window, context)] rows, see kv_cache.py.
+
+    window: how many positions a token sees, itself among them; 0: all.
+    """
 
     kv_heads: int
     head_dim: int
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -219,16 +224,33 @@ class Program:
     max_context: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    kv_dtype: str  # "f16" or "f32"
+    kv_dtype: str  # of kv_cache.KV_ELEMENTS
     kv_layers: tuple[KVLayer, ...]
     ropes: dict[str, Rope]
     plans: dict[str, Plan]
     binaries: tuple[Binary, ...] = ()
 
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of KV cache that one position of a slot takes over all layers."""
-        per_layer = sum(2 * layer.kv_heads * layer.head_dim for layer in self.kv_layers)
-        return per_layer * DTYPE_BYTES[self.kv_dtype]
+    @property
+    def kv_element(self) -> str:
+        """dtype of the KV caches' elements."""
+        return KV_ELEMENTS[self.kv_dtype]
+
+    def kv_row(self, layer: int) -> int:
+        """Elements of a row of a layer's k or v cache."""
+        return row_elements(self.kv_dtype, self.kv_layers[layer].kv_heads, self.kv_layers[layer].head_dim)
+
+    def kv_row_bytes(self, layer: int) -> int:
+        """Bytes of such a row."""
+        return self.kv_row(layer) * DTYPE_BYTES[self.kv_element]
+
+    def slot_rows(self, layer: int, context: int) -> int:
+        """Rows of a slot of a layer's k or v cache."""
+        return slot_rows(self.kv_layers[layer].window, context)
+
+    def kv_bytes(self, context: int) -> int:
+        """Bytes of KV cache that a slot takes over all layers."""
+        layers = range(len(self.kv_layers))
+        return sum(2 * self.kv_row_bytes(layer) * self.slot_rows(layer, context) for layer in layers)
 
     def to_json(self) -> str:
         """Canonical JSON: the same program always gives the same bytes."""

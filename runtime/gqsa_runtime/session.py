@@ -6,7 +6,8 @@
     32 B      digest of the .gqsa file that made it, see `ArtifactFile.digest`
     32 B      SHA-256 of all that follows
     i32 [n]   the tokens
-    for each layer its keys, then its values: [n, kv_heads, head_dim] in the program's kv_dtype
+    for each layer its keys, then its values: n rows as the cache holds them, see kv_cache.py, or, of a layer with a
+    sliding window, the last that are seen through it
 
 Numbers are little-endian. The rows belong to the weights and to the order of every sum, so another file's session is
 refused; the device may be another.
@@ -35,7 +36,7 @@ _HEADER = struct.Struct("<8sII32s32s")
 
 @dataclass(frozen=True)
 class Session:
-    """tokens: int32 [n]. rows: of each layer its keys and its values, [n, kv_heads * head_dim] each."""
+    """tokens: int32 [n]. rows: of each layer its keys and its values, [rows_kept, Program.kv_row] each."""
 
     tokens: np.ndarray
     rows: list[np.ndarray]
@@ -43,7 +44,13 @@ class Session:
 
 def cache_shapes(program: Program) -> list[tuple[str, int, int]]:
     """(cache, layer, elements of a row) in the order of the file."""
-    return [(cache, layer, kv.kv_heads * kv.head_dim) for layer, kv in enumerate(program.kv_layers) for cache in CACHES]
+    return [(cache, layer, program.kv_row(layer)) for layer in range(len(program.kv_layers)) for cache in CACHES]
+
+
+def rows_kept(program: Program, n_tokens: int) -> list[int]:
+    """How many rows each piece of a session has, in the order of the file."""
+    windows = [program.kv_layers[layer].window for _, layer, _ in cache_shapes(program)]
+    return [min(n_tokens, window or n_tokens) for window in windows]
 
 
 def check_session_path(path: str | os.PathLike[str]) -> None:
@@ -86,7 +93,7 @@ def read_session(path: str | os.PathLike[str], digest: bytes, program: Program, 
     Raises InputError where it cannot be read or does not fit, FormatError where it is damaged or another model's.
     """
     where = os.fspath(path)
-    shapes, dtype = cache_shapes(program), np.dtype(NUMPY_DTYPES[program.kv_dtype])
+    shapes, dtype = cache_shapes(program), np.dtype(NUMPY_DTYPES[program.kv_element])
     try:
         with open(path, "rb") as file:
             header = file.read(_HEADER.size)
@@ -106,7 +113,9 @@ def read_session(path: str | os.PathLike[str], digest: bytes, program: Program, 
                     f"{where} holds {n_tokens} tokens, the context is {context}; open the model with --context "
                     f"{n_tokens} or more (up to {program.max_context})"
                 )
-            n_bytes = 4 * n_tokens + sum(n_tokens * width for *_, width in shapes) * dtype.itemsize
+            counts = rows_kept(program, n_tokens)
+            elements = [count * width for count, (*_, width) in zip(counts, shapes, strict=True)]
+            n_bytes = 4 * n_tokens + sum(elements) * dtype.itemsize
             found = os.fstat(file.fileno()).st_size - _HEADER.size
             if found != n_bytes:
                 raise FormatError(
@@ -114,7 +123,8 @@ def read_session(path: str | os.PathLike[str], digest: bytes, program: Program, 
                     "delete it and begin anew"
                 )
             pieces = [np.fromfile(file, np.int32, n_tokens)]
-            pieces += [np.fromfile(file, dtype, n_tokens * width).reshape(-1, width) for *_, width in shapes]
+            for count, (*_, width) in zip(elements, shapes, strict=True):
+                pieces.append(np.fromfile(file, dtype, count).reshape(-1, width))
     except OSError as error:
         raise InputError(f"{where}: the session cannot be read: {error.strerror or error}; check the path") from None
     if sum(piece.nbytes for piece in pieces) != n_bytes or _digest(pieces) != expected_digest:

@@ -14,6 +14,7 @@ import numpy as np
 from gqsa_runtime.constants import NUMBER, Params, allowed, shown
 from gqsa_runtime.errors import FormatError
 from gqsa_runtime.format import ALIGNMENT, MAX_NAME_CHARACTERS
+from gqsa_runtime.kv_cache import KV_ELEMENTS, MOST_WINDOW_TOKENS
 from gqsa_runtime.layouts import ContentRule, Layout
 from gqsa_runtime.machine_code import MAX_BYTES
 from gqsa_runtime.operators import FEW_TOKENS, OPERATORS, Operand, check_params, families_of, state_elements
@@ -75,11 +76,11 @@ def _check_numbers(program: Program) -> None:
         value = getattr(program, name)
         if not 1 <= value < 2**31:
             raise _error(f"{name} is {value}, expected 1 to {2**31 - 1}")
-    if program.kv_dtype not in ("f16", "f32"):
-        raise _error(f"kv_dtype is {program.kv_dtype!r}, expected 'f16' or 'f32'")
+    if program.kv_dtype not in KV_ELEMENTS:
+        raise _error(f"kv_dtype is {shown(program.kv_dtype)}, expected one of {', '.join(KV_ELEMENTS)}")
     for layer in program.kv_layers:
-        if not (1 <= layer.kv_heads < 2**16 and 1 <= layer.head_dim < 2**16):
-            raise _error(f"a KV cache has {layer.kv_heads} heads of {layer.head_dim}")
+        if not (1 <= layer.kv_heads < 2**16 and 1 <= layer.head_dim < 2**16 and 0 <= layer.window < 2**30):
+            raise _error(f"a KV cache has {layer.kv_heads} heads of {layer.head_dim} and the window {layer.window}")
     special = program.eos_token_ids + (() if program.bos_token_id is None else (program.bos_token_id,))
     for token in special:
         if not 0 <= token < program.vocab_size:
@@ -153,6 +154,8 @@ class _PlanChecker:
         chunk, scored = self.plan.prefill_chunk, self.plan.score_chunk
         if not 1 <= scored <= chunk < 2**31:
             raise _error(f"prefill_chunk is {chunk}, score_chunk {scored}; expected 1 to {2**31 - 1}, scores within it")
+        if chunk > MOST_WINDOW_TOKENS and any(layer.window for layer in self.program.kv_layers):
+            raise _error(f"prefill_chunk is {chunk}, expected at most {MOST_WINDOW_TOKENS} where layers have windows")
         self._check_buffers()
         kernels = self._check_kernels()
         if set(self.plan.phases) != set(PHASES):
@@ -296,8 +299,8 @@ class _PlanChecker:
         if type(arg.name) is not int or not 0 <= arg.name < len(self.program.kv_layers):
             return False
         layer = self.program.kv_layers[arg.name]
-        sizes = (layer.kv_heads, layer.head_dim, self.program.kv_dtype)
-        return sizes == (params["kv_heads"], params["head_dim"], params["kv_dtype"])
+        sizes = (layer.kv_heads, layer.head_dim, layer.window, self.program.kv_dtype)
+        return sizes == (params["kv_heads"], params["head_dim"], params["window"], params["kv_dtype"])
 
 
 def _check_launch(kernel: Kernel, launch: Launch) -> None:

@@ -407,7 +407,7 @@ def test_prompts_and_contexts(tmp_path, artifact):
 def test_a_context_that_memory_does_not_allow(monkeypatch, artifact):
     with ArtifactFile.open(artifact) as file:
         bare = memory.needed_bytes(file.program, file.tensors, "cpu", 0)
-        a_token = memory.context_bytes_per_token(file.program)
+        a_token = memory.context_bytes(file.program, 1)
     free = bare + 100 * a_token + memory.CPU_HEADROOM_BYTES
     monkeypatch.setattr(memory, "free_cpu_bytes", lambda: free)
     message = refusal(gqsac(*run(artifact, "--context", 300)))

@@ -178,14 +178,31 @@ def test_rounding_without_data(tmp_path, sources, bits, exact):
         assert greedy(model, ids, 8) == expected_greedy(reference, ids, 8)
 
 
-def test_half_precision_kv_cache_stays_close(built, tmp_path):
+@pytest.mark.parametrize("kv_dtype, tolerance", [("f16", 5e-3), ("int8", 0.1)])
+def test_a_smaller_kv_cache_stays_close(built, tmp_path, kv_dtype, tolerance):
     folder, _ = built("llama")
-    succeed("build", folder, "-o", tmp_path / "half.gqsa", "--target", TARGET, "--exact")
+    file = tmp_path / "smaller.gqsa"
+    succeed("build", folder, "-o", file, "--target", TARGET, "--exact", "--kv-dtype", kv_dtype)
+    assert f"layers of {kv_dtype} KV cache" in succeed("inspect", file).stdout
     reference = load_reference(folder)
-    with Model.open(tmp_path / "half.gqsa", device="cpu", threads=1) as model:
-        assert model.program.kv_dtype == "f16"
+    with Model.open(file, device="cpu", threads=1) as model:
+        assert model.program.kv_dtype == kv_dtype
         ids = model.tokenize(TEXT)[:200]
-        assert np.abs(model.score(ids).log_probs - expected_log_probs(reference, ids)).max() < 5e-3
+        expected = expected_log_probs(reference, ids)
+        assert np.abs(model.score(ids).log_probs - expected).max() < tolerance
+        # Token by token the cache is the same but for the last bits, and so is a session's in another model.
+        model.engine.reset()
+        rows = [model.engine.prefill(ids[:150]), *(model.engine.decode(token) for token in ids[150:160])]
+        best = np.array(rows, np.float64)
+        log_probs = best - np.log(np.exp(best).sum(1, keepdims=True))
+        assert np.abs(log_probs[np.arange(11), ids[150:161]] - expected[149:160]).max() < tolerance
+        model.save_session(tmp_path / "s")
+        n_bytes = 160 * (4 + model.program.kv_bytes(1))
+        assert (tmp_path / "s").stat().st_size == 80 + n_bytes
+        following = model.engine.decode(ids[160])
+    with Model.open(file, device="cpu", threads=2) as model:
+        model.load_session(tmp_path / "s")
+        np.testing.assert_array_equal(model.engine.decode(ids[160]), following)
 
 
 def test_the_same_input_gives_the_same_bytes(built, tmp_path):

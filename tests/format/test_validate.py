@@ -122,6 +122,8 @@ def test_wrong_types(changes):
         {"kv_dtype": "i8"},
         {"arena_bytes": -1},
         {"kv_layers": (KVLayer(0, 16),)},
+        {"kv_layers": (KVLayer(1, 16, -1),)},
+        {"kv_layers": (KVLayer(1, 16, 2**30),)},
         {"eos_token_ids": (258,)},
         {"bos_token_id": -1},
     ],
@@ -395,7 +397,12 @@ def test_arguments(phase, step, name, argument, match):
 def test_caches_and_ropes_of_other_sizes():
     refuse("elements of 0", kv_layers=(KVLayer(1, 8),))
     refuse("elements of 0", kv_layers=(KVLayer(2, 16),))
-    refuse("elements of 0", kernels=with_param("attention_t1", kv_dtype="f16"))
+    for kv_dtype in ("f16", "int8"):
+        refuse("elements of 0", kernels=with_param("attention_t1", kv_dtype=kv_dtype))
+    for kernel in ("attention_t1", "kv_append_t8"):  # its rows end where those of the layer's window do
+        refuse("elements of 0", kernels=with_param(kernel, window=4))
+    refuse("elements of 0", kv_layers=(KVLayer(1, 16, 4),))
+    refuse("at most 512 where layers have windows", kv_layers=(KVLayer(1, 16, 4),), prefill_chunk=513)
     refuse("elements of 'main'", kernels=with_param("kv_append_t1", rotary_dim=8))
 
 

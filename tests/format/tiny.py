@@ -73,7 +73,7 @@ def _kernels(suffix: str, tokens: int) -> list[Kernel]:
                       "out_stride": WIDTH},
         "rms_norm": {"width": WIDTH, "heads": 1, "eps": 1e-5, "x_stride": WIDTH, "out_stride": WIDTH},
         "linear_sparse": {**linear, "group_size": GROUP, "bits": 4, "n_tasks": 2, "accumulate": False},
-        "kv_append": {**heads, "rotary_dim": 4, "q_stride": ROWS, "k_stride": ROWS, "v_stride": ROWS},
+        "kv_append": {**heads, "window": 0, "rotary_dim": 4, "q_stride": ROWS, "k_stride": ROWS, "v_stride": ROWS},
         "attention": {**heads, "scale": 0.25, "window": 0, "q_stride": ROWS, "out_stride": ROWS},
         "linear_dense": {**linear, "rows": VOCAB, "k": ROWS, "x_stride": ROWS, "out_stride": VOCAB},
     }  # fmt: skip

@@ -185,8 +185,7 @@ def allocate_apart() -> None:
             elif kind == "rope":
                 size = context * program.ropes[name].rotary_dim * DTYPE_BYTES["f32"]
             else:
-                layer = program.kv_layers[name]
-                size = slots * context * layer.kv_heads * layer.head_dim * DTYPE_BYTES[program.kv_dtype]
+                size = slots * program.slot_rows(name, context) * program.kv_row_bytes(name)
             self._addresses[kind, name] = take(size)
 
     def close_apart(self):

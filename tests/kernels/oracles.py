@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from gqsa_runtime.errors import ModelError
+from gqsa_runtime.kv_cache import held_rows, row_elements, scales_at
 from gqsa_runtime.layouts import DENSE_F16, GROUP_WORDS, RECORDS
 from gqsa_runtime.operators import FUSED_TOKENS, STATE_DRAW, STATE_TOKENS, state_elements
 from gqsa_runtime.sampling import choose
@@ -34,9 +35,13 @@ def activate(name, x):
 
 @dataclass(frozen=True)
 class Places:
-    """Where in the KV cache the tokens of a launch belong: slots and positions, int [n_tokens]."""
+    """Where in the KV cache the tokens of a launch belong: slots and positions, int [n_tokens].
+
+    held: rows of a slot of a layer with a window, 0: as many as the context.
+    """
 
     context: int
+    held: int
     slots: np.ndarray
     positions: np.ndarray
 
@@ -45,12 +50,18 @@ class Places:
         """From `state`; the decode variant ignores its count of tokens."""
         n_tokens = 1 if params.get("tokens") == 1 else int(state[0])
         slots, positions = state[STATE_TOKENS : state_elements(n_tokens)].reshape(n_tokens, 2).astype(np.int64).T
-        return cls(int(state[1]), slots, positions)
+        return cls(int(state[1]), held_rows(params.get("window", 0)), slots, positions)
 
     @property
     def rows(self):
         """Each token's row of the cache, int [n_tokens]."""
-        return self.slots * self.context + self.positions
+        return self.rows_of(self.slots, self.positions)
+
+    def rows_of(self, slots, positions):
+        """Rows of positions of slots."""
+        if not self.held:
+            return slots * self.context + positions
+        return slots * min(self.context, self.held) + positions % self.held
 
 
 def _rows(array, n_tokens, stride, width):
@@ -205,15 +216,59 @@ def _kv_append(p, a, n, places, write):
         rope = table[places.positions].astype(np.float64)
         q, k = _rotate(q, rope, p["rotary_dim"]), _rotate(k, rope, p["rotary_dim"])
     write("q", q.reshape(n, -1), p["q_stride"])
+    v = v.reshape(n, p["kv_heads"], -1)
+    if p["kv_dtype"] == "int8":
+        return {name: _check_scaled_rows(p, a[name], rows, places) for name, rows in (("k_cache", k), ("v_cache", v))}
     width = p["kv_heads"] * p["head_dim"]
     write("k_cache", k.reshape(n, -1), width, places.rows)
-    write("v_cache", v, width, places.rows)
+    write("v_cache", v.reshape(n, -1), width, places.rows)
 
 
-def _cache_rows(cache, first, end, p):
-    """[end - first, heads, head_dim] of a KV cache."""
-    width = p["kv_heads"] * p["head_dim"]
-    rows = cache[first * width : end * width].astype(np.float64).reshape(end - first, p["kv_heads"], -1)
+def scaled_rows(p, rows):
+    """Rows [n, kv_heads, head_dim] as a cache of int8 holds them, i8 [n, row_elements], filled up with 0x5A."""
+    made = np.full((len(rows), row_elements("int8", p["kv_heads"], p["head_dim"])), 0x5A, np.int8)
+    scales = np.maximum((np.abs(rows).max(2) / 127).astype(np.float16), np.float16(2**-24))
+    q = np.clip(np.rint(rows / scales[..., None].astype(np.float64)), -127, 127)
+    made[:, : rows[0].size] = q.reshape(len(rows), -1)
+    first = scales_at(p["kv_heads"], p["head_dim"])
+    made[:, first : first + 2 * p["kv_heads"]] = scales.view(np.int8)
+    return made
+
+
+def _split_rows(p, made):
+    """(q int8 [n, kv_heads, head_dim], scales f16 [n, kv_heads, 1]) of rows of a cache of int8."""
+    first, values = scales_at(p["kv_heads"], p["head_dim"]), p["kv_heads"] * p["head_dim"]
+    scales = np.ascontiguousarray(made[:, first : first + 2 * p["kv_heads"]]).view(np.float16)
+    return made[:, :values].reshape(len(made), p["kv_heads"], -1), scales[..., None]
+
+
+def _check_scaled_rows(p, before, rows, places):
+    """That each value is the nearest that the row's scale allows, the scale takes the largest to 127, and no byte else
+    was written."""
+    width, first = row_elements("int8", p["kv_heads"], p["head_dim"]), scales_at(p["kv_heads"], p["head_dim"])
+    written = np.concatenate([np.arange(rows[0].size), first + np.arange(2 * p["kv_heads"])])
+    at = places.rows[:, None] * width + written
+
+    def check(actual):
+        q, scales = _split_rows(p, actual[places.rows[:, None] * width + np.arange(width)])
+        largest, step = np.abs(rows).max(2, keepdims=True), scales.astype(np.float64)
+        np.testing.assert_allclose(step, largest / 127, rtol=2**-10, atol=2**-24)
+        assert (np.abs(q * step - rows) <= 0.501 * step + np.maximum(largest - 127 * step, 0)).all()
+        others = actual.copy()
+        others[at] = before[at]
+        np.testing.assert_array_equal(others, before)
+
+    return check
+
+
+def _cache_rows(cache, at, p):
+    """[rows, heads, head_dim] of a KV cache. at: which rows, int [rows]."""
+    width = row_elements(p["kv_dtype"], p["kv_heads"], p["head_dim"])
+    rows = cache[at[:, None] * width + np.arange(width)]
+    if p["kv_dtype"] == "int8":
+        q, scales = _split_rows(p, rows)
+        rows = q * scales.astype(np.float64)
+    rows = rows.astype(np.float64).reshape(len(at), p["kv_heads"], -1)
     return np.repeat(rows, p["heads"] // p["kv_heads"], axis=1)
 
 
@@ -221,9 +276,9 @@ def _attention(p, a, n, places, write):
     head_dim = p["head_dim"]
     q = _read(a["q"], n, p["q_stride"], p["heads"] * head_dim).reshape(n, p["heads"], head_dim)
     out = np.empty_like(q)
-    for token, (position, row) in enumerate(zip(places.positions, places.rows, strict=True)):
-        first = row - min(position, p["window"] - 1 if p["window"] else position)
-        keys, vals = (_cache_rows(a[name], first, row + 1, p) for name in ("k_cache", "v_cache"))
+    for token, (slot, position) in enumerate(zip(places.slots, places.positions, strict=True)):
+        seen = np.arange(max(0, position + 1 - p["window"]) if p["window"] else 0, position + 1)
+        keys, vals = (_cache_rows(a[name], places.rows_of(slot, seen), p) for name in ("k_cache", "v_cache"))
         scores = p["scale"] * np.einsum("hd,shd->hs", q[token], keys)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         out[token] = np.einsum("hs,shd->hd", weights / weights.sum(-1, keepdims=True), vals)
@@ -241,9 +296,24 @@ def _append_attention(p, a, n, places, write):
         else:
             caches[name] = rows.reshape(-1)
 
-    _kv_append(p, a, n, places, append)
-    _attention({**p, "q_stride": p["heads"] * p["head_dim"]}, {**a, **caches}, n, places, write)
-    return {"counters": a["counters"].copy()}
+    checks = _kv_append(p, a, n, places, append) or {}
+    packed = {**p, "q_stride": p["heads"] * p["head_dim"]}
+    if p["kv_dtype"] == "int8":  # what the kernel has appended, within a step of the right value, is what it attends to
+        empty = a["out"].astype(np.float64)
+
+        def expected_out(actual):
+            made = empty.copy()
+
+            def put(name, rows, stride):
+                _rows(made, n, stride, rows.shape[1])[:] = rows
+
+            _attention(packed, {**a, **caches}, n, places, put)
+            return made
+
+        checks["out"] = expected_out
+    else:
+        _attention(packed, {**a, **caches}, n, places, write)
+    return {**checks, "counters": a["counters"].copy()}
 
 
 def _gated_activation(p, a, n, places, write):
@@ -308,7 +378,9 @@ _ORACLES = {
 
 
 def run(op, params, arguments):
-    """Contents of each output after the kernel ran: argument name -> array like the argument.
+    """Contents of each output after the kernel ran: argument name -> array like the argument, or what checks it.
+
+    A check takes what the argument became, and raises AssertionError, or returns what is to be expected of it.
 
     op: key of OPERATORS. params: its constants. arguments: name -> flat array or None, `state` too;
     they are not changed. Float outputs come back as float64, integers as they are.

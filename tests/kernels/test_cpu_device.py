@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not supported_targets(), reason="this CPU runs n
 
 VOCAB, HEADS, HEAD_DIM, CONTEXT = 300, 3, 32, 40
 WIDTH = HEADS * HEAD_DIM
-ATTENTION = {"heads": HEADS, "kv_heads": HEADS, "head_dim": HEAD_DIM, "kv_dtype": "f16", "q_stride": WIDTH}
+ATTENTION = {"heads": HEADS, "kv_heads": HEADS, "head_dim": HEAD_DIM, "kv_dtype": "f16", "window": 0, "q_stride": WIDTH}
 SPECS = {
     "embed": KernelSpec.make(
         "embedding", tokens=1, width=WIDTH, vocab=VOCAB, source="tokens", position_offset=0, scale=1.0,
@@ -32,7 +32,7 @@ SPECS = {
     "append": KernelSpec.make(
         "kv_append", tokens=1, rotary_dim=HEAD_DIM, k_stride=WIDTH, v_stride=WIDTH, **ATTENTION
     ),
-    "attend": KernelSpec.make("attention", tokens=1, scale=HEAD_DIM**-0.5, window=0, out_stride=WIDTH, **ATTENTION),
+    "attend": KernelSpec.make("attention", tokens=1, scale=HEAD_DIM**-0.5, out_stride=WIDTH, **ATTENTION),
     "head": KernelSpec.make(
         "linear_dense", tokens=1, rows=VOCAB, k=WIDTH, x_stride=WIDTH, out_stride=VOCAB, bias=False,
         activation="none", residual=False, residual_stride=VOCAB,

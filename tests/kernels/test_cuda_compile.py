@@ -93,7 +93,7 @@ def _real_shapes() -> list[KernelSpec]:
         _sparse(k=28672, rows=8192),
         _sparse(tokens=8),
         *(_attention(head_dim=head_dim) for head_dim in (64, 80, 256)),
-        _attention(kv_dtype="f32"),
+        *(_attention(kv_dtype=kv_dtype) for kv_dtype in ("f32", "int8")),
         _attention(),
         _attention(tokens=8),
         _attention(tokens=8, head_dim=256),
@@ -104,6 +104,9 @@ def _real_shapes() -> list[KernelSpec]:
             KernelSpec.make("attention_halves", **{**dict(_attention().params), "tokens": 128, "head_dim": head_dim})
             for head_dim in (64, 80, 128)
         ),
+        KernelSpec.make("attention_halves", **{**dict(_attention(kv_dtype="int8").params), "tokens": 128}),
+        *(_append_attention(kv_dtype="int8", head_dim=d, rotary_dim=d) for d in (128, 256)),
+        _append_attention(kv_dtype="int8", tokens=FUSED_TOKENS),
         *(_append_attention(head_dim=head_dim, rotary_dim=head_dim) for head_dim in (64, 80, 128, 256)),
         *(_append_attention(heads=heads, kv_heads=kv_heads) for heads, kv_heads in ((32, 32), (14, 2), (64, 8))),
         _append_attention(window=4096),

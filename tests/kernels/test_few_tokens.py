@@ -11,23 +11,33 @@ from tests.kernels.cases import CUDA_CASES
 
 pytestmark = pytest.mark.skipif(not cuda_emulation.is_available(), reason="host emulation needs g++")
 
-CASES = [
-    case
-    for case in CUDA_CASES
-    if case.spec.op in ("append_attention", "linear_records") and 1 < dict(case.spec.params)["tokens"] <= FUSED_TOKENS
-]
+
+def _cases() -> list:
+    """Of attention all, of linears one for each kind of weights, of norm and of epilogue."""
+    kinds = {}
+    for case in CUDA_CASES:
+        params = dict(case.spec.params)
+        if case.spec.op not in ("append_attention", "linear_records") or not 1 < params["tokens"] <= FUSED_TOKENS:
+            continue
+        asked = ("widths", "masked_widths", "epilogue", "norm")
+        kinds.setdefault(case.name if "widths" not in params else tuple(params[name] for name in asked), case)
+    return list(kinds.values())
+
+
+CASES = _cases()
 
 
 def _single(spec: KernelSpec) -> KernelSpec:
     return KernelSpec.make(spec.op, **{**dict(spec.params), "tokens": 1})
 
 
-@pytest.fixture(scope="module", params=("", "sm_90"))
+@pytest.fixture(scope="module")
 def kernels(request):
+    """As they are cut on sm_90."""
     specs = {spec: None for case in CASES for spec in (case.spec, _single(case.spec))}
     folder = request.config.cache.mkdir("cuda_emulation")
-    macros = ("GQSA_WARP_GROUPS=1", "GQSA_SM_90=1") if request.param else ()
-    return cuda_emulation.EmulatedKernels(name_kernels(list(specs)), folder, macros, request.param)
+    macros = ("GQSA_WARP_GROUPS=1", "GQSA_SM_90=1")
+    return cuda_emulation.EmulatedKernels(name_kernels(list(specs)), folder, macros, "sm_90")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

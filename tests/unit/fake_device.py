@@ -97,7 +97,7 @@ class FakeDevice:
         self.cache[: len(rows)] = rows[:, 0]
 
     def _row_width(self, layer):
-        return self.program.kv_layers[layer].kv_heads * self.program.kv_layers[layer].head_dim
+        return self.program.kv_row(layer)
 
     def close(self):
         self.closed = True

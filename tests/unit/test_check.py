@@ -30,7 +30,7 @@ def machine(monkeypatch):
 
     def make(path, cpu, cuda):
         with ArtifactFile.open(path) as file:
-            a_token = memory.context_bytes_per_token(file.program)
+            a_token = memory.context_bytes(file.program, 1)
             free = {
                 family: memory.needed_bytes(file.program, file.tensors, family, 0) + room * a_token
                 for family, room in (("cpu", cpu), ("cuda", cuda))

@@ -256,7 +256,7 @@ def test_rows_of_the_cache_come_and_go(tmp_path, host):
     with open_file(tmp_path) as file:
         device = make_device(file, slots=2)
         rng = np.random.default_rng(0)
-        shapes, dtype = cache_shapes(file.program), NUMPY_DTYPES[file.program.kv_dtype]
+        shapes, dtype = cache_shapes(file.program), NUMPY_DTYPES[file.program.kv_element]
         held = {(cache, layer): rng.standard_normal((5, width)).astype(dtype) for cache, layer, width in shapes}
         for place, rows in held.items():
             device.upload_rows(*place, rows)

@@ -264,7 +264,7 @@ def test_a_gpu_comes_first(path, monkeypatch):
 def test_context_shrinks_to_the_memory(path, opened, monkeypatch):
     with ArtifactFile.open(path) as file:
         needs = memory.needed_bytes(file.program, file.tensors, "cpu", 10)
-        per_token = memory.context_bytes_per_token(file.program)
+        per_token = memory.context_bytes(file.program, 1)
     assert per_token == 2 * 16 * 4 + 4 * 4
     monkeypatch.setattr(memory, "CPU_HEADROOM_BYTES", 0)
     monkeypatch.setattr(memory, "free_cpu_bytes", lambda: needs + per_token - 1)
@@ -282,7 +282,7 @@ def test_context_shrinks_to_the_memory(path, opened, monkeypatch):
 def test_context_auto_takes_what_the_memory_allows(path, opened, monkeypatch):
     with ArtifactFile.open(path) as file:
         fixed = memory.needed_bytes(file.program, file.tensors, "cpu", 0)
-        per_token = memory.context_bytes_per_token(file.program)
+        per_token = memory.context_bytes(file.program, 1)
         monkeypatch.setattr(memory, "CPU_HEADROOM_BYTES", 0)
         monkeypatch.setattr(memory, "free_cpu_bytes", lambda: fixed + 21 * per_token)
         model = Model.open(path, context="auto")  # half of what is left: RAM is everybody's

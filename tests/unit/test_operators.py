@@ -20,7 +20,7 @@ def table() -> str:
     """The operators in Markdown."""
     lines = ["| operator | computes | pointers, in order | constants |", "|---|---|---|---|"]
     for name, operator in OPERATORS.items():
-        pointers = ", ".join(f"{o.name} {o.dtype.removeprefix('param:')} {o.access}" for o in operator.operands)
+        pointers = ", ".join(f"{o.name} {o.dtype} {o.access}" for o in operator.operands)
         computes = operator.description.replace("|", "\\|")
         lines.append(f"| `{name}` | {computes} | {pointers} | {', '.join(operator.constants)} |")
     return "\n".join(lines) + "\n"
@@ -47,7 +47,7 @@ def test_every_type_of_memory_has_a_c_type():
         assert set(types) <= set(DTYPE_BYTES)
     for operator in OPERATORS.values():
         for operand in operator.operands:
-            assert operand.dtype in C_TYPES["cuda"] or operand.dtype.removeprefix("param:") in operator.constants
+            assert operand.dtype in C_TYPES["cuda"] or operand.dtype in operator.constants
             assert operand.access in ("in", "out", "inout", "weight", "scratch")
         assert operator.operands[-1].name == "state"
 

@@ -102,7 +102,7 @@ def test_the_file_says_what_made_it():
 
 def test_options_are_checked_before_the_model(tmp_path):
     for options, message in (
-        (BuildOptions(kv_dtype="f64"), "unknown KV cache type 'f64'; choose from f16, f32"),
+        (BuildOptions(kv_dtype="f64"), "unknown KV cache type 'f64'; choose from f16, f32, int8"),
         (BuildOptions(targets=("sm_99",)), "unknown target 'sm_99'"),
     ):
         with pytest.raises(InputError, match=message):

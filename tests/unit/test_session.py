@@ -36,6 +36,16 @@ def test_a_session_comes_back(tmp_path, n_tokens):
     assert [file.name for file in tmp_path.iterdir()] == ["s"]
 
 
+def test_rows_of_int8_come_back_with_their_scales(tmp_path):
+    program = tiny.program(kv_dtype="int8")
+    assert cache_shapes(program) == [("k_cache", 0, 16 + 16), ("v_cache", 0, 16 + 16)]
+    rows = list(np.random.default_rng(0).integers(-128, 128, (2, 5, 32), dtype=np.int8))
+    write_session(tmp_path / "s", DIGEST, Session(np.zeros(5, np.int32), rows))
+    back = read(tmp_path / "s", kv_dtype="int8").rows
+    assert [row.dtype for row in back] == [np.int8] * 2
+    np.testing.assert_array_equal(back, rows)
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     path = tmp_path / "s"
     with pytest.raises(InputError, match="s: the session cannot be read: No such file"):

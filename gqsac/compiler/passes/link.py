@@ -54,7 +54,7 @@ def code_tensors(linked: Sequence[Linked]) -> tuple[PackedTensor, ...]:
 def kv_layers(graph: ir.Graph) -> tuple[KVLayer, ...]:
     """The KV caches in the order of their layer numbers."""
     attentions = sorted((op for op in graph.ops if isinstance(op, ir.Attention)), key=lambda op: op.layer)
-    return tuple(KVLayer(op.kv_heads, op.head_dim) for op in attentions)
+    return tuple(KVLayer(op.kv_heads, op.head_dim, op.window) for op in attentions)
 
 
 def ropes(graph: ir.Graph, packing: Packing) -> dict[str, Rope]:

@@ -4,13 +4,15 @@ A template `templates/cuda/<op>.cu.j2` (`templates/cpu/<op>.c.j2`) gets `name`, 
 identifier, the spec's params by name, and its operands from the schema (gqsa_runtime.operators): for CUDA
 as `signature`, for CPUs as `arguments`, a struct. A CUDA template also gets `launch`, what the kernel must know
 of how it is launched (`cuda_launch.Geometry.constants`), and `launch_on`, the same by target where that
-differs. Jinja only stamps constants; algorithms live in the headers under `include/`.
+differs. One that uses the KV cache gets `kv_cache.row_constants`. Jinja only stamps constants; algorithms live in the
+headers under `include/`.
 """
 
 from functools import cache
 from pathlib import Path
 
 import jinja2
+from gqsa_runtime.kv_cache import row_constants
 from gqsa_runtime.operators import OPERATORS
 
 from gqsac.compiler.cuda_launch import geometry, own_targets
@@ -52,6 +54,8 @@ def render(target: str, spec: KernelSpec, name: str) -> str:
         given["launch_on"] = {of: geometry(spec, of).constants for of in own_targets(spec.op)}
     else:
         given = {"arguments": _struct(pointers)}
+    if "kv_dtype" in params:
+        given |= row_constants(params)
     template = _environment().get_template(f"{target}/{spec.op}.{suffix}.j2")
     return template.render(name=name, **given, **params)
 

@@ -87,7 +87,7 @@ def specialize(
 ) -> Calls:
     """Calls for the phases of gqsa_runtime.program.PHASES.
 
-    family: "cuda" or "cpu". kv_dtype: "f16" or "f32". exact: products are of f32 activations.
+    family: "cuda" or "cpu". kv_dtype: of gqsa_runtime.kv_cache.KV_ELEMENTS. exact: products are of f32 activations.
     """
     body, head = graph.ops[:-1], graph.ops[-1]
     # Decode never runs between the phases that pass on a prefill's values: it has storages of its own, which may lie
@@ -310,11 +310,17 @@ class _Specializer:
         return ValueRef(name)
 
     def attention(self, op: ir.Attention) -> list[Call]:
-        heads = {"heads": op.heads, "kv_heads": op.kv_heads, "head_dim": op.head_dim, "kv_dtype": self.kv_dtype}
+        heads = {
+            "heads": op.heads,
+            "kv_heads": op.kv_heads,
+            "head_dim": op.head_dim,
+            "kv_dtype": self.kv_dtype,
+            "window": op.window,
+        }
         caches = (Argument("k_cache", op.layer), Argument("v_cache", op.layer))
         rope = Argument("rope", op.rope) if op.rope is not None else NULL
         rotary_dim = self.graph.ropes[op.rope].rotary_dim if op.rope is not None else 0
-        in_halves = self.family == "cuda" and self.kv_dtype == "f16"
+        in_halves = self.family == "cuda" and self.kv_dtype != "f32"
         if in_halves and self.tokens <= FUSED_TOKENS and OPERATORS["append_attention"].check(heads) is None:
             return [self.append_attention(op, rope, caches, rotary_dim, heads)]
         q_stride = self.stride(op.q)
@@ -325,14 +331,14 @@ class _Specializer:
         in_halves &= self.tokens > 1 and not self.exact and OPERATORS["attention_halves"].check(heads) is None
         attend = self.call(
             "attention_halves" if in_halves else "attention", (op.q, *caches, op.output), scale=float(op.scale),
-            window=op.window, q_stride=q_stride, out_stride=self.stride(op.output), **heads,
+            q_stride=q_stride, out_stride=self.stride(op.output), **heads,
         )  # fmt: skip
         return [append, attend]
 
     def append_attention(self, op: ir.Attention, rope, caches, rotary_dim: int, heads: dict) -> Call:
         """All of it in one launch, its runs of the context side by side."""
         params = {
-            **heads, "tokens": self.tokens, "rotary_dim": rotary_dim, "scale": float(op.scale), "window": op.window,
+            **heads, "tokens": self.tokens, "rotary_dim": rotary_dim, "scale": float(op.scale),
             "splits": splits_of(op.heads, op.kv_heads), "q_stride": self.stride(op.q), "k_stride": self.stride(op.k),
             "v_stride": self.stride(op.v), "out_stride": self.stride(op.output),
         }  # fmt: skip

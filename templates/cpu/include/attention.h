@@ -1,6 +1,6 @@
 // Parts that both forms of attention share. See OPERATORS["attention"] for the arguments.
 //
-// The kernel defines TOKENS, HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, KV_F16, Q_STRIDE and OUT_STRIDE.
+// The kernel defines TOKENS, HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Q_STRIDE, OUT_STRIDE and what kv_cache.h needs.
 // Softmax runs online over blocks of cache rows: a running maximum and sum for each query, and what
 // was summed under an older maximum is scaled down when a larger one comes.
 #ifndef GQSA_ATTENTION_H

@@ -12,10 +12,10 @@ struct decode_head {
     vf out[HEAD_PARTS];
 };
 
-// Adds cache rows first .. first + n - 1 of a slot to one head's running softmax. keys, vals: the caches, from the
-// KV head on.
+// Adds cache rows first .. first + n - 1 of a slot to one head's running softmax. scales: what to multiply each row's
+// products with its keys by, and its weight.
 INLINE void attend_block(struct decode_head *head, const float *q, const kv_t *keys, const kv_t *vals,
-                         struct kv_slot slot, size_t first, int n) {
+                         const float (*scales)[POSITIONS], struct kv_slot slot, size_t first, int n) {
     float scores[POSITIONS];
     vf largest = splat(LOWEST);
     for (int base = 0; base < n; base += VW) {
@@ -35,7 +35,7 @@ INLINE void attend_block(struct decode_head *head, const float *q, const kv_t *k
             dots[i] = dot;
         }
         vi position = base + (vi)VEC_IOTA;
-        vf score = position < n ? hsum_each(dots) * SCALE : splat(-INFINITY);
+        vf score = position < n ? hsum_each(dots) * load(scales[0] + base) : splat(-INFINITY);
         largest = max_v(largest, score);
         store(scores + base, score);
     }
@@ -46,7 +46,7 @@ INLINE void attend_block(struct decode_head *head, const float *q, const kv_t *k
     for (int base = 0; base < n; base += VW) {
         vf p = exp_v(load(scores + base) - max);
         sum += p;
-        store(scores + base, p);
+        store(scores + base, KV_SCALED ? p * load(scales[1] + base) : p);
     }
     head->max = max;
     head->sum = head->sum * shrink + hsum(sum);
@@ -87,8 +87,14 @@ INLINE void attention(const struct arguments *arg, int share, int n_shares) {
         for (int i = 0; i < n_heads; i++) heads[i] = (struct decode_head){.max = LOWEST};
         for (int base = start; base <= position; base += POSITIONS) {
             int n = min_i(POSITIONS, position + 1 - base);
+            float scales[2][POSITIONS] = {{0}};
+            for (int i = 0; i < n; i++) {
+                const size_t row = kv_row(slot, base + i);
+                scales[0][i] = kv_scale(arg->k_cache + row, kv_head) * SCALE;
+                if (KV_SCALED) scales[1][i] = kv_scale(arg->v_cache + row, kv_head);
+            }
             for (int i = 0; i < n_heads; i++)
-                attend_block(&heads[i], q + (head + i) * HEAD_DIM, keys, vals, slot, base, n);
+                attend_block(&heads[i], q + (head + i) * HEAD_DIM, keys, vals, scales, slot, base, n);
         }
         for (int i = 0; i < n_heads; i++) {
             for (int part = 0; part < HEAD_PARTS; part++)

@@ -91,7 +91,6 @@ INLINE void block_values(struct prefill_tile *tile, int n_rows) {
 // Their tokens have one slot and positions rising by one. Not inlined: a tile has its own stack, up to
 // 0.6 MiB at HEAD_DIM 256.
 static __attribute__((noinline)) void attend_tile(const struct arguments *arg, int kv_head, int begin, int end) {
-    const kv_t *k_cache = arg->k_cache + kv_head * HEAD_DIM, *v_cache = arg->v_cache + kv_head * HEAD_DIM;
     const int32_t *state = arg->state;
     const struct kv_slot slot = kv_slot(state, begin / PER_KV);
     const int first_position = position_of(state, begin / PER_KV);
@@ -112,9 +111,11 @@ static __attribute__((noinline)) void attend_tile(const struct arguments *arg, i
         const int n_rows = min_i(POSITIONS, (last_position - base + 4) / 4 * 4);
         for (int row = 0; row < n_rows; row++) {
             const size_t offset = kv_row(slot, min_i(base + row, last_position));
+            const kv_t *key = arg->k_cache + offset, *val = arg->v_cache + offset;
+            const float key_scale = kv_scale(key, kv_head), val_scale = kv_scale(val, kv_head);
             for (int part = 0; part < HEAD_PARTS; part++) {
-                store(tile.keys[row] + part * VW, load_kv(k_cache + offset, part));
-                store(tile.vals[row] + part * VW, load_kv(v_cache + offset, part));
+                store(tile.keys[row] + part * VW, load_kv(key + kv_head * HEAD_DIM, part) * key_scale);
+                store(tile.vals[row] + part * VW, load_kv(val + kv_head * HEAD_DIM, part) * val_scale);
             }
         }
         int masked = base + POSITIONS - 1 > first_position || base < first_seen(last_position);

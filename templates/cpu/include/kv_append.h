@@ -1,7 +1,7 @@
 // Rotary embedding and the KV cache's new rows. See OPERATORS["kv_append"] for the arguments.
 //
-// The kernel defines TOKENS, HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, KV_F16, Q_STRIDE, K_STRIDE and
-// V_STRIDE. Shares are cut at (token, head) pairs, query heads first, then KV heads.
+// The kernel defines TOKENS, HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, Q_STRIDE, K_STRIDE, V_STRIDE and what kv_cache.h
+// needs. Shares are cut at (token, head) pairs, query heads first, then KV heads.
 #ifndef GQSA_KV_APPEND_H
 #define GQSA_KV_APPEND_H
 
@@ -21,10 +21,6 @@ INLINE void rotate(const float *head, const float *rope, float *to) {
     if (to != head) memcpy(to + ROTARY_DIM, head + ROTARY_DIM, (HEAD_DIM - ROTARY_DIM) * sizeof *to);
 }
 
-INLINE void store_row(kv_t *to, const float *from) {
-    for (int i = 0; i < HEAD_DIM; i += VW) store_kv_n(to + i, load_n(from + i, HEAD_DIM - i), HEAD_DIM - i);
-}
-
 INLINE void kv_append(const struct arguments *arg, int share, int n_shares) {
     float *q = arg->q;
     const float *k = arg->k, *v = arg->v, *rope = arg->rope;
@@ -42,11 +38,11 @@ INLINE void kv_append(const struct arguments *arg, int share, int n_shares) {
             continue;
         }
         head -= HEADS;
-        size_t row = kv_row(kv_slot(state, token), position) + head * HEAD_DIM;
+        size_t row = kv_row(kv_slot(state, token), position);
         float rotated[HEAD_DIM];
         rotate(k + (size_t)token * K_STRIDE + head * HEAD_DIM, angles, rotated);
-        store_row(k_cache + row, rotated);
-        store_row(v_cache + row, v + (size_t)token * V_STRIDE + head * HEAD_DIM);
+        store_kv(k_cache + row, head, rotated);
+        store_kv(v_cache + row, head, v + (size_t)token * V_STRIDE + head * HEAD_DIM);
     }
 }
 

@@ -32,6 +32,7 @@ typedef int32_t vi __attribute__((ext_vector_type(VW)));
 typedef uint32_t vu __attribute__((ext_vector_type(VW)));
 typedef uint16_t vu16 __attribute__((ext_vector_type(VW)));
 typedef uint8_t vu8 __attribute__((ext_vector_type(VW)));
+typedef int8_t vi8 __attribute__((ext_vector_type(VW)));
 typedef _Float16 vh __attribute__((ext_vector_type(VW)));
 
 #if VW == 16
@@ -74,6 +75,15 @@ INLINE vf load_f16_n(const _Float16 *p, int n) {
     return load_f16(padded);
 }
 
+INLINE vf load_i8_n(const int8_t *p, int n) {
+    vi8 v = {0};
+    if (n >= VW)
+        memcpy(&v, p, sizeof v);
+    else
+        for (int i = 0; i < n; i++) v[i] = p[i];
+    return __builtin_convertvector(v, vf);
+}
+
 INLINE void store_n(float *p, vf v, int n) {
     if (n >= VW) {
         store(p, v);
@@ -88,6 +98,14 @@ INLINE void store_f16_n(_Float16 *p, vf v, int n) {
         return;
     }
     for (int i = 0; i < n; i++) p[i] = (_Float16)v[i];
+}
+
+INLINE void store_i8_n(int8_t *p, vi8 v, int n) {
+    if (n >= VW) {
+        memcpy(p, &v, sizeof v);
+        return;
+    }
+    for (int i = 0; i < n; i++) p[i] = v[i];
 }
 
 INLINE vf splat(float s) { return (vf)s; }

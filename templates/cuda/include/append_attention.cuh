@@ -12,6 +12,10 @@
 // Where a row is, that alone decides which run, warp and tile it belongs to, and how many runs there are, the token's
 // position. So a token's sums have one order, whichever tokens share its block: rows that it does not see add zeros.
 //
+// A cache of int8 goes through the rings as it is, and becomes halves, which hold its integers exactly, in the registers.
+// There a lane finds four bytes that lie side by side: so the columns of queries are in another order (`column`), and so
+// are those of the results. The scale of a row's key multiplies its scores, that of its value its weights.
+//
 // Rows of earlier steps are in the cache, so the first are on their way before the inputs are waited for. Rows of this
 // launch, the token's own and those of the tokens before it in its sequence, never come from the cache: who needs them
 // makes them itself, and the same bits as a step for each of them would.
@@ -19,21 +23,25 @@
 #include "kv_cache.cuh"
 
 // C: TOKENS (most of a launch), AT_ONCE (tokens that a block takes together), HEADS, KV_HEADS, HEAD_DIM (a multiple of
-// 16), ROTARY_DIM, SCALE, WINDOW, QUERIES (times AT_ONCE at most 8), SPLITS (most runs), KEYS (fewest rows worth a run),
-// Q_STRIDE, K_STRIDE, V_STRIDE, OUT_STRIDE, BLOCKS (of the grid), WARPS, STAGES (of a ring), ROW_BYTES (from row to row in shared memory: an odd number of 16 bytes, so that eight rows share no
-// banks), places in shared memory (OWN_AT, RING_AT).
+// 16), ROTARY_DIM, SCALE, WINDOW, Cache, KV_ROW, KV_SCALES, KV_HELD, QUERIES (times AT_ONCE at most 8), SPLITS (most runs), KEYS (fewest rows worth a run),
+// Q_STRIDE, K_STRIDE, V_STRIDE, OUT_STRIDE, BLOCKS (of the grid), WARPS, STAGES (of a ring), ROW_BYTES and TILE_ROW_BYTES (from row to row of the queries and of a
+// tile in shared memory: an odd number of 16 bytes, so that eight rows share no banks), places in shared memory (OWN_AT, RING_AT).
 // partials: values [TOKENS, HEADS / QUERIES, SPLITS, QUERIES, HEAD_DIM], then {largest score, sum} [TOKENS, HEADS /
 // QUERIES, SPLITS, QUERIES]. counters: [TOKENS, HEADS / QUERIES], 0 before and after; a block counts for its first token.
 template <class C>
 struct AppendAttention {
-    using Element = CacheF16::Element;
+    using Element = typename C::Cache::Element;
+    static constexpr bool SCALED = C::Cache::SCALED;
     static constexpr int HALF = C::ROTARY_DIM / 2, ROWS = 16, STEPS = C::HEAD_DIM / 16, DIMS = C::HEAD_DIM / 8;
-    static constexpr int TILE_BYTES = ROWS * C::ROW_BYTES, STAGE_BYTES = 2 * TILE_BYTES;  // keys, then values
+    static constexpr int TILE_BYTES = ROWS * C::TILE_ROW_BYTES, STAGE_BYTES = 2 * TILE_BYTES;  // keys, then values
+    // Pieces of 16 bytes of a row in shared memory: its elements, and where there are scales those of eight heads.
+    static constexpr int ELEMENTS_OF_PIECE = 16 / sizeof(Element), PIECES = C::HEAD_DIM / ELEMENTS_OF_PIECE + SCALED;
     static constexpr int RING_BYTES = C::STAGES * STAGE_BYTES;
     static constexpr int THREADS = C::WARPS * WARP, GROUPS = C::HEADS / C::QUERIES;
     static constexpr int USED = C::AT_ONCE * C::QUERIES;  // queries of a block: rows of A
     static constexpr int TURN = C::WARPS * ROWS;          // rows that a block takes at once
-    static_assert(C::HEAD_DIM % 16 == 0 && USED <= 8 && C::ROW_BYTES % 32 == 16, "whole fragments, odd strides");
+    static_assert(C::HEAD_DIM % 16 == 0 && USED <= 8 && C::ROW_BYTES % 32 == 16 && C::TILE_ROW_BYTES % 32 == 16,
+                  "whole fragments, odd strides");
 
     // What runs hand over.
     struct Partials {
@@ -112,7 +120,7 @@ private:
         const int first_turn = first / TURN, begin = (first_turn + (run + n_runs - first_turn % n_runs) % n_runs) * TURN;
         const bool has_own = first_own / TURN % n_runs == run || (end - 1) / TURN % n_runs == run;
         const int head = work.place * C::QUERIES, kv_head = head / (C::HEADS / C::KV_HEADS);
-        const KvSlot<C::KV_HEADS * C::HEAD_DIM> slot(state, work.first);
+        const KvSlot<C> slot(state, work.first);
         const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, pair = lane / 4, quarter = lane % 4;
         k_cache += kv_head * C::HEAD_DIM;
         v_cache += kv_head * C::HEAD_DIM;
@@ -121,11 +129,13 @@ private:
         unsigned char* const ring = shared + C::RING_AT + warp * RING_BYTES;
         const auto fetch = [&](int stage, int start) {
             if (start < end)
-                for (int i = lane; i < ROWS * DIMS; i += WARP) {
-                    const int row = i / DIMS, piece = i % DIMS;
+                for (int i = lane; i < ROWS * PIECES; i += WARP) {
+                    const int row = i / PIECES, piece = i % PIECES;
                     const bool cached = start + row < first_own && (C::WINDOW == 0 || start + row >= first);
-                    const size_t from = slot.row(start + row) + piece * 8;
-                    unsigned char* const to = ring + stage * STAGE_BYTES + row * C::ROW_BYTES + piece * 16;
+                    const size_t from = slot.row(start + row) +
+                                        (SCALED && piece == PIECES - 1 ? scales_of(kv_head) - kv_head % 8 * 2
+                                                                       : piece * ELEMENTS_OF_PIECE);
+                    unsigned char* const to = ring + stage * STAGE_BYTES + row * C::TILE_ROW_BYTES + piece * 16;
                     copy_16_or_zeros(to, k_cache + from, cached);
                     copy_16_or_zeros(to + TILE_BYTES, v_cache + from, cached);
                 }
@@ -136,11 +146,11 @@ private:
 #pragma unroll
         for (int s = 0; s < C::STAGES; ++s) fetch(s, start + s * next_turn);
         // What comes next is at least on its way to the L2.
-        constexpr int LINES = ceil_div(C::HEAD_DIM, 64);
+        constexpr int LINE = 128 / sizeof(Element), LINES = ceil_div(C::HEAD_DIM, LINE);
         for (int i = threadIdx.x; i < 2 * C::STAGES * TURN * LINES; i += THREADS) {
             const int row = begin + (C::STAGES + i / (TURN * LINES)) * next_turn + i / LINES % TURN;
             if (row >= first_own) break;
-            const size_t at = slot.row(row) + i % LINES * 64;
+            const size_t at = slot.row(row) + i % LINES * LINE;
             prefetch_l2(k_cache + at);
             prefetch_l2(v_cache + at);
         }
@@ -183,7 +193,7 @@ private:
             constexpr float FACTOR = C::SCALE * 1.4426950408889634f;
             const float turned = rounded_product(rotations[j].of(elements[j], partners[j]), FACTOR);
             const unsigned short high = float_to_half(turned);
-            unsigned short* const to = reinterpret_cast<unsigned short*>(shared + which * C::ROW_BYTES) + d;
+            unsigned short* const to = reinterpret_cast<unsigned short*>(shared + which * C::ROW_BYTES) + column(d);
             to[0] = high;
             to[8 * C::ROW_BYTES / 2] = float_to_half(turned - half_to_float(high));
         }
@@ -191,12 +201,12 @@ private:
         const auto appended = [&](int row) {
             return row >= work.position && row / TURN % n_runs == run ? slot.row(row) : NOWHERE;
         };
-        unsigned short* const own_rows = reinterpret_cast<unsigned short*>(shared + C::OWN_AT);
-        own.store(0, own_rows, k_cache, v_cache, appended);
+        unsigned char* const own_rows = shared + C::OWN_AT;
+        own.store(0, own_rows, k_cache, v_cache, kv_head, appended);
         for (int i = OwnRows::BATCH; i < n_own; i += OwnRows::BATCH) {
             own.prefetch(i);
             own.load(i);
-            own.store(i, own_rows, k_cache, v_cache, appended);
+            own.store(i, own_rows, k_cache, v_cache, kv_head, appended);
         }
         __syncthreads();
 
@@ -210,24 +220,37 @@ private:
             unsigned char* const tile = ring + stage * STAGE_BYTES;
             if (start + ROWS > first_own) {
                 const int from = max(start, first_own), n_rows = min(start + ROWS, end) - from;
-                for (int i = lane; i < n_rows * 2 * DIMS; i += WARP) {
-                    const int row = from + i / (2 * DIMS), part = i / DIMS % 2, piece = i % DIMS;
-                    *reinterpret_cast<uint4*>(tile + part * TILE_BYTES + (row - start) * C::ROW_BYTES + piece * 16) =
-                        *reinterpret_cast<const uint4*>(own_rows + ((row - first_own) * 2 + part) * C::HEAD_DIM + piece * 8);
+                for (int i = lane; i < n_rows * 2 * PIECES; i += WARP) {
+                    const int row = from + i / (2 * PIECES), part = i / PIECES % 2, piece = i % PIECES;
+                    *reinterpret_cast<uint4*>(tile + part * TILE_BYTES + (row - start) * C::TILE_ROW_BYTES + piece * 16) =
+                        *reinterpret_cast<const uint4*>(own_rows + (((row - first_own) * 2 + part) * PIECES + piece) * 16);
                 }
                 __syncwarp();
             }
             float score[2][4] = {};
-            const unsigned char* const keys = tile + (matrix / 2 * 8 + matrix_row) * C::ROW_BYTES + matrix % 2 * 16;
+            // Matrices are 8 keys by 16 bytes; of elements that are bytes they last for two steps.
+            const unsigned char* const keys =
+                SCALED ? tile + (matrix % 2 * 8 + matrix_row) * C::TILE_ROW_BYTES + matrix / 2 * 16
+                       : tile + (matrix / 2 * 8 + matrix_row) * C::TILE_ROW_BYTES + matrix % 2 * 16;
+            unsigned bytes[4];
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
                 unsigned a[4], b[4];
                 load_matrices(a, queries + step * 32);
-                load_matrices(b, keys + step * 32);
+                if constexpr (SCALED) {
+                    if (step % 2 == 0) load_matrices(bytes, keys + step * 16);
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const unsigned word = bytes[step % 2 * 2 + i] ^ 0x80808080;
+                        b[2 * i] = bytes_to_halves<0x4140>(word), b[2 * i + 1] = bytes_to_halves<0x4342>(word);
+                    }
+                } else {
+                    load_matrices(b, keys + step * 32);
+                }
                 mma_halves(score[0], a, b[0], b[1]);
                 mma_halves(score[1], a, b[2], b[3]);
             }
-            float weight[2][2], top = largest;
+            float weight[2][2], value_scale[2][2], top = largest;
 #pragma unroll
             for (int c = 0; c < 2; ++c)
 #pragma unroll
@@ -235,7 +258,16 @@ private:
                     const int row = start + c * 8 + 2 * quarter + e;
                     const bool counts = row <= own_position && (C::WINDOW == 0 || row >= first_seen(own_position));
                     weight[c][e] = counts ? score[c][e] + score[c][2 + e] : LOWEST;
-                    top = fmaxf(top, weight[c][e]);
+                    if constexpr (SCALED) {
+                        const unsigned char* const at =
+                            tile + (c * 8 + 2 * quarter + e) * C::TILE_ROW_BYTES + C::HEAD_DIM + kv_head % 8 * 2;
+                        const float key_scale = half_to_float(*reinterpret_cast<const unsigned short*>(at));
+                        if (counts) weight[c][e] = rounded_product(weight[c][e], key_scale);
+                        value_scale[c][e] = half_to_float(*reinterpret_cast<const unsigned short*>(at + TILE_BYTES));
+                        top = fmaxf(top, weight[c][e] + exponent_of(value_scale[c][e]));
+                    } else {
+                        top = fmaxf(top, weight[c][e]);
+                    }
                 }
             top = segment_max<4>(top);
             if (top > largest) {  // seldom, after the first tiles
@@ -254,17 +286,27 @@ private:
                     float& one = weight[c][e];
                     one = one == LOWEST ? 0.0f : exp2f(one - top);
                     sum += one;
+                    if constexpr (SCALED) one = rounded_product(one, value_scale[c][e]);
                 }
                 a[2 * c] = to_halves(weight[c][0], weight[c][1]);
                 a[2 * c + 1] = to_halves(weight[c][0] - half_to_float(a[2 * c] & 0xffff),
                                          weight[c][1] - half_to_float(a[2 * c] >> 16));
             }
             const unsigned char* const rows =
-                tile + TILE_BYTES + (matrix % 2 * 8 + matrix_row) * C::ROW_BYTES + matrix / 2 * 16;
+                tile + TILE_BYTES + (matrix % 2 * 8 + matrix_row) * C::TILE_ROW_BYTES + matrix / 2 * 16;
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
                 unsigned b[4];
-                load_matrices_transposed(b, rows + step * 32);
+                if constexpr (SCALED) {  // even dims, then odd ones
+                    if (step % 2 == 0) load_matrices_transposed(bytes, rows + step * 16);
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const unsigned word = bytes[step % 2 * 2 + i] ^ 0x80808080;
+                        b[i] = bytes_to_halves<0x4240>(word), b[2 + i] = bytes_to_halves<0x4341>(word);
+                    }
+                } else {
+                    load_matrices_transposed(b, rows + step * 32);
+                }
                 mma_halves(values[2 * step], a, b[0], b[1]);
                 mma_halves(values[2 * step + 1], a, b[2], b[3]);
             }
@@ -281,9 +323,15 @@ private:
         if (pair < USED) {
             float* const to = reinterpret_cast<float*>(ring) + pair * PARTIAL;
 #pragma unroll
-            for (int d = 0; d < DIMS; ++d)
-                *reinterpret_cast<float2*>(to + d * 8 + 2 * quarter) = {values[d][0] + values[d][2],
-                                                                        values[d][1] + values[d][3]};
+            for (int d = 0; d < DIMS; ++d) {
+                const float low = values[d][0] + values[d][2], high = values[d][1] + values[d][3];
+                if constexpr (SCALED) {
+                    float* const at = to + d / 2 * 16 + 4 * quarter + d % 2;
+                    at[0] = low, at[2] = high;
+                } else {
+                    *reinterpret_cast<float2*>(to + d * 8 + 2 * quarter) = {low, high};
+                }
+            }
             if (quarter == 0) to[C::HEAD_DIM] = largest, to[C::HEAD_DIM + 1] = sum;
         }
         __syncthreads();
@@ -326,6 +374,14 @@ private:
     static constexpr size_t NOWHERE = ~static_cast<size_t>(0);
 
     static __device__ __forceinline__ int element(int j) { return threadIdx.x + j * THREADS; }
+
+    // Where element d of a query stands.
+    static __device__ __forceinline__ int column(int d) {
+        return SCALED ? (d & ~15) + (d & 2) * 4 + (d >> 1 & 6) + (d & 1) : d;
+    }
+
+    // Where a head's scale is, from the head's elements on.
+    static __device__ __forceinline__ int scales_of(int kv_head) { return C::KV_SCALES + kv_head * (2 - C::HEAD_DIM); }
 
     // How element d of a head vector turns, in pairs (i, i + HALF).
     struct Rotation {
@@ -377,19 +433,70 @@ private:
             }
         }
 
-        // to: [rows, key and value, HEAD_DIM]. They go to the caches, too, at appended(position), if it is not NOWHERE.
+        // to: [rows, key and value, PIECES of 16 bytes]. They go to the caches, too, at appended(position), if it is not
+        // NOWHERE.
         template <class Appended>
-        __device__ __forceinline__ void store(int begin, unsigned short* to, Element* k_cache, Element* v_cache,
-                                              Appended appended) const {
+        __device__ __forceinline__ void store(int begin, unsigned char* to, Element* k_cache, Element* v_cache,
+                                              int kv_head, Appended appended) const {
+            if constexpr (SCALED) {
+                if (n_rows > 0) store_scaled(begin, to, k_cache, v_cache, kv_head, appended);
+            } else {
+#pragma unroll
+                for (int j = 0; j < EACH; ++j) {
+                    if (!has(j, begin)) continue;
+                    const unsigned short key = float_to_half(rotations[j].of(keys[j], partners[j]));
+                    const unsigned short value = float_to_half(values[j]);
+                    unsigned short* const place =
+                        reinterpret_cast<unsigned short*>(to) + row(j, begin) * (2 * C::HEAD_DIM) + dim(j);
+                    place[0] = key, place[C::HEAD_DIM] = value;
+                    const size_t at = appended(position + row(j, begin));
+                    if (at != NOWHERE) k_cache[at + dim(j)] = key, v_cache[at + dim(j)] = value;
+                }
+            }
+        }
+
+        // The largest of 16 elements is found by as many lanes, that of a head by each of its threads.
+        template <class Appended>
+        __device__ __forceinline__ void store_scaled(int begin, unsigned char* to, Element* k_cache, Element* v_cache,
+                                                     int kv_head, Appended appended) const {
+            __shared__ int largest[EACH * THREADS / 16][2];
+            if (begin > 0) __syncthreads();
+            float turned[EACH];
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) {
+                turned[j] = has(j, begin) ? rotations[j].of(keys[j], partners[j]) : 0.0f;
+                int most[2] = {magnitude(turned[j]), has(j, begin) ? magnitude(values[j]) : 0};
+#pragma unroll
+                for (int offset = 8; offset > 0; offset /= 2)
+#pragma unroll
+                    for (int part = 0; part < 2; ++part)
+                        most[part] = max(most[part], __shfl_xor_sync(ALL_LANES, most[part], offset));
+                if (threadIdx.x % 16 == 0) largest[element(j) / 16][0] = most[0], largest[element(j) / 16][1] = most[1];
+            }
+            __syncthreads();
 #pragma unroll
             for (int j = 0; j < EACH; ++j) {
                 if (!has(j, begin)) continue;
-                const unsigned short key = float_to_half(rotations[j].of(keys[j], partners[j]));
-                const unsigned short value = float_to_half(values[j]);
-                unsigned short* const place = to + row(j, begin) * (2 * C::HEAD_DIM) + dim(j);
-                place[0] = key, place[C::HEAD_DIM] = value;
+                int most[2] = {};
+#pragma unroll
+                for (int i = 0; i < STEPS; ++i)
+#pragma unroll
+                    for (int part = 0; part < 2; ++part)
+                        most[part] = max(most[part], largest[element(j) / C::HEAD_DIM * STEPS + i][part]);
                 const size_t at = appended(position + row(j, begin));
-                if (at != NOWHERE) k_cache[at + dim(j)] = key, v_cache[at + dim(j)] = value;
+#pragma unroll
+                for (int part = 0; part < 2; ++part) {
+                    const HeadScale scale(most[part]);
+                    const signed char q = scale.quantized(part ? values[j] : turned[j]);
+                    unsigned char* const own = to + (row(j, begin) * 2 + part) * (PIECES * 16);
+                    Element* const cached = (part ? v_cache : k_cache) + at;
+                    reinterpret_cast<signed char*>(own)[dim(j)] = q;
+                    if (at != NOWHERE) cached[dim(j)] = q;
+                    if (dim(j) == 0) {
+                        *reinterpret_cast<unsigned short*>(own + C::HEAD_DIM + kv_head % 8 * 2) = scale.bits;
+                        if (at != NOWHERE) *reinterpret_cast<unsigned short*>(cached + scales_of(kv_head)) = scale.bits;
+                    }
+                }
             }
         }
     };

@@ -6,7 +6,7 @@
 #pragma once
 #include "kv_cache.cuh"
 
-// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache. Shared memory: [warps, PARTIAL] floats, of each warp its
+// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache, KV_ROW, KV_SCALES, KV_HELD. Shared memory: [warps, PARTIAL] floats, of each warp its
 // values [HEAD_DIM], largest score and sum.
 template <class C>
 __device__ __forceinline__ void attention_decode(const float* q, const typename C::Cache::Element* k_cache,
@@ -25,12 +25,12 @@ __device__ __forceinline__ void attention_decode(const float* q, const typename 
     const int head = blockIdx.x, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const int lane = threadIdx.x % LANES, group = threadIdx.x % WARP / LANES;
     const int length = position_of(state, 0) + 1;
-    const KvSlot<C::KV_HEADS * C::HEAD_DIM> slot(state, 0);
-    k_cache += head / (C::HEADS / C::KV_HEADS) * C::HEAD_DIM;
-    v_cache += head / (C::HEADS / C::KV_HEADS) * C::HEAD_DIM;
+    const KvSlot<C> slot(state, 0);
+    const int kv_head = head / (C::HEADS / C::KV_HEADS);
     const int first = C::WINDOW > 0 ? max(0, length - C::WINDOW) : 0;
 
     const auto load = [&](const typename C::Cache::Element* row, float (*to)[VECTOR]) {
+        row += kv_head * C::HEAD_DIM;
 #pragma unroll
         for (int i = 0; i < PER_LANE; ++i) {
             const int vector = lane + i * LANES;
@@ -56,12 +56,13 @@ __device__ __forceinline__ void attention_decode(const float* q, const typename 
     float largest = LOWEST, sum = 0.0f;
 
     for (int start = first + warp * KEYS_AT_ONCE * UNROLL; start < length; start += warps * KEYS_AT_ONCE * UNROLL) {
-        float score[UNROLL];
+        float score[UNROLL], scale[UNROLL];
         float keys[UNROLL][PER_LANE][VECTOR], new_largest = largest;
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
             const int position = min(start + u * KEYS_AT_ONCE + group, length - 1);
             load(k_cache + slot.row(position), keys[u]);
+            scale[u] = kv_scale<C>(k_cache + slot.row(position), kv_head);
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
@@ -70,7 +71,7 @@ __device__ __forceinline__ void attention_decode(const float* q, const typename 
             for (int i = 0; i < PER_LANE; ++i)
 #pragma unroll
                 for (int e = 0; e < VECTOR; ++e) dot = fmaf(query[i][e], keys[u][i][e], dot);
-            score[u] = segment_sum<LANES>(dot);
+            score[u] = segment_sum<LANES>(dot) * scale[u];
             if (start + u * KEYS_AT_ONCE + group >= length) score[u] = LOWEST;
             new_largest = fmaxf(new_largest, score[u]);
         }
@@ -87,8 +88,9 @@ __device__ __forceinline__ void attention_decode(const float* q, const typename 
             if (position >= length) continue;
             float row[PER_LANE][VECTOR];
             load(v_cache + slot.row(position), row);
-            const float weight = expf(score[u] - largest);
+            float weight = expf(score[u] - largest);
             sum += weight;
+            weight *= kv_scale<C>(v_cache + slot.row(position), kv_head);
 #pragma unroll
             for (int i = 0; i < PER_LANE; ++i)
 #pragma unroll

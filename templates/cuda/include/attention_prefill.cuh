@@ -16,9 +16,9 @@ struct AttentionTile {
     static constexpr int PIECES = ceil_div(DIMS / 4, 16);  // float4 pieces of the output per query and thread
 };
 
-// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache, Q_STRIDE, OUT_STRIDE and what AttentionTile needs.
+// C: HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW, Cache, KV_ROW, KV_SCALES, KV_HELD, Q_STRIDE, OUT_STRIDE and what AttentionTile needs.
 // Shared memory, floats: queries [QUERIES, STRIDE], keys and values [KEYS, STRIDE], weights [QUERIES, WEIGHT_STRIDE].
-// k_cache and v_cache: of the head. Queries first_query .. last_query are a run.
+// Queries first_query .. last_query are a run.
 template <class C>
 __device__ __forceinline__ void attend_run(const float* q, const typename C::Cache::Element* k_cache,
                                            const typename C::Cache::Element* v_cache, float* out, const int* state,
@@ -30,8 +30,9 @@ __device__ __forceinline__ void attend_run(const float* q, const typename C::Cac
     float* const v_tile = k_tile + C::KEYS * C::STRIDE;
     float* const p_tile = v_tile + C::KEYS * C::STRIDE;
 
-    const int head = blockIdx.x, position = position_of(state, first_query);
-    const KvSlot<C::KV_HEADS * C::HEAD_DIM> slot(state, first_query);
+    const int head = blockIdx.x, kv_head = head / (C::HEADS / C::KV_HEADS);
+    const int position = position_of(state, first_query);
+    const KvSlot<C> slot(state, first_query);
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
 
     for (int i = threadIdx.x; i < C::QUERIES * T::DIMS; i += blockDim.x) {
@@ -54,8 +55,11 @@ __device__ __forceinline__ void attend_run(const float* q, const typename C::Cac
         for (int i = threadIdx.x; i < C::KEYS * T::DIMS; i += blockDim.x) {
             const int row = i / T::DIMS, d = i % T::DIMS;
             const bool valid = start + row < rows_end && d < C::HEAD_DIM;
-            k_tile[row * C::STRIDE + d] = valid ? C::Cache::load(k_cache + slot.row(start + row) + d) : 0.0f;
-            v_tile[row * C::STRIDE + d] = valid ? C::Cache::load(v_cache + slot.row(start + row) + d) : 0.0f;
+            const auto value = [&](const typename C::Cache::Element* at) {
+                return C::Cache::load(at + kv_head * C::HEAD_DIM + d) * kv_scale<C>(at, kv_head);
+            };
+            k_tile[row * C::STRIDE + d] = valid ? value(k_cache + slot.row(start + row)) : 0.0f;
+            v_tile[row * C::STRIDE + d] = valid ? value(v_cache + slot.row(start + row)) : 0.0f;
         }
         __syncthreads();
 
@@ -151,8 +155,7 @@ template <class C>
 __device__ __forceinline__ void attention_prefill(const float* q, const typename C::Cache::Element* k_cache,
                                                   const typename C::Cache::Element* v_cache, float* out,
                                                   const int* state) {
-    const int kv_head = blockIdx.x / (C::HEADS / C::KV_HEADS);
     by_runs<C::QUERIES>(state, [&](int first, int last) {
-        attend_run<C>(q, k_cache + kv_head * C::HEAD_DIM, v_cache + kv_head * C::HEAD_DIM, out, state, first, last);
+        attend_run<C>(q, k_cache, v_cache, out, state, first, last);
     });
 }

@@ -128,6 +128,12 @@ inline T atomicAdd(T* address, T value) {
     *address += value;
     return before;
 }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+    const unsigned long long bytes = static_cast<unsigned long long>(high) << 32 | low;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return result;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <int I>
 inline unsigned four_bytes(unsigned a, unsigned b, unsigned c, unsigned d) {
