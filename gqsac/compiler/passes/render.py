@@ -4,13 +4,14 @@ A template `templates/cuda/<op>.cu.j2` (`templates/cpu/<op>.c.j2`) gets `name`, 
 identifier, the spec's params by name, and its operands from the schema (gqsa_runtime.operators): for CUDA
 as `signature`, for CPUs as `arguments`, a struct. A CUDA template also gets `launch`, what the kernel must know
 of how it is launched (`cuda_launch.Geometry.constants`), and `launch_on`, the same by target where that
-differs. Jinja only stamps constants; algorithms live in the headers under `include/`.
+differs; both get `sampling`, the module whose constants `choose` shares. Jinja only stamps constants; algorithms live in the headers under `include/`.
 """
 
 from functools import cache
 from pathlib import Path
 
 import jinja2
+from gqsa_runtime import sampling
 from gqsa_runtime.operators import OPERATORS
 
 from gqsac.compiler.cuda_launch import geometry, own_targets
@@ -38,6 +39,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["f32"] = lambda value: f"{float(value)!r}f"  # 1e-05 -> 1e-05f
     environment.filters["norm"] = lambda value: {"none": "NO_NORM", "rms": "RMS_NORM", "layer": "LAYER_NORM"}[value]
+    environment.globals["sampling"] = sampling  # numbers of the definition that `choose` follows
     environment.filters["flag"] = lambda value: "1" if value else "0"
     return environment
 
