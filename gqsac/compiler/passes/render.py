@@ -4,7 +4,8 @@ A template `templates/cuda/<op>.cu.j2` (`templates/cpu/<op>.c.j2`) gets `name`, 
 identifier, the spec's params by name, and its operands from the schema (gqsa_runtime.operators): for CUDA
 as `signature`, for CPUs as `arguments`, a struct. A CUDA template also gets `launch`, what the kernel must know
 of how it is launched (`cuda_launch.Geometry.constants`), and `launch_on`, the same by target where that
-differs; both get `sampling`, the module whose constants `choose` shares. Jinja only stamps constants; algorithms live in the headers under `include/`.
+differs. Both get `sampling`, the module whose constants `choose` shares. Jinja only stamps constants; algorithms
+live in the headers under `include/`.
 """
 
 from functools import cache
