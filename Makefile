@@ -7,6 +7,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The release that the tests are run with. Any torch that pyproject.toml allows will do.
 TORCH := torch==2.13.0
 
+# Processes that share the tests.
+JOBS := 2
+
 # How long `make fuzz` tries, and which mutants: others every day.
 FUZZ_SECONDS := 300
 FUZZ_SEED := $(shell expr $$(date +%s) / 86400)
@@ -20,7 +23,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 fuzz: $(VENV)/.installed-dev
 	RUST_BACKTRACE=0 $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --keep fuzz-failures

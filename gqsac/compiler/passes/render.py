@@ -4,14 +4,15 @@ A template `templates/cuda/<op>.cu.j2` (`templates/cpu/<op>.c.j2`) gets `name`, 
 identifier, the spec's params by name, and its operands from the schema (gqsa_runtime.operators): for CUDA
 as `signature`, for CPUs as `arguments`, a struct. A CUDA template also gets `launch`, what the kernel must know
 of how it is launched (`cuda_launch.Geometry.constants`), and `launch_on`, the same by target where that
-differs. One that uses the KV cache gets `kv_cache.row_constants`. Jinja only stamps constants; algorithms live in the
-headers under `include/`.
+differs. Both get `sampling`, the module whose constants `choose` shares, and those that use the KV cache
+`kv_cache.row_constants`. Jinja only stamps constants; algorithms live in the headers under `include/`.
 """
 
 from functools import cache
 from pathlib import Path
 
 import jinja2
+from gqsa_runtime import sampling
 from gqsa_runtime.kv_cache import row_constants
 from gqsa_runtime.operators import OPERATORS
 
@@ -40,6 +41,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["f32"] = lambda value: f"{float(value)!r}f"  # 1e-05 -> 1e-05f
     environment.filters["norm"] = lambda value: {"none": "NO_NORM", "rms": "RMS_NORM", "layer": "LAYER_NORM"}[value]
+    environment.globals["sampling"] = sampling  # numbers of the definition that `choose` follows
     environment.filters["flag"] = lambda value: "1" if value else "0"
     return environment
 

@@ -6,10 +6,10 @@
 #include "argmax.h"
 #include "state.h"
 
-#define OCTAVES 64
-#define STEPS 65536
+// OCTAVES, STEP_BITS, SCALED_LIMIT and EXPONENTIAL_0 up, of the definition, come from the template.
+#define STEPS (1 << STEP_BITS)
 #define INDEX_BITS 20
-#define KEY_BITS 36
+#define KEY_BITS (INDEX_BITS + STEP_BITS)
 #define DIGIT_BITS 9
 #define BINS (1 << DIGIT_BITS)
 #define LISTED 4096   // most tokens of an octave that are listed, and not looked for again
@@ -31,7 +31,7 @@ struct choice {
 
 // One product, not fused with what follows.
 INLINE vf scale_v(vf logits, float scale) {
-    const float limit = 536870912.0f;
+    const float limit = SCALED_LIMIT;
     vf scaled = logits * scale;
     scaled = scaled > limit ? splat(limit) : scaled;
     return scaled < -limit ? splat(-limit) : scaled;
@@ -52,11 +52,11 @@ INLINE vi steps_v(vf scaled) {
 // 2^(step / STEPS) in units of 2^-23.
 INLINE uint32_t weight_of(uint32_t step) {
     const uint64_t x = step << 16;
-    uint64_t power = 4009631;
-    power = 19363925 + (power * x >> 32);
-    power = 119829401 + (power * x >> 32);
-    power = 515749229 + (power * x >> 32);
-    power = 1488531108 + (power * x >> 32);
+    uint64_t power = EXPONENTIAL_4;
+    power = EXPONENTIAL_3 + (power * x >> 32);
+    power = EXPONENTIAL_2 + (power * x >> 32);
+    power = EXPONENTIAL_1 + (power * x >> 32);
+    power = EXPONENTIAL_0 + (power * x >> 32);
     return (uint32_t)((((uint64_t)1 << 31) + (power * x >> 32)) >> 8);
 }
 

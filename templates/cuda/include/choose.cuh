@@ -7,18 +7,19 @@
 #pragma once
 #include "common.cuh"
 
-// C: VOCAB, SLICE (logits of a block), SLICES, THREADS (of a block: a quarter of SLICE, and the bins of a tally).
+// C: VOCAB, SLICE (logits of a block), SLICES, THREADS (of a block: a quarter of SLICE, and the bins of a tally), and
+// of the definition OCTAVES, STEP_BITS, LIMIT, EXPONENTIAL_0 up.
 // partials: [SLICES] Partial. counters: [1], 0 before and after.
 template <class C>
 struct Choose {
     using u64 = unsigned long long;
-    static constexpr int OCTAVES = 64, STEPS = 1 << 16, INDEX_BITS = 20, KEY_BITS = 36;
+    static constexpr int OCTAVES = C::OCTAVES, STEPS = 1 << C::STEP_BITS;
+    static constexpr int INDEX_BITS = 20, KEY_BITS = INDEX_BITS + C::STEP_BITS;
     static constexpr int DIGIT_BITS = 9, BINS = 1 << DIGIT_BITS, WARPS = C::THREADS / WARP;
     static constexpr int LISTED = 2048;  // most tokens of an octave that are listed, and not looked for again
     // A slice's octave in a word: the sum of its weights, from these bits on how many tokens it has and where they begin.
     static constexpr int COUNT_BIT = 36, START_BIT = 48;
     static constexpr int OFFSET_BITS = 11;  // of a token in its slice
-    static constexpr float LIMIT = 536870912.0f;
     static_assert(C::THREADS == BINS && C::SLICE == 4 * C::THREADS && C::SLICES <= C::THREADS, "one thread each");
     static_assert(C::SLICE == 1 << OFFSET_BITS && LISTED * 2 >= C::SLICE, "a slice is sorted in the list");
 
@@ -103,7 +104,7 @@ private:
 
     // One product, not fused with what follows.
     __device__ __forceinline__ float scaled(float logit) const {
-        return fminf(fmaxf(__fmul_rn(logit, scale), -LIMIT), LIMIT);
+        return fminf(fmaxf(__fmul_rn(logit, scale), -C::LIMIT), C::LIMIT);
     }
 
     static __device__ __forceinline__ int octave_of(float scaled) { return static_cast<int>(floorf(scaled)); }
@@ -116,11 +117,11 @@ private:
     // 2^(step / STEPS) in units of 2^-23.
     static __device__ __forceinline__ unsigned weight_of(int step) {
         const unsigned x = static_cast<unsigned>(step) << 16;
-        unsigned power = 4009631u;
-        power = 19363925u + __umulhi(power, x);
-        power = 119829401u + __umulhi(power, x);
-        power = 515749229u + __umulhi(power, x);
-        power = 1488531108u + __umulhi(power, x);
+        unsigned power = C::EXPONENTIAL_4;
+        power = C::EXPONENTIAL_3 + __umulhi(power, x);
+        power = C::EXPONENTIAL_2 + __umulhi(power, x);
+        power = C::EXPONENTIAL_1 + __umulhi(power, x);
+        power = C::EXPONENTIAL_0 + __umulhi(power, x);
         return ((1u << 31) + __umulhi(power, x)) >> 8;
     }
 
