@@ -219,8 +219,10 @@ def _append_attention(p, target: str):
     if own:
         # Like the linears around it one block on each multiprocessor, beside one other: see records_launch.
         blocks, shared_bytes = max(blocks, MULTIPROCESSORS), max(shared_bytes, MIN_BYTES)
+    # Eight elements of the queries a thread, for which there are registers.
+    at_once = min(tokens, _ATTENTION_TOKENS, 8 // queries, 8 * warps * WARP // (queries * head_dim))
     constants = {
-        "TOKENS": tokens, "AT_ONCE": min(tokens, _ATTENTION_TOKENS, 8 // queries), "QUERIES": queries,
+        "TOKENS": tokens, "AT_ONCE": max(1, at_once), "QUERIES": queries,
         "KEYS": _RUN_KEYS, "BLOCKS": blocks, "WARPS": warps, "STAGES": stages, "ROW_BYTES": row_bytes,
         "TILE_ROW_BYTES": tile_row_bytes, "OWN_AT": own_at, "RING_AT": ring_at,
     }  # fmt: skip

@@ -172,6 +172,9 @@ def test_no_kernel_spills(binaries, target):
         # 512 threads leave 128 registers: too few for masks of three widths in one matrix.
         if spec.op == "matmul_records" and spec["masked_widths"].bit_count() > 1 and target == "sm_90":
             allowed = 32
+        # A block goes on with other tokens' work: some registers more than heads of 256 leave.
+        if spec.op == "append_attention" and spec["head_dim"] == 256 and spec["tokens"] > 1:
+            allowed = 208
         assert binary.spill_bytes <= allowed and binary.stack_bytes <= allowed, f"{NAMES[spec]}: {binary.log}"
 
 
@@ -208,9 +211,8 @@ def test_grids_cover_every_row_and_token(max_tokens):
             assert grid[0] == params["heads"] and grid[1] * (1 if tokens == 1 else 64) >= tokens
         elif spec.op == "linear_dense":
             assert grid[1] * params["tokens"] >= tokens
-        elif spec.op == "linear_records":
-            local = geometry(spec).constants["LOCAL_BLOCKS"]
-            assert grid[0] * local >= params["n_blocks"] and grid[1] * geometry(spec).constants["AT_ONCE"] >= tokens
+        elif spec.op == "linear_records":  # a block goes through all tokens of a launch
+            assert grid[0] * geometry(spec).constants["LOCAL_BLOCKS"] >= params["n_blocks"]
         elif spec.op == "matmul_records":
             for target in ("", "sm_90"):
                 x, y, _ = launch(spec, max_tokens, target).grid

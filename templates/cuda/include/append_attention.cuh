@@ -365,7 +365,7 @@ private:
         __syncthreads();
         if (!is_last) return;
         __threadfence();
-        for (int token = work.first; token < work.first + work.n; ++token)
+        for (int token = work.first; token < work.first + (C::AT_ONCE == 1 ? 1 : work.n); ++token)
             merge_runs(Partials(partials, token * GROUPS + work.place), n_runs,
                        out + static_cast<size_t>(token) * C::OUT_STRIDE + head * C::HEAD_DIM);
         if (threadIdx.x == 0) *counter = 0;

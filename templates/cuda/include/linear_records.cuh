@@ -122,8 +122,6 @@ struct LinearRecords {
         wait_for_inputs();
 
         float* const partials = reinterpret_cast<float*>(shared + C::PARTIALS_AT);
-        const Lane me(lane);
-        float* const own_sums = sums + held(warp * (16 * TOKENS));
         // Two blocks make the integers of every second token, each for both: they are half of what several tokens cost.
         const int rank = PAIRED ? rank_in_pair() : 0;
         const auto put = [&](auto* to, auto value) {
@@ -143,20 +141,24 @@ struct LinearRecords {
                 record = stream.open(begins(0), begins(n_local));
             }
             float factor = 1.0f;  // of the token whose sums this lane gets
-            // Every second one in a pair. All are asked for before the first is needed.
-            constexpr int MADE = PAIRED ? TOKENS / 2 : TOKENS;
-            typename RowQuantizer<C>::Row rows[MADE];
-            const auto made = [&](int i) { return PAIRED ? 2 * i + rank : i; };
+            // Two at a time, in a pair every second one; more would not fit the registers.
+            constexpr int AT_ONCE = TOKENS == 1 ? 1 : 2, STEP = PAIRED ? 2 : 1;
 #pragma unroll
-            for (int i = 0; i < MADE; ++i)
-                if (made(i) < n_tokens) rows[i] = quantizer.load(x + (first_token + made(i)) * C::X_STRIDE);
-            if (PAIRED && first_token == 0) pair_wait();
+            for (int begin = 0; begin < TOKENS; begin += AT_ONCE * STEP) {
+                typename RowQuantizer<C>::Row rows[AT_ONCE];
 #pragma unroll
-            for (int i = 0; i < MADE; ++i) {
-                const int m = made(i);
-                if (m < n_tokens)
-                    quantizer.quantize(rows[i], own_planes + m * (C::K / 2), own_ranges + m * RANGE_STRIDE,
-                                       partials + m * WARP, put);
+                for (int i = 0; i < AT_ONCE; ++i) {
+                    const int m = begin + i * STEP + rank;
+                    if (m < n_tokens) rows[i] = quantizer.load(x + (first_token + m) * C::X_STRIDE);
+                }
+                if (PAIRED && first_token == 0) pair_wait();
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; ++i) {
+                    const int m = begin + i * STEP + rank;
+                    if (m < n_tokens)
+                        quantizer.quantize(rows[i], own_planes + m * (C::K / 2), own_ranges + m * RANGE_STRIDE,
+                                           partials + m * WARP, put);
+                }
             }
             if (TOKENS == 1 && ahead.to >= 0) ahead.load(first_token, bias, residual, out);
             barrier();
@@ -166,7 +168,9 @@ struct LinearRecords {
                 if (m == 0 || m == min(lane % 4, n_tokens - 1)) factor = one;
             }
 
+            const Lane me(lane);
             float y[SLOTS][2] = {};
+            float* const own_sums = sums + held(warp * (16 * TOKENS));
             int local = 0, bound = C::WHOLE ? begins(1) : bounds[1];
             // A warp has sums of every row block, zeros where none of the records is its own.
             const auto end_block = [&] {

@@ -1,6 +1,6 @@
 // gated of W norm(x) over records of 16 rows by 4 tiles of 64 columns; see linear_records.cuh and records.cuh.
 // W [22016, 4096] in 1376 row blocks, records of at most 2208 bytes. x f32 [n_tokens, 4096], out f32 [n_tokens, 11008].
-// Launch: consecutive row blocks a block (x), blockIdx.y: up to 1 token(s).
+// Launch: consecutive row blocks a block, for up to 1 token(s).
 #include "linear_records.cuh"
 
 struct linear_records_t1_r22016_k4096_constants {
