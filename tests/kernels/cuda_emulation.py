@@ -31,6 +31,9 @@ class EmulatedKernels:
     def __init__(self, kernels: dict[KernelSpec, str], folder: Path, macros: tuple[str, ...] = (), target: str = ""):
         """macros: defined when compiling. target: whose launches are made."""
         self._names, self._target = kernels, target
+        self._paired = {
+            spec for spec, name in kernels.items() if target == "sm_90" and "GQSA_PAIR" in render("cuda", spec, name)
+        }
         self._library = ctypes.CDLL(str(_build(kernels, folder, tuple(f"-D{macro}" for macro in macros))))
         self._library.emulation_launch.restype = ctypes.c_char_p
 
@@ -51,6 +54,7 @@ class EmulatedKernels:
             ctypes.c_uint(made.block),
             ctypes.c_size_t(made.shared_bytes),
             int(backwards),
+            2 if spec in self._paired else 1,
         )
         assert problem is None, f"{self._names[spec]}: {problem.decode()}"
 

@@ -39,6 +39,9 @@ void* dynamic_shared();
 void block_barrier();
 void warp_barrier();
 void wait_for_others();  // lets other threads run before it returns
+void pair_arrive();
+void pair_wait();  // until all threads of both blocks have arrived as often as this one
+void* in_pair(void* own, int rank);  // the same place in the shared memory of that block
 unsigned exchange(unsigned value, int source, bool relative);  // value of lane source, or own lane ^ source
 void gather(const unsigned* values, int count, unsigned (*all)[8]);  // of the warp's lanes, [32][8]
 void check_alignment(const void* address, std::size_t bytes);
@@ -302,13 +305,16 @@ inline void copy_commit() {}
 template <int LATER>
 inline void copy_wait() {}
 
-#define GQSA_PAIRS 0
+// Two blocks run side by side where the test says so, as it does for kernels with GQSA_PAIR on sm_90.
+#define GQSA_PAIRS GQSA_SM_90
 #define GQSA_PAIR
-inline int rank_in_pair() { return 0; }
-inline void pair_arrive() {}
-inline void pair_wait() {}
+inline int rank_in_pair() { return blockIdx.x % 2; }
+inline void pair_arrive() { emulation::pair_arrive(); }
+inline void pair_wait() { emulation::pair_wait(); }
 template <class T>
-inline void store_in_pair(T*, T, int) {}
+inline void store_in_pair(T* own, T value, int rank) {
+    *static_cast<T*>(emulation::in_pair(own, rank)) = value;
+}
 
 inline void wait_for_inputs() {}
 inline void let_dependents_start() {}

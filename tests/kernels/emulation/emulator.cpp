@@ -1,4 +1,4 @@
-// Runs a kernel block by block; the threads of a block are fibers in one operating system thread.
+// Runs a kernel block by block, or pair by pair; the threads of a block are fibers in one operating system thread.
 //
 // A shuffle or __syncwarp waits for all 32 lanes, __syncthreads for all threads of the block that still
 // run. Where that can never come true (lanes diverged, or left before a shuffle), the run fails instead of
@@ -24,7 +24,7 @@ enum State { READY, AT_WARP_BARRIER, AT_BLOCK_BARRIER, POLLING, DONE };
 struct Fiber {
     State state;
     bool started;
-    unsigned exchanges;
+    unsigned exchanges, arrivals;  // at the barrier of a pair
     jmp_buf resume;
     std::unique_ptr<char[]> stack;
 };
@@ -35,11 +35,15 @@ struct Kernel {
     int count;
 } kernel;
 
-alignas(1024) unsigned char shared[SHARED_BYTES + GUARD_BYTES];
-std::vector<Fiber> fibers;
+struct alignas(1024) Shared {
+    unsigned char bytes[SHARED_BYTES + GUARD_BYTES];
+} shared[2];               // of the blocks that run side by side
+std::vector<Fiber> fibers;  // of the first one, then of the second
 std::vector<unsigned> slots;  // [2, threads]: values on exchange, of even and odd exchanges
 std::vector<unsigned> wide_slots;  // [2, threads, 8]: the same for fragments
-int threads, current, live;
+int threads, current, live[2];  // threads of a block
+unsigned first_block;  // of those that run side by side
+bool arrived;          // whether a thread came to a barrier of its pair in this turn of all threads
 jmp_buf scheduler;
 std::string problem;
 
@@ -60,19 +64,20 @@ void call() {
     problem = "no kernel has " + std::to_string(kernel.count) + " arguments";
 }
 
-void release_block() {
+void release_block(int block) {
+    const auto begin = fibers.begin() + block * threads, end = begin + threads;
     int waiting = 0;
-    for (const Fiber& fiber : fibers) waiting += fiber.state == AT_BLOCK_BARRIER;
-    if (waiting == live && live > 0)
-        for (Fiber& fiber : fibers)
-            if (fiber.state == AT_BLOCK_BARRIER) fiber.state = READY;
+    for (auto fiber = begin; fiber != end; ++fiber) waiting += fiber->state == AT_BLOCK_BARRIER;
+    if (waiting == live[block] && waiting > 0)
+        for (auto fiber = begin; fiber != end; ++fiber)
+            if (fiber->state == AT_BLOCK_BARRIER) fiber->state = READY;
 }
 
 void fiber_main() {
     call<MAX_ARGUMENTS>();
     fibers[current].state = DONE;
-    --live;
-    release_block();
+    --live[current / threads];
+    release_block(current / threads);
     _longjmp(scheduler, 1);
 }
 
@@ -80,7 +85,7 @@ void yield(State state) {
     Fiber& fiber = fibers[current];
     fiber.state = state;
     if (state == AT_BLOCK_BARRIER) {
-        release_block();
+        release_block(current / threads);
     } else if (state == AT_WARP_BARRIER) {
         const int first = current / WARP * WARP;
         int waiting = 0;
@@ -94,7 +99,8 @@ void yield(State state) {
 void resume(int thread) {
     Fiber& fiber = fibers[thread];
     current = thread;
-    threadIdx = {static_cast<unsigned>(thread), 0, 0};
+    threadIdx = {static_cast<unsigned>(thread % threads), 0, 0};
+    blockIdx.x = first_block + thread / threads;
     if (_setjmp(scheduler)) return;
     if (fiber.started) _longjmp(fiber.resume, 1);
     fiber.started = true;
@@ -120,40 +126,60 @@ bool run_warp(int warp, bool backwards) {
     return progress;
 }
 
-void run_block(bool backwards, std::size_t shared_bytes) {
-    std::memset(shared, 0xff, sizeof shared);
-    for (Fiber& fiber : fibers) fiber.state = READY, fiber.started = false, fiber.exchanges = 0;
-    live = threads;
-    while (live > 0) {
-        bool progress = false;
+void run_blocks(int count, bool backwards, std::size_t shared_bytes) {
+    std::memset(shared, 0xff, count * sizeof *shared);
+    for (Fiber& fiber : fibers)
+        fiber.state = READY, fiber.started = false, fiber.exchanges = 0, fiber.arrivals = 0;
+    live[0] = threads, live[1] = count > 1 ? threads : 0;
+    const int warps = count * threads / WARP;
+    while (live[0] + live[1] > 0) {
+        bool progress = arrived = false;
         for (Fiber& fiber : fibers)
             if (fiber.state == POLLING) fiber.state = READY;
-        for (int i = 0; i < threads / WARP; ++i)
-            while (run_warp(backwards ? threads / WARP - 1 - i : i, backwards)) progress = true;
-        if (!progress) {
+        for (int i = 0; i < warps; ++i)
+            while (run_warp(backwards ? warps - 1 - i : i, backwards)) progress = true;
+        if (!progress && !arrived) {
             problem = "threads wait for others that never come to the same shuffle or barrier";
             return;
         }
     }
-    for (std::size_t i = shared_bytes; i < sizeof shared; ++i)
-        if (shared[i] != 0xff) {
-            problem = "dynamic shared memory was written past its " + std::to_string(shared_bytes) + " bytes";
-            return;
-        }
+    for (int block = 0; block < count; ++block)
+        for (std::size_t i = shared_bytes; i < sizeof shared->bytes; ++i)
+            if (shared[block].bytes[i] != 0xff) {
+                problem = "dynamic shared memory was written past its " + std::to_string(shared_bytes) + " bytes";
+                return;
+            }
 }
 
 }  // namespace
 
 namespace emulation {
 
-void* dynamic_shared() { return shared; }
+void* dynamic_shared() { return shared[current / threads].bytes; }
 void block_barrier() { yield(AT_BLOCK_BARRIER); }
 void warp_barrier() { yield(AT_WARP_BARRIER); }
 void wait_for_others() { yield(POLLING); }
+void pair_arrive() { ++fibers[current].arrivals, arrived = true; }
+
+void pair_wait() {
+    const unsigned mine = fibers[current].arrivals;
+    const auto missing = [&] {
+        for (const Fiber& fiber : fibers)
+            if (fiber.state != DONE && fiber.arrivals < mine) return true;
+        return false;
+    };
+    while (missing()) yield(POLLING);
+}
+
+void* in_pair(void* own, int rank) {
+    const std::ptrdiff_t offset = static_cast<unsigned char*>(own) - shared[current / threads].bytes;
+    if (offset < 0 || offset >= static_cast<std::ptrdiff_t>(SHARED_BYTES)) problem = "no place in shared memory";
+    return shared[rank].bytes + offset;
+}
 
 unsigned exchange(unsigned value, int source, bool relative) {
     // Two sets of slots: a lane can be one exchange ahead of those that still read the last one.
-    unsigned* const set = slots.data() + fibers[current].exchanges++ % 2 * threads;
+    unsigned* const set = slots.data() + fibers[current].exchanges++ % 2 * fibers.size();
     set[current] = value;
     yield(AT_WARP_BARRIER);
     return set[relative ? current ^ source : current / WARP * WARP + source % WARP];
@@ -161,7 +187,7 @@ unsigned exchange(unsigned value, int source, bool relative) {
 
 void gather(const unsigned* values, int count, unsigned (*all)[8]) {
     // Two sets, as for exchanges.
-    unsigned* const set = wide_slots.data() + fibers[current].exchanges++ % 2 * threads * 8;
+    unsigned* const set = wide_slots.data() + fibers[current].exchanges++ % 2 * fibers.size() * 8;
     std::memcpy(set + current * 8, values, count * sizeof *values);
     yield(AT_WARP_BARRIER);
     std::memcpy(all, set + current / WARP * WARP * 8, WARP * 8 * sizeof *values);
@@ -173,10 +199,11 @@ void check_alignment(const void* address, std::size_t bytes) {
 
 }  // namespace emulation
 
-// Launches a kernel whose `count` arguments are pointers. backwards: run each block's threads last to first.
+// Launches a kernel whose `count` arguments are pointers. backwards: run each block's threads last to first. together:
+// neighbouring blocks that run side by side, 1 or 2.
 // Returns null, or what went wrong. Not reentrant.
 extern "C" const char* emulation_launch(void* function, void** arguments, int count, const unsigned* grid,
-                                        unsigned block, std::size_t shared_bytes, int backwards) {
+                                        unsigned block, std::size_t shared_bytes, int backwards, int together) {
     problem.clear();
     kernel = {function, arguments, count};
     gridDim = {grid[0], grid[1], grid[2]};
@@ -184,14 +211,16 @@ extern "C" const char* emulation_launch(void* function, void** arguments, int co
     threads = static_cast<int>(block);
     if (block % WARP) return "the block is not a multiple of 32 threads";
     if (shared_bytes > SHARED_BYTES) return "more dynamic shared memory than a GPU has";
-    while (fibers.size() < block) fibers.push_back({READY, false, 0, {}, std::make_unique<char[]>(STACK_BYTES)});
-    fibers.resize(block);
-    slots.assign(2 * block, 0);
-    wide_slots.assign(16 * block, 0);
+    if (grid[0] % together) return "a block has no neighbour";
+    const std::size_t all = block * together;
+    while (fibers.size() < all) fibers.push_back({READY, false, 0, 0, {}, std::make_unique<char[]>(STACK_BYTES)});
+    fibers.resize(all);
+    slots.assign(2 * all, 0);
+    wide_slots.assign(16 * all, 0);
     for (unsigned y = 0; y < grid[1] && problem.empty(); ++y)
-        for (unsigned x = 0; x < grid[0] && problem.empty(); ++x) {
-            blockIdx = {x, y, 0};
-            run_block(backwards != 0, shared_bytes);
+        for (unsigned x = 0; x < grid[0] && problem.empty(); x += together) {
+            blockIdx = {x, y, 0}, first_block = x;
+            run_blocks(together, backwards != 0, shared_bytes);
         }
     return problem.empty() ? nullptr : problem.c_str();
 }
