@@ -242,8 +242,8 @@ class CudaDevice:
                 for step in self.plan.phases[phase]:
                     self._launch_step(step, wait=True)
         else:
-            graphs = ["+".join(phases)] if "+".join(phases) in self._graphs else phases
-            for name in graphs:
+            together = "+".join(phases)
+            for name in (together,) if together in self._graphs else phases:
                 call("cuGraphLaunch", self._graphs[name], self._stream)
 
     def _copy_beginnings(self) -> None:

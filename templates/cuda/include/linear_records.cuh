@@ -142,18 +142,18 @@ struct LinearRecords {
             }
             float factor = 1.0f;  // of the token whose sums this lane gets
             // Two at a time, in a pair every second one; more would not fit the registers.
-            constexpr int AT_ONCE = TOKENS == 1 ? 1 : 2, STEP = PAIRED ? 2 : 1;
+            constexpr int LOADED = TOKENS == 1 ? 1 : 2, STEP = PAIRED ? 2 : 1;
 #pragma unroll
-            for (int begin = 0; begin < TOKENS; begin += AT_ONCE * STEP) {
-                typename RowQuantizer<C>::Row rows[AT_ONCE];
+            for (int begin = 0; begin < TOKENS; begin += LOADED * STEP) {
+                typename RowQuantizer<C>::Row rows[LOADED];
 #pragma unroll
-                for (int i = 0; i < AT_ONCE; ++i) {
+                for (int i = 0; i < LOADED; ++i) {
                     const int m = begin + i * STEP + rank;
                     if (m < n_tokens) rows[i] = quantizer.load(x + (first_token + m) * C::X_STRIDE);
                 }
                 if (PAIRED && first_token == 0) pair_wait();
 #pragma unroll
-                for (int i = 0; i < AT_ONCE; ++i) {
+                for (int i = 0; i < LOADED; ++i) {
                     const int m = begin + i * STEP + rank;
                     if (m < n_tokens)
                         quantizer.quantize(rows[i], own_planes + m * (C::K / 2), own_ranges + m * RANGE_STRIDE,

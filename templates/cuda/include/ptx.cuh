@@ -106,13 +106,15 @@ __device__ __forceinline__ int rank_in_pair() {
 __device__ __forceinline__ void pair_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void pair_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Writes to where the block of that rank has what stands at `own` in this one's shared memory.
+// Where the block of that rank has what stands at `own` in this one's shared memory.
 __device__ __forceinline__ unsigned address_in_pair(const void* own, int rank) {
     unsigned address;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address)
         : "r"(static_cast<unsigned>(__cvta_generic_to_shared(own))), "r"(rank));
     return address;
 }
+
+// Writes there.
 __device__ __forceinline__ void store_in_pair(uint2* own, uint2 value, int rank) {
     asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(address_in_pair(own, rank)), "r"(value.x), "r"(value.y)
                  : "memory");
