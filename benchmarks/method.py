@@ -28,6 +28,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -224,7 +225,10 @@ def points(lines: list[dict]) -> list[Row]:
         bits = next((line["coded_bits_per_weight"] for line in mine if line.get("done")), None)
         reached = [line["perplexity"] for line in mine if "stage" in line]
         label, _, way = name.partition(", ")
-        series = f"{series_of(label)}, {way}" if way else series_of(label)
+        series = series_of(label)
+        if series == REFERENCE:  # a name of the user's own; without a number at its end, as of its budget
+            series = re.sub(r" [0-9.]+$", "", label)
+        series = f"{series}, {way}" if way else series
         if name == "uncompressed":
             bits, series = DENSE_BITS, REFERENCE
         if bits and reached:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from benchmarks import quality
+from benchmarks import method, quality
 from gqsac.errors import InputError, ModelError
 from gqsac.evaluate import compare
 from gqsac.evaluate.compare import GQSA, REFERENCE, TWO_FOUR, UNIFORM, Entry, Row
@@ -201,3 +201,11 @@ def test_a_run_with_tasks_measures_only_what_is_new(tmp_path, checkpoints, text,
     (entry,) = json.loads((out / "results.json").read_text())["rows"]
     assert {name: result["n_rows"] for name, result in entry["tasks"].items()} == {"piqa": 3, "arc_easy": 3}
     assert "| piqa | arc_easy |" in (out / "table.md").read_text()
+
+
+def test_names_of_ones_own_are_points_and_no_references():
+    names = ("uncompressed", "own text 2.60", "own text 3.00, seed 1", "own text 3.00", "W3 g64, bqpo")
+    lines = [{"config": name, "stage": "distill", "perplexity": 30.0} for name in names]
+    lines += [{"config": name, "done": True, "coded_bits_per_weight": 2.5} for name in names[1:]]
+    series = [row.series for row in method.points(lines)]
+    assert series == [REFERENCE, "own text", "own text, seed 1", "own text", f"{UNIFORM}, bqpo"]
