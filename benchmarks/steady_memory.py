@@ -64,7 +64,8 @@ def main() -> int:
     parser.add_argument("file")
     parser.add_argument("--opens", type=int, default=50)
     parser.add_argument("--generations", type=int, default=1000)
-    parser.add_argument("--warm-up", type=int, default=20)
+    # A driver and an allocator go on taking memory for the first some fifty contexts, and then no more.
+    parser.add_argument("--warm-up", type=int, default=60)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N.")
     parser.add_argument("--percent", type=float, default=1.0)
     arguments = parser.parse_args()

@@ -209,10 +209,10 @@ def _numbers(option: str, text: str, kind=float):
 )  # fmt: skip
 @click.option("-j", "--jobs", type=click.IntRange(min=0), default=0, help="Compile threads; 0: one a core.")
 @click.option(
-    "--kv-dtype", type=click.Choice(["f16", "f32", "int8"]), default="f16", show_default=True, help="KV cache."
+    "--kv-dtype", type=click.Choice(["f16", "f32", "int8"]), help="KV cache. [default: f16, with --exact f32]"
 )
 @click.option("--head-bits", type=int, help="Round head and embeddings to 4 or 8 bits, or keep 16. [default: 8]")
-@click.option("--exact", is_flag=True, help="f32 activations and 16-bit heads: slower and larger, for comparisons.")
+@click.option("--exact", is_flag=True, help="f32 activations and KV cache, 16-bit heads: slow and large, to compare.")
 @click.option("--max-context", type=click.IntRange(min=1), help="Longest context to allow; default: the model's own.")
 @click.option("--bits", type=int, help="Round an uncompressed MODEL without data: 2, 4, 8, or 16 for dense fp16.")
 @click.option("--group-size", type=int, default=16, show_default=True, help="With --bits: weights in a group.")

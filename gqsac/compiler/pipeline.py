@@ -48,12 +48,12 @@ HEAD_BITS = (4, 8, 16)
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """targets: () for all defaults. jobs: compile threads, 0 for all cores. rounding: compress an
-    uncompressed checkpoint without data, to try things out. dry_run: stop before compiling."""
+    """targets: () for all defaults. jobs: compile threads, 0 for all cores. kv_dtype: None for f16, or f32 where exact.
+    rounding: compress an uncompressed checkpoint without data, to try things out. dry_run: stop before compiling."""
 
     targets: tuple[str, ...] = ()
     jobs: int = 0
-    kv_dtype: str = "f16"
+    kv_dtype: str | None = None
     exact: bool = False
     head_bits: int | None = None
     max_context: int | None = None
@@ -61,6 +61,11 @@ class BuildOptions:
     dump_dir: Path | None = None
     dry_run: bool = False
     cache: bool = True
+
+    @property
+    def cache_dtype(self) -> str:
+        """Of the KV cache. A yardstick's does not round: a cache of halves moves logits as integer activations do."""
+        return self.kv_dtype or ("f32" if self.exact else "f16")
 
 
 def build(
@@ -169,7 +174,7 @@ def _plan(checkpoint: Checkpoint, options: BuildOptions, dumper: dump.Dumper, pr
     # Each family of targets has a plan of its own: specialize, plan memory, schedule.
     specs, plans = {}, {}
     for family in families(targets):
-        made = plan_family(graph, packing, stored_parts, family, options.kv_dtype, options.exact)
+        made = plan_family(graph, packing, stored_parts, family, options.cache_dtype, options.exact)
         specs[family], plans[family] = made
     program = Program(
         name=name,
@@ -178,7 +183,7 @@ def _plan(checkpoint: Checkpoint, options: BuildOptions, dumper: dump.Dumper, pr
         max_context=graph.max_context,
         bos_token_id=bos_token_id(checkpoint),
         eos_token_ids=eos_token_ids(checkpoint),
-        kv_dtype=options.kv_dtype,
+        kv_dtype=options.cache_dtype,
         kv_layers=kv_layers(graph),
         ropes=ropes(graph, packing),
         plans=plans,
@@ -216,8 +221,8 @@ def _content(planned: _Planned, compiled: list[Compiled], options: BuildOptions)
 
 def check_options(options: BuildOptions) -> tuple[str, ...]:
     """The targets of a build. Raises InputError for an option that is out of range whatever the model."""
-    if options.kv_dtype not in KV_DTYPES:
-        raise InputError(f"unknown KV cache type {options.kv_dtype!r}; choose from {', '.join(KV_DTYPES)}")
+    if options.cache_dtype not in KV_DTYPES:
+        raise InputError(f"unknown KV cache type {options.cache_dtype!r}; choose from {', '.join(KV_DTYPES)}")
     return check_targets(options.targets) if options.targets else default_targets()
 
 
@@ -279,7 +284,7 @@ def compiler_identity(targets: tuple[str, ...], options: BuildOptions) -> dict:
     """What made the file: enough to make it again, byte for byte."""
     return {
         **toolchain(targets),
-        "kv_dtype": options.kv_dtype,
+        "kv_dtype": options.cache_dtype,
         "exact": options.exact,
         "head_bits": options.head_bits,
         "rounding": options.rounding.as_dict() if options.rounding else None,

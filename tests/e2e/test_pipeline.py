@@ -31,7 +31,7 @@ TEXT = "It was the best of times, it was the worst of times, it was the age of w
 # Around the chunk of 128 tokens that one prefill launch takes, and odd tails of the kernels' tiles of 8.
 LENGTHS = (1, 7, 128, 129, 300)
 INTEGER = ("--target", TARGET, "--kv-dtype", "f32")  # what a build does unless asked otherwise
-EXACT = (*INTEGER, "--exact")
+EXACT = ("--target", TARGET, "--exact")  # with a cache of f32, unless asked otherwise
 # Activations of 16 bits: each is off by up to 2^-16 of its tile's largest, logits of about 10 by some thousandths.
 ACTIVATIONS_16 = 2e-2
 SEEDS = {"llama": 2, "qwen2": 1, "opt": 7}  # of wider models whose continuations do not repeat one token
